@@ -1,0 +1,118 @@
+"""How the engine, its processes and its outputs are set up: the one source for flags, config keys and docs.
+
+A field is a flag (`--model-path`), a key of the config file (`model_path`) and a line of the docs. `aliases` in its
+`Meta` names other spellings; `later` says what a field waits for: only its default is accepted until then.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sgld.fields import check_fields, refuse_later
+
+Precision = Literal["fp32", "fp16", "bf16"]
+EMBEDDED_IMAGE_MODEL = "sgld/tiny-image"
+EMBEDDED_VIDEO_MODEL = "sgld/tiny-video"
+
+
+def _field(description: str, **extra: Any) -> Meta:
+    return Meta(description=description, extra=extra or None)
+
+
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many ranks there are and what they share.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    num_gpus: Annotated[int, Meta(ge=1), _field("number of GPUs", later="several GPUs")] = 1
+    tp_size: Annotated[int, Meta(ge=1), _field("tensor parallelism", later="several GPUs")] = 1
+    sp_degree: Annotated[
+        int, Meta(ge=1), _field("sequence parallelism", aliases=("sp_size",), later="several GPUs")
+    ] = 1
+    ulysses_degree: Annotated[int, Meta(ge=1), _field("Ulysses sequence parallelism", later="several GPUs")] = 1
+    ring_degree: Annotated[int, Meta(ge=1), _field("ring sequence parallelism", later="several GPUs")] = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        refuse_later(self)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the engine loads and how it runs it.
+
+    :raises FieldError: a value is out of its range, or its feature isn't there yet.
+    """
+
+    model_path: Annotated[
+        str, _field("a folder, a Hugging Face model id, or a model that ships with sgld", aliases=("model",))
+    ] = EMBEDDED_IMAGE_MODEL
+    revision: Annotated[str | None, _field("revision of the model on the hub")] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], _field("where it runs; auto takes a GPU if there is one")] = (
+        "auto"
+    )
+    dit_precision: Annotated[
+        Precision | None, _field("precision of all but the VAE: bf16 on a GPU, else fp32", aliases=("precision",))
+    ] = None
+    vae_precision: Annotated[Precision | None, _field("precision of the VAE: fp32 on a CPU, else as the rest")] = None
+    vae_tiling: Annotated[bool, _field("decode in tiles, which needs less memory")] = False
+    vae_slicing: Annotated[bool, _field("decode one sample at a time, which needs less memory")] = False
+    num_cpu_threads: Annotated[int, Meta(ge=1), _field("CPU threads of a forward; default: all cores")] | None = None
+    max_running_requests: Annotated[int, Meta(ge=1), _field("requests that are denoised at the same time")] = 32
+    max_queued_requests: Annotated[int, Meta(ge=1), _field("requests that may wait; more are refused")] = 1024
+    max_batch_size: Annotated[int, Meta(ge=1), _field("calls that share a forward at most")] = 16
+    merge: Annotated[bool, _field("let calls of several requests share a forward, where that is proved exact")] = True
+    load_timeout_s: Annotated[float, Meta(gt=0), _field("longest silence of a rank while it loads")] = 600.0
+    run_timeout_s: Annotated[float, Meta(gt=0), _field("deadline of a forward; 20 times its prediction if longer")] = (
+        60.0
+    )
+    enable_torch_compile: Annotated[bool, _field("compile the denoiser", later="compilation")] = False
+    vae_sp: Annotated[bool, _field("decode on several GPUs", later="several GPUs")] = False
+    parallel: ParallelConfig = ParallelConfig()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        refuse_later(self)
+
+
+class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which files are written and how.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    output_path: Annotated[str, _field("folder of the outputs")] = "outputs"
+    output_file_name: Annotated[
+        str | None, _field("file name; its ending chooses png, jpg, webp or mp4. Default: prompt, time and hash")
+    ] = None
+    save_output: Annotated[bool, _field("write files")] = True
+    return_frames: Annotated[bool, _field("write each frame of a video as a PNG, too")] = False
+    output_quality: Annotated[int, Meta(ge=1, le=100), _field("quality of JPEG, WebP and MP4")] = 90
+    metadata: Annotated[bool, _field("embed the parameters into the files")] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the HTTP server listens; `sgld generate` accepts these and ignores them.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    host: Annotated[str, _field("address of the HTTP server")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535), _field("port of the HTTP server")] = 30000
+    served_model_name: Annotated[str | None, _field("name of the model in the HTTP API")] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _field("log level of the HTTP server")] = "info"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def cache_root() -> Path:
+    """Where sgld keeps what it learns: $SGLANG_DIFFUSION_CACHE_ROOT, by default ~/.cache/sgl_diffusion."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgl_diffusion"
+    return Path(os.environ.get("SGLANG_DIFFUSION_CACHE_ROOT") or default)

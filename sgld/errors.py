@@ -1,0 +1,85 @@
+"""Every error that sgld raises.
+
+    SgldError
+    ├── InvalidRequest      the request can't be done as asked; nothing ran
+    ├── ModelError          the model can't be found, read or served
+    ├── QueueFull           too many requests wait already
+    ├── EngineClosed        the engine is shut down, or was never started
+    ├── ChannelClosed       the process at the other end is gone
+    └── GenerationFailed    the request ran and failed
+        ├── PipelineFailed  its pipeline raised
+        ├── OutOfMemory     the device has too little memory for it
+        └── RankLost        the rank process died or hung, twice
+
+`Cancelled` stands apart: it derives from BaseException, because pipelines catch Exception.
+"""
+
+from typing import ClassVar
+
+
+class SgldError(Exception):
+    """Base of all errors of sgld; `code` is what a client may switch on."""
+
+    code: ClassVar[str] = "error"
+
+
+class InvalidRequest(SgldError):
+    """The request can't be done as asked. `param` names the field at fault, if one is."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelError(SgldError):
+    """The model can't be found, read or served."""
+
+    code = "model_error"
+
+
+class QueueFull(SgldError):
+    """Too many requests wait already."""
+
+    code = "queue_full"
+
+
+class EngineClosed(SgldError):
+    """The engine is shut down, or was never started."""
+
+    code = "engine_closed"
+
+
+class ChannelClosed(SgldError):
+    """The process at the other end of a channel is gone."""
+
+    code = "channel_closed"
+
+
+class GenerationFailed(SgldError):
+    """The request ran and failed."""
+
+    code = "generation_failed"
+
+
+class PipelineFailed(GenerationFailed):
+    """The pipeline of the request raised."""
+
+    code = "pipeline_failed"
+
+
+class OutOfMemory(GenerationFailed):
+    """The device has too little memory for the request."""
+
+    code = "out_of_memory"
+
+
+class RankLost(GenerationFailed):
+    """The rank process died or hung while it worked on the request, and again on the second attempt."""
+
+    code = "rank_lost"
+
+
+class Cancelled(BaseException):
+    """Raised inside a task's thread at the call where it waits, to unwind its pipeline."""

@@ -1,0 +1,170 @@
+"""All that crosses a process boundary: commands to rank 0 of a replica, and its replies.
+
+Pixels don't travel in messages: a `TensorRef` says in which slots of the tensor queue they are.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from sgld.sampling_params import SamplingParams
+
+CallKind = Literal["encode", "denoise", "decode"]
+MAX_MESSAGE_BYTES = 64 * 1024
+
+
+class TensorRef(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor in the tensor queue: uint8, C order, in as many slots as it needs."""
+
+    slots: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class CallInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler knows of a call.
+
+    Calls with an equal `merge_key` may share a forward; None: this call never does. Calls with an equal `cost_key`
+    take the same time.
+    """
+
+    id: int
+    request_id: str
+    kind: CallKind
+    component: str
+    merge_key: str | None
+    cost_key: str
+    rows: int
+    step_index: int
+    num_steps: int
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The model that a replica serves."""
+
+    model_path: str
+    pipeline_class: str
+    device: str
+    precisions: dict[str, str]
+    """Component name to the dtype of its parameters."""
+    modes: dict[str, str]
+    """Component name to merge, interleave or exclusive, as proved so far."""
+
+
+class Command(msgspec.Struct, frozen=True, tag_field="type"):
+    """From the front to rank 0."""
+
+
+class Start(Command, frozen=True, kw_only=True, tag="start"):
+    """Make the task of a request; it runs to its first call."""
+
+    request_id: str
+    params: SamplingParams
+
+
+class Run(Command, frozen=True, kw_only=True, tag="run"):
+    """Run these calls as one forward; then the calls that follow them, `num_ticks` times in all.
+
+    It ends early when the calls that follow don't share a merge key, and when any other command arrives.
+    """
+
+    call_ids: tuple[int, ...]
+    num_ticks: int = 1
+
+
+class Cancel(Command, frozen=True, kw_only=True, tag="cancel"):
+    """End the task of a request at the call where it waits."""
+
+    request_id: str
+
+
+class Exit(Command, frozen=True, tag="exit"):
+    """Cancel all tasks and leave."""
+
+
+class Reply(msgspec.Struct, frozen=True, tag_field="type"):
+    """From rank 0 to the front."""
+
+
+class Alive(Reply, frozen=True, kw_only=True, tag="alive"):
+    """A sign of life from a rank that is busy with `stage` and can't answer."""
+
+    stage: str
+
+
+class Ready(Reply, frozen=True, kw_only=True, tag="ready"):
+    """The model is loaded."""
+
+    model: ModelInfo
+
+
+class LoadFailed(Reply, frozen=True, kw_only=True, tag="load_failed"):
+    """The model can't be served; the rank leaves."""
+
+    message: str
+
+
+class Pending(Reply, frozen=True, kw_only=True, tag="pending"):
+    """A task waits for this call. Sent again with the same id, it replaces what was said before."""
+
+    call: CallInfo
+
+
+class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
+    """These calls ran in one forward; `is_timed` is False where a proof or a retry went into the time."""
+
+    call_ids: tuple[int, ...]
+    cost_key: str
+    rows: int
+    elapsed_s: float
+    is_timed: bool
+
+
+class Stepped(Reply, frozen=True, kw_only=True, tag="stepped"):
+    """A task finished denoising step `step` of `num_steps` (counted from 1)."""
+
+    request_id: str
+    step: int
+    num_steps: int
+
+
+class Previewed(Reply, frozen=True, kw_only=True, tag="previewed"):
+    """The picture predicted at a step, (H, W, 3)."""
+
+    request_id: str
+    step: int
+    pixels: TensorRef
+
+
+class Decoded(Reply, frozen=True, kw_only=True, tag="decoded"):
+    """Frames of the result from `index` on, (F, H, W, 3), of `num_frames` in all (0: not known yet)."""
+
+    request_id: str
+    index: int
+    num_frames: int
+    pixels: TensorRef
+
+
+class Finished(Reply, frozen=True, kw_only=True, tag="finished"):
+    """The task returned; all its frames have been sent."""
+
+    request_id: str
+
+
+class TaskFailed(Reply, frozen=True, kw_only=True, tag="task_failed"):
+    """The task raised; `code` is that of an error in sgld.errors."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class TaskCancelled(Reply, frozen=True, kw_only=True, tag="task_cancelled"):
+    """The task ended because it was told to."""
+
+    request_id: str
+
+
+AnyCommand = Start | Run | Cancel | Exit
+AnyReply = (
+    Alive | Ready | LoadFailed | Pending | Ran | Stepped | Previewed | Decoded | Finished | TaskFailed | TaskCancelled
+)

@@ -1,0 +1,59 @@
+"""What a client may choose for one request."""
+
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta
+
+from sgld.errors import InvalidRequest
+from sgld.fields import FieldError, check_fields
+
+DEFAULT_SEED = 42
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The choices of one request; None means the model's own default.
+
+    Seeds: without a seed 42 is taken, output i uses seed + i, and the noise comes from a CPU generator unless
+    `generator_device` says otherwise, so that a seed gives the same picture on every device.
+
+    :raises InvalidRequest: a value is out of its range.
+    """
+
+    prompt: Annotated[str, Meta(description="what to generate")] = ""
+    negative_prompt: Annotated[str | None, Meta(description="what to avoid (needs guidance)")] = None
+    image_path: Annotated[
+        tuple[str, ...], Meta(description="input image(s), for image-to-image and image-to-video pipelines")
+    ] = ()
+    height: Annotated[int, Meta(ge=1, description="height in pixels")] | None = None
+    width: Annotated[int, Meta(ge=1, description="width in pixels")] | None = None
+    num_frames: Annotated[int, Meta(ge=1, description="number of video frames; 1 for an image")] | None = None
+    fps: Annotated[float, Meta(gt=0, description="frames per second of the video")] | None = None
+    num_inference_steps: Annotated[int, Meta(ge=1, description="number of denoising steps")] | None = None
+    guidance_scale: Annotated[float, Meta(ge=0, description="classifier-free guidance scale")] | None = None
+    guidance_scale_2: Annotated[float, Meta(ge=0, description="guidance scale of the second transformer")] | None = None
+    true_cfg_scale: Annotated[float, Meta(ge=0, description="true guidance of guidance-distilled models")] | None = None
+    guidance_rescale: Annotated[float, Meta(ge=0, le=1, description="rescaling of guided noise")] | None = None
+    max_sequence_length: Annotated[int, Meta(ge=1, description="prompt length in tokens")] | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="seed of the first output; output i uses seed + i")] = (
+        DEFAULT_SEED
+    )
+    generator_device: Annotated[
+        Literal["cpu", "cuda"], Meta(description="device that draws the noise; cpu gives the same noise everywhere")
+    ] = "cpu"
+    num_outputs_per_prompt: Annotated[int, Meta(ge=1, le=64, description="number of outputs")] = 1
+    num_previews: Annotated[int, Meta(ge=0, description="number of pictures sent while denoising goes on")] = 0
+    diffusers_kwargs: Annotated[
+        dict[str, Any], Meta(description="further keyword arguments of the pipeline's __call__ (JSON object)")
+    ] = {}
+
+    def __post_init__(self) -> None:
+        try:
+            check_fields(self)
+        except FieldError as error:
+            raise InvalidRequest(str(error), error.field) from None
+
+    def output(self, index: int) -> Self:
+        """The params of output `index` alone, with its own seed."""
+        return msgspec.structs.replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_outputs_per_prompt=1)
