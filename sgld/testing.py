@@ -1,0 +1,70 @@
+"""For tests, ours and those of users: does sgld serve this pipeline correctly?"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sgld.engine.cost import FlatCost
+from sgld.engine.scheduler import Scheduler
+from sgld.messages import Pending, Ran, Stepped
+from sgld.worker.executor import Executor
+from sgld.worker.session import Job, Session
+from sgld.worker.task import Outcome, Value
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of calls that ran together.
+
+    `outputs`: what each call returned, in order, or the exception it raised. `merged_calls`: calls of components that
+    shared a forward; `largest_batch`: the most in one. `mode`: merge, or interleave where no forward of the denoiser
+    was shared.
+    """
+
+    outputs: list[Any]
+    merged_calls: int
+    largest_batch: int
+    mode: str
+
+
+def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bool = True) -> Report:
+    """Run a loaded diffusers pipeline with several keyword dicts at once, as a server would, in this process.
+
+    The real tasks, merging and executor; no rank process. Every merge that is proved right is made, whether it pays
+    or not.
+
+    :param merge: False: the calls take turns and share nothing.
+    """
+    outputs: dict[str, Any] = {}
+    denoisers: set[str] = set()
+    scheduler = Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=len(calls) or 1)
+
+    def emit(reply: Pending | Ran | Stepped) -> None:
+        match reply:
+            case Pending(call=call):
+                scheduler.pending(call)
+                denoisers.update([call.component] if call.kind == "denoise" else [])
+            case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
+                scheduler.ran(call_ids, elapsed_s)
+            case Stepped(request_id=request_id, step=step):
+                scheduler.stepped(request_id, step)
+
+    def ended(request_id: str, outcome: Outcome) -> None:
+        scheduler.remove(request_id)
+        outputs[request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
+
+    session = Session(Executor(merge=merge), emit, ended)
+    for index in range(len(calls)):
+        scheduler.add(str(index), time.monotonic())
+    for request_id in scheduler.admit():
+        session.start(Job(request_id, pipeline, dict(calls[int(request_id)])))
+    while (batch := scheduler.next_batch(time.monotonic())) is not None:
+        session.run(batch.call_ids)
+    modes = {session.executor.verdicts.modes.get(name) for name in denoisers}
+    return Report(
+        outputs=[outputs[str(index)] for index in range(len(calls))],
+        merged_calls=session.counters.merged_calls,
+        largest_batch=session.counters.largest_batch,
+        mode="merge" if "merge" in modes else "interleave",
+    )

@@ -1,0 +1,109 @@
+"""Binding a request to the pipeline: a copy in which everything with a state of its own belongs to the request.
+
+Models become proxies, noise schedulers and guiders are copied, nested pipelines are bound in turn. Nothing is cast
+or moved, and `__init__` doesn't run again.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Self
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.guiders import BaseGuidance
+from torch import nn
+
+from sgld.errors import InvalidRequest
+from sgld.worker.calls import Call, ComponentProxy
+from sgld.worker.task import Task
+
+# Their `__call__` differentiates through the denoiser, which a call handed over can't do.
+NEEDS_GRADIENTS = frozenset(
+    {
+        "StableDiffusionAttendAndExcitePipeline",
+        "StableDiffusionDiffEditPipeline",
+        "StableDiffusionPix2PixZeroPipeline",
+        "CLIPGuidedStableDiffusion",
+    }
+)
+
+
+def bind(pipeline: Any, task: Task) -> Any:
+    """A copy of the pipeline for one task.
+
+    :raises InvalidRequest: the pipeline needs gradients inside its `__call__`.
+    """
+    if type(pipeline).__name__ in NEEDS_GRADIENTS:
+        raise InvalidRequest(f"{type(pipeline).__name__} needs gradients inside its __call__; sgld can't serve it")
+    return _Binding(task).bound(pipeline, "")
+
+
+class _Binding:
+    """Copies of one task; what appears twice in a pipeline is one copy."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._copies: dict[int, Any] = {}
+
+    def bound(self, pipeline: Any, prefix: str) -> Any:
+        bound = copy.copy(pipeline)
+        self._copies[id(pipeline)] = bound
+        # Through __dict__: __setattr__ of a pipeline derives its configuration anew from what is assigned.
+        for name, value in list(vars(pipeline).items()):
+            vars(bound)[name] = self._own(value, prefix + name)
+        vars(bound)["progress_bar"] = self._progress_bar
+        vars(bound)["maybe_free_model_hooks"] = lambda: None
+        return bound
+
+    def _own(self, value: Any, name: str) -> Any:
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        if isinstance(value, nn.Module):
+            own: Any = ComponentProxy(value, name, self._hand_over)
+        elif isinstance(value, DiffusionPipeline):
+            return self.bound(value, f"{name}.")
+        elif isinstance(value, SchedulerMixin | BaseGuidance):
+            own = copy.deepcopy(value)
+        else:
+            return value
+        self._copies[id(value)] = own
+        return own
+
+    def _hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call: Call = proxy.call(method, args, kwargs, self._task.request_id)
+        return self._task.hand_over(call)
+
+    def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "ProgressBar":
+        if total is None:
+            total = len(iterable) if isinstance(iterable, Sized) else self._task.num_steps
+        return ProgressBar(self._task, total, iterable)
+
+
+class ProgressBar:
+    """What pipelines get instead of a tqdm bar: it tells the task the steps."""
+
+    def __init__(self, task: Task, total: int, iterable: Iterable[Any] | None = None) -> None:
+        self._task = task
+        self._iterable = iterable
+        self.total = total
+        self.n = 0
+        task.step, task.num_steps = 0, total
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self._iterable is not None
+        for item in self._iterable:
+            yield item
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        self._task.stepped(self.n, self.total)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else that tqdm has (set_postfix, set_description, close, ...) shows nothing."""
+        return lambda *_args, **_kwargs: None

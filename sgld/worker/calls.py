@@ -1,0 +1,162 @@
+"""Interception: what a task hands over instead of running a model itself.
+
+A task's copy of the pipeline holds a `ComponentProxy` in the place of each model. Its calls become `Call`s, which
+the executor runs; everything else a pipeline asks of a component goes to the real one.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgld.messages import CallKind
+from sgld.worker.trees import leaves
+
+INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
+# A pipeline moves, casts and freezes its components as if they were its own; they are everybody's.
+INERT_METHODS = frozenset({"to", "cuda", "cpu", "float", "half", "bfloat16", "eval", "train", "requires_grad_"})
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+_ids = count(1)
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """The thread-local state of torch under which a call was made; it belongs to the merge key."""
+
+    is_grad_enabled: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    """Device type and dtype of each autocast region that is entered."""
+    default_device: torch.device
+    cache: tuple[Any, ...] | None
+    """Arguments of `cache_context`, where the component has a cache that reads them."""
+
+
+def current_context(cache: tuple[Any, ...] | None = None) -> CallContext:
+    """The context of the calling thread."""
+    return CallContext(
+        is_grad_enabled=torch.is_grad_enabled(),
+        autocast=tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)),
+        default_device=torch.get_default_device(),
+        cache=cache,
+    )
+
+
+@contextlib.contextmanager
+def entered(context: CallContext, module: nn.Module) -> Iterator[None]:
+    """Run a block in this thread under the context of a call of `module`."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(context.is_grad_enabled))
+        for device_type, dtype in context.autocast:
+            stack.enter_context(torch.autocast(device_type, dtype))
+        if context.default_device != torch.get_default_device():
+            stack.enter_context(context.default_device)
+        if context.cache is not None:
+            name, fields = context.cache
+            stack.enter_context(module.cache_context(name, **dict(fields)))  # type: ignore[operator]
+        yield
+
+
+@dataclass(eq=False)
+class Call:
+    """One invocation of a component by a task."""
+
+    request_id: str
+    component: str
+    module: nn.Module
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: CallContext
+    step_index: int = 0
+    num_steps: int = 0
+    id: int = field(default_factory=lambda: next(_ids))
+
+    @property
+    def tree(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as they were given: decorators of models look for some among the keywords only."""
+        return self.args, self.kwargs
+
+    @property
+    def kind(self) -> CallKind:
+        if self.method == "decode":
+            return "decode"
+        is_denoiser = self.method == "forward" and type(self.module).__module__.startswith("diffusers")
+        return "denoise" if is_denoiser else "encode"
+
+    @property
+    def rows(self) -> int:
+        """Samples along the batch axis, as far as the first tensor tells."""
+        sizes = (leaf.shape[0] for _, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+        return next(sizes, 1)
+
+    @property
+    def cost_key(self) -> str:
+        """Calls with an equal one take the same time at the same number of rows."""
+        tensors = (leaf for _, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor))
+        shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in tensors)
+        return f"{self.component}.{self.method}({shapes})"
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Invoke the component with these arguments in this thread, under the call's context."""
+        function = self.module if self.method == "forward" else getattr(self.module, self.method)
+        with entered(self.context, self.module):
+            return function(*args, **kwargs)
+
+
+class ComponentProxy:
+    """A component as a task sees it: the real one, except that its calls are handed over.
+
+    Its `__class__` is the real one's, so `isinstance` holds. `modules()` is empty: pipelines walk the modules to
+    scale LoRA layers or to find hooks, and must not do so to a component that they share.
+    """
+
+    def __init__(self, real: nn.Module, name: str, hand_over: Callable[..., Any]) -> None:
+        self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _cache=None)
+        self.__dict__["__module__"] = type(real).__module__
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._real)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hand_over(self, "forward", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_real"], name)
+        if name in INTERCEPTED_METHODS and callable(value):
+            return functools.wraps(value)(lambda *args, **kwargs: self._hand_over(self, name, args, kwargs))
+        if name in INERT_METHODS:
+            return lambda *_args, **_kwargs: self
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+    def __repr__(self) -> str:
+        return f"ComponentProxy({self._name}: {type(self._real).__name__})"
+
+    def modules(self) -> Iterator[nn.Module]:
+        return iter(())
+
+    def _reset_stateful_cache(self, *_args: Any, **_kwargs: Any) -> None:
+        """Nothing: the real method wipes the caches of all requests."""
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """Remember the context for the calls made inside it; the executor enters it where a cache is on."""
+        self.__dict__["_cache"] = (name, tuple(sorted(fields.items())))
+        try:
+            yield
+        finally:
+            self.__dict__["_cache"] = None
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], request_id: str) -> Call:
+        """The call of `method`, with the context of this thread."""
+        has_cache = getattr(self._real, "is_cache_enabled", False)
+        context = current_context(self._cache if has_cache else None)
+        return Call(request_id, self._name, self._real, method, args, kwargs, context)

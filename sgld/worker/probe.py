@@ -1,0 +1,102 @@
+"""Learning axes: the pipeline runs with one sample and with two, and what its calls look like is compared.
+
+It uses the arguments of a real request, one step and latent output, so nothing has to be known of the pipeline.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
+from sgld.worker.binding import bind
+from sgld.worker.executor import AxesKey, axes_key, single
+from sgld.worker.task import Raised, Task, Value
+
+logger = logging.getLogger(__name__)
+Kwargs = dict[str, Any]
+Recording = list[tuple[AxesKey, Any, Any]]
+"""Of each call: its key, and the skeletons of its arguments and its result."""
+
+# Given by a request for all of its steps or samples; a probe has one step and its own noise.
+_LEFT_OUT = ("latents", "timesteps", "sigmas", "callback", "callback_on_step_end")
+
+
+def probed_axes(pipeline: Any, kwargs: Kwargs) -> dict[AxesKey, CallAxes]:
+    """The axes of the calls that the pipeline makes for such a request; empty when it can't be asked."""
+    for num_steps, double in ((1, _with_two_prompts), (1, _with_two_outputs), (2, _with_two_prompts)):
+        one = _reduced(pipeline, kwargs, num_steps)
+        two = double(pipeline, one)
+        if two is None:
+            continue
+        try:
+            with torch.random.fork_rng():
+                return _compared(_recorded(pipeline, one), _recorded(pipeline, two))
+        except Exception as error:  # noqa: BLE001 - a pipeline may refuse a probe in any way; then the next is tried
+            logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, error)
+    return {}
+
+
+def _reduced(pipeline: Any, kwargs: Kwargs, num_steps: int) -> Kwargs:
+    """The request with few steps, latent output and noise of its own."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    reduced = {name: value for name, value in kwargs.items() if name not in _LEFT_OUT}
+    ours = {
+        "num_inference_steps": num_steps,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+        "strength": 1.0,
+        "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
+    }
+    return reduced | {name: value for name, value in ours.items() if name in accepted}
+
+
+def _with_two_prompts(_pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
+    doubled = {name: [value, value] for name, value in kwargs.items() if "prompt" in name and isinstance(value, str)}
+    doubled |= {name: value * 2 for name, value in kwargs.items() if "prompt" in name and isinstance(value, list)}
+    return kwargs | doubled if doubled else None
+
+
+def _with_two_outputs(pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
+    accepted = inspect.signature(pipeline.__call__).parameters
+    names = [name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in accepted]
+    return kwargs | dict.fromkeys(names, 2) if names else None
+
+
+def _recorded(pipeline: Any, kwargs: Kwargs) -> Recording:
+    """Run the pipeline alone and note its calls."""
+    recording = []
+    task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
+    task.advance()
+    while (call := task.call) is not None:
+        key, arguments, outcome = axes_key(call), skeleton(call.tree), single(call)
+        if isinstance(outcome, Value):
+            recording.append((key, arguments, skeleton(outcome.value)))
+        task.advance(outcome)
+    if isinstance(task.end, Raised):
+        raise task.end.error
+    return recording
+
+
+def _compared(one: Recording, two: Recording) -> dict[AxesKey, CallAxes]:
+    axes: dict[AxesKey, CallAxes] = {}
+    for key in dict.fromkeys(key for key, _, _ in one):
+        try:
+            found = {_axes_of(*pair) for pair in zip(_calls(one, key), _calls(two, key), strict=True)}
+        except (Unmergeable, ValueError) as error:
+            logger.debug("axes of %s.%s can't be learned: %s", key[0], key[1], error)
+            continue
+        if len(found) == 1 and (arguments := found.pop())[0]:
+            axes[key] = CallAxes(dict(arguments[0]), dict(arguments[1]))
+    return axes
+
+
+def _calls(recording: Recording, key: AxesKey) -> Iterator[tuple[Any, Any]]:
+    return ((arguments, result) for other, arguments, result in recording if other == key)
+
+
+def _axes_of(one: tuple[Any, Any], two: tuple[Any, Any]) -> Any:
+    return tuple(tuple(learned(a, b).items()) for a, b in zip(one, two, strict=True))

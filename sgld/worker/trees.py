@@ -1,0 +1,58 @@
+"""Nested arguments and results of calls as trees: dicts, lists and tuples are nodes, everything else is a leaf."""
+
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+import torch
+
+Path = tuple[str | int, ...]
+"""Where a leaf is: the keys and indexes on the way to it."""
+
+
+def leaves(tree: Any, stop: Container[Path] = (), path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf with its path, in the order of the tree; a node at a path in `stop` counts as a leaf."""
+    if path in stop:
+        yield path, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, stop, (*path, key))
+    elif is_sequence(tree):
+        for index, value in enumerate(tree):
+            yield from leaves(value, stop, (*path, index))
+    else:
+        yield path, tree
+
+
+def is_sequence(tree: Any) -> bool:
+    """Whether this is a node that holds its children in order."""
+    return isinstance(tree, list | tuple) and not isinstance(tree, torch.Size)
+
+
+def rebuilt(tree: Any, replace: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """A new tree of the same shape and types.
+
+    :param replace: gets the path and the value of every node and leaf, and returns the value that stands there
+        instead, or the value itself to go on inside it.
+    """
+    new = replace(path, tree)
+    if new is not tree:
+        return new
+    if isinstance(tree, dict):
+        items = {key: rebuilt(value, replace, (*path, key)) for key, value in tree.items()}
+        return items if type(tree) is dict else type(tree)(**items)
+    if is_sequence(tree):
+        values = [rebuilt(value, replace, (*path, index)) for index, value in enumerate(tree)]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return tree
+
+
+def at(tree: Any, path: Path) -> Any:
+    """The node or leaf at a path.
+
+    :raises LookupError: there is none.
+    """
+    for key in path:
+        if not (isinstance(tree, dict) or is_sequence(tree)):
+            raise LookupError(f"nothing at {path}")
+        tree = tree[key]
+    return tree
