@@ -70,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         60.0
     )
     enable_torch_compile: Annotated[bool, _field("compile the denoiser", later="compilation")] = False
-    vae_sp: Annotated[bool, _field("decode on several GPUs", later="several GPUs")] = False
+    vae_sp: Annotated[bool, _field("decode on all GPUs of a replica; with one GPU it changes nothing")] = False
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:

@@ -24,7 +24,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt: Annotated[str, Meta(description="what to generate")] = ""
     negative_prompt: Annotated[str | None, Meta(description="what to avoid (needs guidance)")] = None
     image_path: Annotated[
-        tuple[str, ...], Meta(description="input image(s), for image-to-image and image-to-video pipelines")
+        tuple[str, ...],
+        Meta(
+            description="input image(s), for image-to-image and image-to-video pipelines",
+            extra={"aliases": ("image_paths",)},
+        ),
     ] = ()
     height: Annotated[int, Meta(ge=1, description="height in pixels")] | None = None
     width: Annotated[int, Meta(ge=1, description="width in pixels")] | None = None

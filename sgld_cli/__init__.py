@@ -1,0 +1,1 @@
+"""The command line: `sgld generate`, `sgld info`, `sgld version`."""

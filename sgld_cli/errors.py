@@ -1,0 +1,19 @@
+"""How a command ends badly: its exit code and its one line."""
+
+OK = 0
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells count."""
+
+_BAD_INPUT_CODES = frozenset({"invalid_request", "model_error"})
+
+
+def exit_code(code: str) -> int:
+    """The exit code for the code of an error in sgld.errors."""
+    return BAD_INPUT if code in _BAD_INPUT_CODES else FAILED
+
+
+def error_line(message: str) -> str:
+    """An error as one line, whatever the message holds."""
+    return f"sgld: error: {' '.join(message.split())}"

@@ -1,0 +1,85 @@
+"""Flags and config keys of SGLang Diffusion whose feature sgld doesn't have yet.
+
+They are refused by name, so that nobody waits for the effect of a flag that does nothing. A value that only states
+what is done today is accepted, so that a config file written for SGLang works as far as it can.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Later(NamedTuple):
+    """A feature that isn't there yet, and the values (in lower case) that don't ask for it.
+
+    `is_guess`: no table lists the name, it only looks like one.
+    """
+
+    feature: str
+    today: tuple[str, ...] = ()
+    is_guess: bool = False
+
+
+_OFF = ("false", "0", "none", "null", "off")
+
+LATER: dict[str, Later] = {
+    # Adapters
+    "lora_path": Later("LoRA adapters"),
+    "lora_nickname": Later("LoRA adapters", today=("default",)),
+    "lora_scale": Later("LoRA adapters", today=("1", "1.0")),
+    "lora_weight_name": Later("LoRA adapters"),
+    "lora_merge_mode": Later("LoRA adapters", today=("auto",)),
+    "lora_target_modules": Later("LoRA adapters"),
+    # Other weights than the model's own; `--<component>-path` is caught by COMPONENT_PATH
+    "quantization": Later("quantization", today=_OFF),
+    "transformer_weights_path": Later("quantized checkpoints"),
+    "model_subfolder": Later("models in subfolders"),
+    "model_variant": Later("weight variants"),
+    "pipeline_class_name": Later("the choice of a pipeline class"),
+    "trust_remote_code": Later("code that comes with a model", today=_OFF),
+    "vae_config": Later("component configurations"),
+    "dit_config": Later("component configurations"),
+    # Attention, compilation and caches
+    "backend": Later("a backend without sgld's scheduler", today=("auto", "sglang")),
+    "attention_backend": Later("the choice of an attention backend", today=("auto", "native", "torch_sdpa")),
+    "attention_backend_config": Later("the choice of an attention backend"),
+    "diffusers_attention_backend": Later("the choice of an attention backend", today=("native",)),
+    "cache_dit_config": Later("Cache-DiT"),
+    "enable_cache_dit": Later("Cache-DiT", today=_OFF),
+    "enable_teacache": Later("TeaCache", today=_OFF),
+    "regional_compile": Later("compilation", today=_OFF),
+    # Memory
+    "text_encoder_cpu_offload": Later("offload", today=_OFF),
+    "image_encoder_cpu_offload": Later("offload", today=_OFF),
+    "dit_cpu_offload": Later("offload", today=_OFF),
+    "dit_layerwise_offload": Later("offload", today=_OFF),
+    "vae_cpu_offload": Later("offload", today=_OFF),
+    "pin_cpu_memory": Later("offload", today=_OFF),
+    "use_fsdp_inference": Later("sharded weights", today=_OFF),
+    # Several GPUs and machines
+    "dp_size": Later("several GPUs", today=("1",)),
+    "enable_cfg_parallel": Later("several GPUs", today=_OFF),
+    "nnodes": Later("several machines", today=("1",)),
+    # Inputs and reports
+    "video_path": Later("input videos"),
+    "pipeline_config_path": Later("pipeline configurations"),
+    "perf_dump_path": Later("a report of timings"),
+    # Post-processing
+    "enable_frame_interpolation": Later("frame interpolation", today=_OFF),
+    "frame_interpolation_exp": Later("frame interpolation"),
+    "frame_interpolation_scale": Later("frame interpolation"),
+    "frame_interpolation_model_path": Later("frame interpolation"),
+    "enable_upscaling": Later("upscaling", today=_OFF),
+    "upscaling_model_path": Later("upscaling"),
+    "upscaling_scale": Later("upscaling"),
+}
+
+COMPONENT_PATH = re.compile(r"(?P<component>[a-z][a-z0-9_]*?)_(weights_)?path")
+
+
+def find_later(name: str) -> Later | None:
+    """What `name` (with underscores) waits for; None for a name that isn't known at all."""
+    if name in LATER:
+        return LATER[name]
+    if match := COMPONENT_PATH.fullmatch(name):
+        return Later(f"another {match['component']} than the model's own", is_guess=True)
+    return None

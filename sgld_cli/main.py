@@ -1,0 +1,117 @@
+"""`sgld`: reads the command line and runs a command.
+
+`--help` answers at once: what takes long to import is imported inside the commands.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sgld.errors import SgldError
+from sgld.fields import FieldError
+from sgld_cli.errors import BAD_INPUT, FAILED, INTERRUPTED, error_line, exit_code
+from sgld_cli.options import Parser, UsageError, add_flags, with_dashes
+from sgld_cli.settings import refuse_unknown
+
+if TYPE_CHECKING:
+    from sgld_cli.generate import EngineFactory
+
+_GENERATE_NOTES = """\
+Every option is a key of the config file, too: --num-frames is num_frames. Flags come before the file, the file before
+the picture of --from. Switches are --flag, --flag true|false or --no-flag; --a_b is --a-b. Paths of the outputs go to
+stdout, all else to stderr. Exit codes: 0 done, 1 a generation failed, 2 bad input, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None, *, engine_class: "EngineFactory | None" = None) -> int:
+    """Run `sgld` with these arguments, by default those of the process.
+
+    :param engine_class: makes the engine of `generate`, for tests.
+    :return: the exit code.
+    """
+    try:
+        return _run(with_dashes(sys.argv[1:] if argv is None else argv), engine_class)
+    except KeyboardInterrupt:
+        print("sgld: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code, message = _outcome(_innermost(error))
+        if message is None:
+            raise
+        print(error_line(message), file=sys.stderr)
+        return code
+
+
+def _outcome(error: Exception) -> tuple[int, str | None]:
+    """The exit code and the message for an error; no message where the traceback is wanted."""
+    match error:
+        case UsageError() | FieldError():
+            return BAD_INPUT, str(error)
+        case SgldError():
+            return exit_code(error.code), str(error)
+        case _ if os.environ.get("SGLD_TRACEBACK"):
+            return FAILED, None
+        case _:
+            return FAILED, f"{type(error).__name__}: {error} (a bug of sgld; SGLD_TRACEBACK=1 shows where)"
+
+
+def _innermost(error: Exception) -> Exception:
+    """The first error in groups of groups, which task groups make even of a single one."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _run(argv: Sequence[str], engine_class: "EngineFactory | None") -> int:
+    parser = build_parser()
+    args, extras = parser.parse_known_args(argv)
+    refuse_unknown(extras)
+    match args.command:
+        case "generate":
+            from sgld_cli import generate
+
+            return generate.run(args, engine_class)
+        case "info":
+            from sgld_cli import info
+
+            return info.run(args.model_path, as_json=args.json)
+        case "version":
+            from sgld_cli import version
+
+            return version.run()
+        case _:
+            parser.print_help()
+            return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = Parser(prog="sgld", description="Generate pictures and videos with diffusion models.")
+    parser.add_argument(
+        "--version", action="store_const", const="version", dest="command", help="same as: sgld version"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_generate(commands.add_parser("generate", help="generate pictures or a video", epilog=_GENERATE_NOTES))
+    _add_info(commands.add_parser("info", help="show what a model consists of"))
+    commands.add_parser("version", help="show the versions of sgld and what it runs on")
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "sgld generate --prompt PROMPT [PROMPT ...] [options]"
+    parser.description = "Generate pictures or a video and write them to files."
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings")
+    parser.add_argument("--from", dest="picture", metavar="FILE", help="repeat a picture from its metadata")
+    parser.add_argument("--print-config", action="store_true", help="show the merged settings and leave")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per output instead of paths")
+    add_flags(parser)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show the components of a model, its defaults and what sgld has learned about it."
+    parser.add_argument(
+        "--model-path", "--model", required=True, metavar="PATH", help="folder or Hugging Face model id"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")

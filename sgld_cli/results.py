@@ -1,0 +1,181 @@
+"""The files and the JSON objects that `sgld generate` leaves behind."""
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sgld import __version__
+from sgld.events import Completed
+from sgld.media.files import (
+    Content,
+    MediaFormat,
+    extension_of,
+    file_name,
+    format_of,
+    resolve_output,
+    write_atomically,
+    write_unique,
+)
+from sgld.media.images import encode_image
+from sgld.media.videos import write_video
+from sgld.sampling_params import SamplingParams
+from sgld_cli.options import UsageError
+from sgld_cli.progress import Output
+from sgld_cli.settings import Settings
+
+DEFAULT_FPS = 24.0
+"""As in SGLang Diffusion."""
+
+# Settings of the engine that change the pixels, hence belong to what repeats a picture.
+_ENGINE_METADATA = ("revision", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing")
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Where the time of an output went, in seconds.
+
+    `queued_s`: until it ran; `elapsed_s`: until its pixels were there, the queue included; `write_s`: encoding and
+    writing its files.
+    """
+
+    queued_s: float | None
+    elapsed_s: float
+    write_s: float
+
+
+class Written(msgspec.Struct, frozen=True):
+    """The files of one output."""
+
+    paths: tuple[str, ...] = ()
+    frame_paths: tuple[str, ...] = ()
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """One output, as `--json` prints it."""
+
+    request_id: str
+    output_index: int
+    prompt: str
+    paths: tuple[str, ...]
+    frame_paths: tuple[str, ...]
+    seed: int
+    size: str
+    num_frames: int
+    num_inference_steps: int | None
+    timings: Timings
+
+
+def result_of(
+    params: SamplingParams, completed: Completed, files: Written, num_steps: int | None, timings: Timings
+) -> Result:
+    """What is said of an output; `num_steps` as its progress said, where the params leave that to the model."""
+    num_frames, height, width, _ = completed.frames.shape
+    return Result(
+        request_id=completed.request_id,
+        output_index=completed.output_index,
+        prompt=params.prompt,
+        paths=files.paths,
+        frame_paths=files.frame_paths,
+        seed=completed.seed,
+        size=f"{width}x{height}",
+        num_frames=num_frames,
+        num_inference_steps=num_steps or params.num_inference_steps,
+        timings=timings,
+    )
+
+
+class Files:
+    """Names and writes the files of a run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._config = settings.output
+        self._folder = Path(settings.output.output_path)
+
+    def prepare(self) -> None:
+        """Check all that can be checked before there are results, and make the folder.
+
+        :raises UsageError: the folder can't be written to, or the name has the wrong ending.
+        :raises InvalidRequest: the name can't be used.
+        """
+        name = self._config.output_file_name
+        if name is not None:
+            self._check_name(name)
+        if not self._config.save_output:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the output folder {self._folder} can't be made: {error.strerror}") from None
+        if not os.access(self._folder, os.W_OK | os.X_OK):
+            raise UsageError(f"the output folder {self._folder} can't be written to")
+
+    def write(self, output: Output, params: SamplingParams, completed: Completed) -> Written:
+        """Encode and write an output; takes long, so call it in a thread.
+
+        :raises OSError: a file can't be written.
+        :raises InvalidRequest: the format has no files of this size, or the metadata doesn't fit into it.
+        """
+        if not self._config.save_output:
+            return Written()
+        media_format = self._format(num_frames=len(completed.frames))
+        metadata = self._metadata(params, completed) if self._config.metadata else None
+        content = self._content(media_format, params, completed, metadata)
+        path = self._write(output, completed.seed, media_format, content)
+        return Written((str(path),), self._write_frames(path, completed) if media_format == "mp4" else ())
+
+    def _check_name(self, name: str) -> None:
+        media_format = format_of(name)
+        resolve_output(self._folder, name)
+        num_frames = self._settings.params[0].num_frames or 1
+        if num_frames > 1 and media_format != "mp4":
+            raise UsageError(f"{num_frames} frames don't fit into {name}: a video ends in .mp4")
+
+    def _format(self, *, num_frames: int) -> MediaFormat:
+        """The format that the name asks for; a video is an MP4 in any case, which isn't known before it is there."""
+        if num_frames > 1:
+            return "mp4"
+        return format_of(self._config.output_file_name) if self._config.output_file_name else "png"
+
+    def _content(
+        self, media_format: MediaFormat, params: SamplingParams, completed: Completed, metadata: dict[str, Any] | None
+    ) -> Content:
+        quality = self._config.output_quality
+        if media_format != "mp4":
+            return encode_image(completed.frames[0], media_format, quality=quality, metadata=metadata)
+        fps = params.fps or DEFAULT_FPS
+        return lambda path: write_video(path, completed.frames, fps=fps, quality=quality, metadata=metadata)
+
+    def _write(self, output: Output, seed: int, media_format: MediaFormat, content: Content) -> Path:
+        """Write to the given name, in place of a file that is there, or to a new name of our own."""
+        if self._config.output_file_name is None:
+            name = file_name(output.prompt, seed, media_format, datetime.now())
+            return write_unique(self._folder / name, content)
+        path = self._folder / self._config.output_file_name
+        if format_of(path.name) != media_format:
+            path = path.with_suffix(extension_of(media_format))
+        if output.total > 1:
+            path = path.with_stem(f"{path.stem}-{output.number - 1}")
+        write_atomically(path, content)
+        return path
+
+    def _write_frames(self, path: Path, completed: Completed) -> tuple[str, ...]:
+        if not self._config.return_frames:
+            return ()
+        paths = [path.with_name(f"{path.stem}-frame-{index:04}.png") for index in range(len(completed.frames))]
+        for frame_path, frame in zip(paths, completed.frames, strict=True):
+            write_atomically(frame_path, encode_image(frame, "png"))
+        return tuple(map(str, paths))
+
+    def _metadata(self, params: SamplingParams, completed: Completed) -> dict[str, Any]:
+        """What repeats this output; defaults of the model stay open, so that they are looked up again."""
+        engine = msgspec.to_builtins(self._settings.engine)
+        chosen = msgspec.to_builtins(msgspec.structs.replace(params, seed=completed.seed))
+        return {
+            "version": __version__,
+            "model_path": self._settings.engine.model_path,
+            **{name: engine[name] for name in _ENGINE_METADATA if engine[name]},
+            "params": {name: value for name, value in chosen.items() if value is not None},
+        }

@@ -1,0 +1,1 @@
+"""Tests of the command line; `sgld` below is a command run in this process with a fake engine."""

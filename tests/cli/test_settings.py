@@ -1,0 +1,187 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
+from sgld_cli.options import UsageError
+from sgld_cli.settings import Setting, accept, build, merge, refuse_unknown, show
+from sgld_cli.sources import read_config
+
+# The example of docs/cli.md of SGLang Diffusion, but for num_gpus and sp_size, which are 2 there.
+PAGE_CONFIG = """
+model_path: FastVideo/FastHunyuan-diffusers
+prompt: A beautiful woman in a red dress walking down a street
+output_path: outputs/
+num_gpus: 1
+sp_size: 1
+tp_size: 1
+num_frames: 45
+height: 720
+width: 1280
+num_inference_steps: 6
+seed: 1024
+fps: 24
+precision: bf16
+vae_precision: fp16
+vae_tiling: true
+vae_sp: true
+enable_torch_compile: false
+"""
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_example_of_the_page_works(tmp_path: Path) -> None:
+    settings = build(merge([accept(read_config(write(tmp_path, PAGE_CONFIG)), "config.yaml")]))
+    assert settings.engine.model_path == "FastVideo/FastHunyuan-diffusers"
+    assert settings.engine.dit_precision == "bf16"
+    assert settings.engine.vae_tiling
+    assert settings.output.output_path == "outputs/"
+    (params,) = settings.params
+    assert (params.num_frames, params.width, params.height, params.fps, params.seed) == (45, 1280, 720, 24.0, 1024)
+
+
+@pytest.mark.parametrize("line", ["num_gpus: 2", "sp_size: 2", "enable_torch_compile: true", "tp-size: 4"])
+def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: str, tmp_path: Path) -> None:
+    name = line.partition(":")[0]
+    with pytest.raises(UsageError, match=rf"^{name} in my.yaml .*isn't supported yet"):
+        accept(read_config(write(tmp_path, line)), "my.yaml")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--lora-path", "--vae-path", "--text-encoder-weights-path", "--pin-cpu-memory", "--attention-backend-config"],
+)
+def test_later_flags_are_refused_by_name(flag: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{flag} isn't supported yet"):
+        refuse_unknown([flag, "x"])
+
+
+def test_values_that_state_what_is_done_today_are_accepted() -> None:
+    today = {
+        "backend": "sglang",
+        "trust_remote_code": False,
+        "quantization": None,
+        "--pin-cpu-memory": ["false"],
+        "--backend": ["auto"],
+    }
+    assert accept({name: raw for name, raw in today.items() if raw is not None}, "flag") == {}
+
+
+@pytest.mark.parametrize(("name", "raw"), [("backend", "diffusers"), ("--pin-cpu-memory", []), ("lora_path", "x")])
+def test_other_values_of_later_settings_are_refused(name: str, raw: object) -> None:
+    with pytest.raises(UsageError, match="isn't supported yet"):
+        accept({name: raw}, "flag")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("num_infernce_steps", "num_inference_steps"), ("--modle-path", "--model-path")]
+)
+def test_unknown_names_come_with_a_suggestion(name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is unknown; did you mean {meant}?"):
+        accept({name: 5}, "flag")
+
+
+def test_unknown_names_without_a_likeness_come_without() -> None:
+    with pytest.raises(UsageError, match=r"^xyzzy in c\.json is unknown$"):
+        accept({"xyzzy": 5}, "c.json")
+
+
+def test_stray_words_are_refused() -> None:
+    with pytest.raises(UsageError, match="'cat' belongs to no flag"):
+        refuse_unknown(["cat"])
+
+
+def test_flags_override_the_file_and_the_file_the_picture() -> None:
+    merged = merge([accept({"--seed": "1"}, "flag"), accept({"seed": 2, "fps": 8}, "c.yaml"), accept({"fps": 9}, "p")])
+    assert merged["seed"] == Setting(1, "flag")
+    assert merged["fps"] == Setting(8.0, "c.yaml")
+    assert merged["height"] == Setting(None, "default")
+
+
+def test_file_of_prompts_hides_the_prompt_of_a_lower_source() -> None:
+    merged = merge([accept({"--prompt-path": "p.txt"}, "flag"), accept({"prompt": "a cat"}, "c.yaml")])
+    assert (merged["prompt"].value, merged["prompt_path"].value) == ((), "p.txt")
+
+
+def test_prompt_and_file_of_prompts_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="can't be given together"):
+        accept({"--prompt-path": "p.txt", "--prompt": ["a"]}, "flag")
+
+
+def test_two_spellings_of_one_setting_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="sets dit_precision, which is set already"):
+        accept({"dit_precision": "bf16", "precision": "fp16"}, "c.yaml")
+
+
+def test_null_stands_for_the_default() -> None:
+    assert accept({"seed": None}, "c.yaml") == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "model"),
+    [
+        ({}, EMBEDDED_IMAGE_MODEL),
+        ({"--num-frames": "1"}, EMBEDDED_IMAGE_MODEL),
+        ({"--num-frames": "2"}, EMBEDDED_VIDEO_MODEL),
+        ({"--num-frames": "2", "--model": "mine"}, "mine"),
+    ],
+)
+def test_default_model_fits_the_number_of_frames(flags: dict[str, object], model: str) -> None:
+    assert merge([accept(flags, "flag")])["model_path"].value == model
+
+
+def test_every_prompt_gets_its_own_params(tmp_path: Path) -> None:
+    path = write(tmp_path, "a cat\n\n  a dog \n", "prompts.txt")
+    settings = build(merge([accept({"--prompt-path": str(path), "--seed": "7"}, "flag")]))
+    assert [(params.prompt, params.seed) for params in settings.params] == [("a cat", 7), ("a dog", 7)]
+
+
+def test_there_must_be_a_prompt_or_an_explicit_empty_one() -> None:
+    with pytest.raises(UsageError, match="no prompt"):
+        build(merge([]))
+    assert build(merge([accept({"--prompt": [""]}, "flag")])).params[0].prompt == ""
+
+
+def test_shown_settings_are_a_config_file_with_sources(tmp_path: Path) -> None:
+    merged = merge([accept({"--seed": "1", "--prompt": ["a: #b"]}, "flag"), accept({"fps": 8}, "c.yaml")])
+    text = show(merged, as_json=False)
+    assert "seed: 1  # flag" in text.splitlines()
+    assert "fps: 8.0  # c.yaml" in text.splitlines()
+    assert "port" not in text
+    again = merge([accept(read_config(write(tmp_path, text)), "again.yaml")])
+    assert {name: setting.value for name, setting in again.items()} == {
+        name: setting.value for name, setting in merged.items()
+    }
+
+
+def test_shown_settings_as_json() -> None:
+    shown = msgspec.json.decode(show(merge([accept({"--seed": "1"}, "flag")]), as_json=True))
+    assert shown["seed"] == {"value": 1, "source": "flag"}
+    assert shown["sp_degree"] == {"value": 1, "source": "default"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("c.json", "{", "isn't JSON"),
+        ("c.yaml", "a: [", "isn't YAML"),
+        ("c.yml", "- a", "doesn't hold keys"),
+        ("c.yaml", "1: 2", "doesn't hold keys"),
+        ("c.toml", "a = 1", "'.toml'"),
+    ],
+)
+def test_bad_config_files_are_refused_in_one_line(name: str, text: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=problem) as caught:
+        read_config(write(tmp_path, text, name))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_config_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_config(tmp_path / "c.yaml")
