@@ -65,6 +65,8 @@ class Completed(Event, frozen=True, kw_only=True, tag="completed"):
 
     frames: "NDArray[np.uint8]"
     seed: int
+    fps: float | None
+    """Frames per second: the client's choice, or what the model's author recommends."""
     elapsed_s: float
     """Seconds since the request arrived."""
 

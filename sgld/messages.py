@@ -46,8 +46,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     precisions: dict[str, str]
     """Component name to the dtype of its parameters."""
-    modes: dict[str, str]
-    """Component name to merge, interleave or exclusive, as proved so far."""
+    fps: float | None
+    """Frames per second that the model's author recommends."""
 
 
 class Command(msgspec.Struct, frozen=True, tag_field="type"):
@@ -119,6 +119,10 @@ class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     is_timed: bool
 
 
+class Idle(Reply, frozen=True, tag="idle"):
+    """A `Run` has come to its end; the rank waits for commands."""
+
+
 class Stepped(Reply, frozen=True, kw_only=True, tag="stepped"):
     """A task finished denoising step `step` of `num_steps` (counted from 1)."""
 
@@ -136,11 +140,11 @@ class Previewed(Reply, frozen=True, kw_only=True, tag="previewed"):
 
 
 class Decoded(Reply, frozen=True, kw_only=True, tag="decoded"):
-    """Frames of the result from `index` on, (F, H, W, 3), of `num_frames` in all (0: not known yet)."""
+    """Frames of the result from `index` on, (F, H, W, 3); they replace what was sent for those before."""
 
     request_id: str
     index: int
-    num_frames: int
+    is_video: bool
     pixels: TensorRef
 
 
@@ -166,5 +170,16 @@ class TaskCancelled(Reply, frozen=True, kw_only=True, tag="task_cancelled"):
 
 AnyCommand = Start | Run | Cancel | Exit
 AnyReply = (
-    Alive | Ready | LoadFailed | Pending | Ran | Stepped | Previewed | Decoded | Finished | TaskFailed | TaskCancelled
+    Alive
+    | Ready
+    | LoadFailed
+    | Pending
+    | Ran
+    | Idle
+    | Stepped
+    | Previewed
+    | Decoded
+    | Finished
+    | TaskFailed
+    | TaskCancelled
 )

@@ -1,16 +1,27 @@
 """For tests, ours and those of users: does sgld serve this pipeline correctly?"""
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from anyio import to_thread
+
+from sgld.config import EngineConfig
 from sgld.engine.cost import FlatCost
+from sgld.engine.replica import Rank
 from sgld.engine.scheduler import Scheduler
+from sgld.ipc.channel import channel_pair
+from sgld.ipc.tensor_queue import tensor_queue
 from sgld.messages import Pending, Ran, Stepped
+from sgld.models.load import LoadedModel
 from sgld.worker.executor import Executor
+from sgld.worker.main import serve
 from sgld.worker.session import Job, Session
-from sgld.worker.task import Outcome, Value
+from sgld.worker.task import Outcome, Task, Value
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,9 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
             case Stepped(request_id=request_id, step=step):
                 scheduler.stepped(request_id, step)
 
-    def ended(request_id: str, outcome: Outcome) -> None:
-        scheduler.remove(request_id)
-        outputs[request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
+    def ended(task: Task, outcome: Outcome) -> None:
+        scheduler.remove(task.request_id)
+        outputs[task.request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
 
     session = Session(Executor(merge=merge), emit, ended)
     for index in range(len(calls)):
@@ -68,3 +79,32 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
         largest_batch=session.counters.largest_batch,
         mode="merge" if "merge" in modes else "interleave",
     )
+
+
+class InlineReplica:
+    """Serves a loaded pipeline in a thread of this process: `Engine(config, rank_factory=InlineReplica(pipeline))`.
+
+    The channel, the tensor queue and the rank's code are the real ones.
+
+    :param defaults: sampling params that the model recommends, by parameter name.
+    """
+
+    def __init__(self, pipeline: Any, defaults: Mapping[str, Any] | None = None) -> None:
+        self._model = LoadedModel(pipeline, torch.device("cpu"), dict(defaults or {}), "inline")
+
+    @asynccontextmanager
+    async def __call__(self, config: EngineConfig) -> AsyncIterator[Rank]:
+        """A rank, as long as the block lasts."""
+        front, rank_end = channel_pair()
+        reader, writer = tensor_queue()
+        args = (rank_end, writer, config, lambda: self._model)
+        thread = threading.Thread(target=serve, args=args, name="inline-rank")
+        thread.start()
+        try:
+            yield Rank(front, reader)
+        finally:
+            # The rank sees that the front is gone, cancels its tasks and leaves.
+            front.close()
+            await to_thread.run_sync(thread.join)
+            writer.close()
+            reader.close()

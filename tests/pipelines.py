@@ -52,7 +52,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-VOCABULARY = ["<pad>", "</s>", "<unk>", *"a an the red green blue cat dog sun moon hill lake on under over of".split()]
+WORDS = "a an the red green blue cat dog sun moon hill lake on under over of"
+VOCABULARY = ["<pad>", "</s>", "<unk>", *WORDS.split()]
 
 
 def tokenizer(max_length: int = 16) -> PreTrainedTokenizerFast:

@@ -158,7 +158,8 @@ class Scheduler:
 
     def _remaining_of(self, request_id: str) -> float | None:
         running = self._running.get(request_id)
-        return self._mean_service_s if running is None else self._remaining_s(running) or self._mean_service_s
+        remaining_s = self._remaining_s(running) if running is not None else None
+        return self._mean_service_s if remaining_s is None else remaining_s
 
     def _remaining_s(self, running: _Running) -> float | None:
         """Steps left at the cost of a step, and decoding."""

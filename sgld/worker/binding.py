@@ -8,8 +8,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Self
 
-from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.guiders import BaseGuidance
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from sgld.errors import InvalidRequest
@@ -25,6 +24,8 @@ NEEDS_GRADIENTS = frozenset(
         "CLIPGuidedStableDiffusion",
     }
 )
+# By name: to import them takes half a second.
+_STATEFUL = {"SchedulerMixin", "BaseGuidance"}
 
 
 def bind(pipeline: Any, task: Task) -> Any:
@@ -61,7 +62,7 @@ class _Binding:
             own: Any = ComponentProxy(value, name, self._hand_over)
         elif isinstance(value, DiffusionPipeline):
             return self.bound(value, f"{name}.")
-        elif isinstance(value, SchedulerMixin | BaseGuidance):
+        elif _STATEFUL & {base.__name__ for base in type(value).__mro__}:
             own = copy.deepcopy(value)
         else:
             return value

@@ -7,6 +7,7 @@ the executor runs; everything else a pipeline asks of a component goes to the re
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -74,6 +75,8 @@ class Call:
     context: CallContext
     step_index: int = 0
     num_steps: int = 0
+    around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """Entered around the invocation, in the executor's thread."""
     id: int = field(default_factory=lambda: next(_ids))
 
     @property
@@ -104,7 +107,7 @@ class Call:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Invoke the component with these arguments in this thread, under the call's context."""
         function = self.module if self.method == "forward" else getattr(self.module, self.method)
-        with entered(self.context, self.module):
+        with entered(self.context, self.module), self.around():
             return function(*args, **kwargs)
 
 
@@ -116,7 +119,7 @@ class ComponentProxy:
     """
 
     def __init__(self, real: nn.Module, name: str, hand_over: Callable[..., Any]) -> None:
-        self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _cache=None)
+        self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _cache=None, _around={})
         self.__dict__["__module__"] = type(real).__module__
 
     @property  # type: ignore[misc]
@@ -159,4 +162,14 @@ class ComponentProxy:
         """The call of `method`, with the context of this thread."""
         has_cache = getattr(self._real, "is_cache_enabled", False)
         context = current_context(self._cache if has_cache else None)
-        return Call(request_id, self._name, self._real, method, args, kwargs, context)
+        around = self._around.get(method, contextlib.nullcontext)
+        return Call(request_id, self._name, self._real, method, args, kwargs, context, around=around)
+
+    def enter_around(self, method: str, around: Callable[[], AbstractContextManager[None]]) -> None:
+        """Enter a context around each call of `method`, in the executor's thread."""
+        self._around[method] = around
+
+    @property
+    def real(self) -> nn.Module:
+        """The component itself."""
+        return self.__dict__["_real"]  # type: ignore[no-any-return]

@@ -46,7 +46,7 @@ class Session:
 
     executor: Executor
     emit: Callable[[Pending | Ran | Stepped], None]
-    ended: Callable[[str, Outcome], None]
+    ended: Callable[[Task, Outcome], None]
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class Session:
     def _finish(self, task: Task) -> None:
         del self._tasks[task.request_id], self._jobs[task.request_id]
         assert task.end is not None
-        self.ended(task.request_id, task.end)
+        self.ended(task, task.end)
 
     def _announce(self, request_id: str, call: Call) -> None:
         """Tell the scheduler of a call. Keys matter only in company, and only then is anything learned for them."""

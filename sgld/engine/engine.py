@@ -1,0 +1,314 @@
+"""The engine: requests in, events out. One event loop owns the scheduler and the handles of the ranks."""
+
+import logging
+import multiprocessing
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from itertools import count
+from types import TracebackType
+from typing import Self, assert_never
+
+import anyio
+import numpy as np
+
+from sgld.config import EngineConfig
+from sgld.engine.cost import CostModel
+from sgld.engine.entry import Entry
+from sgld.engine.replica import Rank, RankFactory, rank_process
+from sgld.engine.scheduler import Batch, Scheduler
+from sgld.errors import EngineClosed, ModelError, RankLost
+from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
+from sgld.messages import (
+    Alive,
+    AnyReply,
+    Cancel,
+    Decoded,
+    Finished,
+    Idle,
+    LoadFailed,
+    ModelInfo,
+    Pending,
+    Previewed,
+    Ran,
+    Ready,
+    Run,
+    Start,
+    Stepped,
+    TaskCancelled,
+    TaskFailed,
+)
+from sgld.request import Request, RequestState
+from sgld.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+# A forward that takes this many times its prediction hangs.
+HANG_FACTOR = 20.0
+# A request that was running when so many ranks were lost is to blame.
+MAX_LOSSES = 2
+_ids = count(1)
+
+
+class Engine:
+    """Serves one model: `async with Engine(config) as engine: async for event in engine.generate(params)`.
+
+    Entering it doesn't wait for the model; requests wait for it, and `ready` does.
+
+    :param rank_factory: starts a rank; by default a process of its own.
+    """
+
+    def __init__(self, config: EngineConfig, *, rank_factory: RankFactory = rank_process) -> None:
+        self._config = config
+        self._rank_factory = rank_factory
+        self._cost = CostModel()
+        self._scheduler = Scheduler(
+            self._cost,
+            max_running_requests=config.max_running_requests,
+            max_queued_requests=config.max_queued_requests,
+            max_batch_size=config.max_batch_size,
+        )
+        self._entries: dict[str, Entry] = {}
+        self._rank: Rank | None = None
+        """None while no rank is ready."""
+        self._model: ModelInfo | None = None
+        self._running: Batch | None = None
+        self._load_error: ModelError | None = None
+        self._is_decided = anyio.Event()
+        """The model is loaded, or can't be."""
+        self._is_open = False
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        _refuse_unguarded_spawn()
+        tasks = await self._stack.enter_async_context(anyio.create_task_group())
+        self._stack.callback(tasks.cancel_scope.cancel)
+        self._is_open = True
+        tasks.start_soon(self._serve)
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_open = False
+        for entry in list(self._entries.values()):
+            self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+        await self._stack.aclose()
+
+    async def ready(self) -> ModelInfo:
+        """Wait until the model is loaded.
+
+        :raises ModelError: it can't be.
+        """
+        await self._is_decided.wait()
+        if self._model is None:
+            raise self._load_error or ModelError(f"{self._config.model_path} isn't loaded")
+        return self._model
+
+    async def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
+        """Run one request and stream its events; each of its outputs ends with an event of its own.
+
+        Leaving the iteration early cancels what still runs.
+
+        :raises QueueFull: too many requests wait.
+        :raises EngineClosed: the engine isn't open.
+        :raises ModelError: the model can't be served.
+        """
+        entries = self._submit(params)
+        stream = entries[0].stream
+        try:
+            num_open = len(entries)
+            while num_open:
+                event = await stream.get()
+                if event is None:
+                    raise self._load_error or EngineClosed("the engine was closed")
+                num_open -= isinstance(event, Completed | Failed | Cancelled)
+                yield event
+        finally:
+            for entry in entries:
+                self._cancel(entry)
+
+    def _submit(self, params: SamplingParams) -> list[Entry]:
+        if not self._is_open:
+            raise EngineClosed("the engine isn't open; use it in an `async with` block")
+        if self._load_error is not None:
+            raise self._load_error
+        self._scheduler.check_room(params.num_outputs_per_prompt)
+        group, now = f"r{next(_ids)}", time.monotonic()
+        entries: list[Entry] = []
+        for index in range(params.num_outputs_per_prompt):
+            request = Request(id=f"{group}-{index}", output_index=index, params=params.output(index), arrived_at=now)
+            entry = Entry(request, group, entries[0].stream if entries else None)
+            self._entries[request.id] = entry
+            self._scheduler.add(request.id, now)
+            entries.append(entry)
+        for entry in entries:
+            position, eta_s = self._scheduler.position(entry.request.id), self._scheduler.eta_s(entry.request.id)
+            entry.put(entry.event(Queued, position=position, eta_s=eta_s))
+        self._tick()
+        return entries
+
+    def _cancel(self, entry: Entry) -> None:
+        """End a request that is still on its way; its task ends at its next call."""
+        if entry.state.is_terminal:
+            return
+        if entry.state is RequestState.RUNNING and self._rank is not None:
+            self._send(Cancel(request_id=entry.request.id))
+        self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+        self._tick()
+
+    async def _serve(self) -> None:
+        """Keep a rank alive as long as the engine is open."""
+        while self._is_open and self._load_error is None:
+            async with self._rank_factory(self._config) as rank:
+                problem = await self._drive(rank)
+            if problem is not None:
+                self._recover(problem)
+
+    async def _drive(self, rank: Rank) -> str | None:
+        """Work with a rank until it is lost; returns how that came about, None if the model can't be served."""
+        rank.expect_reply(self._config.load_timeout_s)
+        try:
+            while self._load_error is None:
+                reply: AnyReply | None = await rank.receive()
+                while reply is not None:
+                    self._handle(rank, reply)
+                    reply = rank.receive_nowait()
+                self._tick()
+        except RankLost as error:
+            if self._rank is not None:
+                return str(error)
+            self._fail_load(f"{self._config.model_path} can't be loaded: {error}")
+        finally:
+            self._rank = None
+        return None
+
+    def _tick(self) -> None:
+        """Start what may start and, when the rank has nothing to run, give it the next batch."""
+        if self._rank is None:
+            return
+        for request_id in self._scheduler.admit():
+            entry = self._entries[request_id]
+            entry.change(RequestState.RUNNING)
+            self._send(Start(request_id=request_id, params=entry.request.params))
+            entry.put(entry.event(Started))
+        if self._running is None and (batch := self._scheduler.next_batch(time.monotonic())) is not None:
+            self._running = batch
+            self._send(Run(call_ids=batch.call_ids, num_ticks=batch.num_ticks))
+        self._rank.expect_reply(self._silence_limit_s())
+
+    def _silence_limit_s(self) -> float | None:
+        """How long the rank may be silent: while it has work, as long as its forward may take."""
+        if self._running is None and not any(e.state is RequestState.RUNNING for e in self._entries.values()):
+            return None
+        predicted_s = (self._running.predicted_s if self._running else None) or 0.0
+        return max(self._config.run_timeout_s, HANG_FACTOR * predicted_s)
+
+    def _send(self, command: Start | Run | Cancel) -> None:
+        assert self._rank is not None
+        try:
+            self._rank.send(command)
+        except RankLost:
+            # Whoever waits for its replies sees it, too, and recovers.
+            logger.debug("%s wasn't sent, the rank is gone", command)
+
+    def _handle(self, rank: Rank, reply: AnyReply) -> None:
+        match reply:
+            case Alive(stage=stage):
+                logger.debug("the rank is %s", stage)
+            case Ready(model=model):
+                self._rank, self._model = rank, model
+                self._is_decided.set()
+            case LoadFailed(message=message):
+                self._fail_load(message)
+            case Pending(call=call):
+                self._scheduler.pending(call)
+            case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
+                self._scheduler.ran(call_ids, elapsed_s)
+                if reply.is_timed:
+                    self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
+            case Idle():
+                self._running = None
+            case Previewed() | Decoded():
+                self._take_pixels(rank, reply)
+            case Stepped() | Finished() | TaskFailed() | TaskCancelled():
+                self._report(reply)
+            case unknown:
+                assert_never(unknown)
+
+    def _take_pixels(self, rank: Rank, reply: Previewed | Decoded) -> None:
+        """Copy pixels out of the tensor queue: the consumer may keep them, the rank needs the slots."""
+        entry = self._entries.get(reply.request_id)
+        with rank.tensors.borrowed(reply.pixels) as view:
+            if entry is None:
+                return
+            pixels = view.copy()
+        if isinstance(reply, Previewed):
+            entry.put(entry.event(Preview, step=reply.step, image=pixels))
+        elif (new := entry.keep(reply.index, pixels)) is not None and reply.is_video:
+            entry.put(entry.event(Frames, index=new[0], frames=new[1]))
+
+    def _report(self, reply: Stepped | Finished | TaskFailed | TaskCancelled) -> None:
+        entry = self._entries.get(reply.request_id)
+        if entry is None:
+            return
+        match reply:
+            case Stepped(step=step, num_steps=num_steps):
+                self._scheduler.stepped(reply.request_id, step)
+                eta_s = self._scheduler.eta_s(reply.request_id)
+                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
+            case Finished():
+                self._end(entry, RequestState.COMPLETED, self._completed(entry))
+            case TaskFailed(code=code, message=message):
+                self._end(entry, RequestState.FAILED, entry.event(Failed, code=code, message=message))
+            case TaskCancelled():
+                self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+
+    def _completed(self, entry: Entry) -> Completed:
+        assert self._model is not None
+        params = entry.request.params
+        return entry.event(
+            Completed,
+            frames=np.concatenate(entry.frames),
+            seed=params.seed,
+            fps=params.fps or self._model.fps,
+            elapsed_s=time.monotonic() - entry.request.arrived_at,
+        )
+
+    def _end(self, entry: Entry, state: RequestState, event: Completed | Failed | Cancelled) -> None:
+        self._entries.pop(entry.request.id)
+        self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
+        entry.change(state)
+        entry.put(event)
+
+    def _recover(self, problem: str) -> None:
+        """The rank is lost: its requests run again, but one that was running when two ranks were lost fails."""
+        logger.warning("%s; it is started again", problem)
+        blamed = set(self._running.request_ids) if self._running else None
+        self._running = None
+        for entry in [e for e in self._entries.values() if e.state is RequestState.RUNNING]:
+            entry.attempt += 1
+            entry.num_losses += blamed is None or entry.request.id in blamed
+            if entry.num_losses >= MAX_LOSSES:
+                message = f"{problem}, for the second time while it worked on this request"
+                self._end(entry, RequestState.FAILED, entry.event(Failed, code=RankLost.code, message=message))
+                continue
+            entry.change(RequestState.QUEUED)
+            self._scheduler.requeue(entry.request.id)
+            entry.put(entry.event(Restarted, attempt=entry.attempt))
+
+    def _fail_load(self, message: str) -> None:
+        """The model can't be served: everybody is told, and nothing is accepted any more."""
+        self._load_error = ModelError(message)
+        self._model = None
+        self._is_decided.set()
+        for entry in list(self._entries.values()):
+            self._entries.pop(entry.request.id)
+            entry.change(RequestState.FAILED)
+            entry.stream.close()
+
+
+def _refuse_unguarded_spawn() -> None:
+    """A spawned process imports the main script again; without a guard that would start another engine."""
+    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
+        sys.exit("sgld: a script that starts an engine needs `if __name__ == '__main__':` around its main part")

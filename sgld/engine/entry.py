@@ -1,0 +1,97 @@
+"""What the engine keeps of one request on its way."""
+
+from collections import deque
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from sgld.events import AnyEvent, Preview, Progress
+from sgld.request import TRANSITIONS, Request, RequestState
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+EventT = TypeVar("EventT", bound=AnyEvent)
+
+
+class EventStream:
+    """Events on their way to one consumer; putting never waits.
+
+    Of progress and previews only the latest of each output is kept while the consumer is behind, so its length is
+    bounded by what a request has to tell.
+    """
+
+    def __init__(self) -> None:
+        self._events: deque[AnyEvent] = deque()
+        self._has_news = anyio.Event()
+        self._is_closed = False
+
+    def put(self, event: AnyEvent) -> None:
+        """Add an event, in the place of one that it outdates."""
+        if isinstance(event, Progress | Preview):
+            for index, other in enumerate(self._events):
+                if type(other) is type(event) and other.output_index == event.output_index:
+                    del self._events[index]
+                    break
+        self._events.append(event)
+        self._has_news.set()
+
+    def close(self) -> None:
+        """Let the consumer take what is there, then None."""
+        self._is_closed = True
+        self._has_news.set()
+
+    async def get(self) -> AnyEvent | None:
+        """Wait for the next event; None when the stream is closed. No deadline: each request ends with an event."""
+        while not self._events:
+            if self._is_closed:
+                return None
+            self._has_news = anyio.Event()
+            await self._has_news.wait()
+        return self._events.popleft()
+
+
+class Entry:
+    """A request, its state, its frames so far, and where its events go.
+
+    :param group: the id of the client's call; its outputs share a stream.
+    """
+
+    def __init__(self, request: Request, group: str, stream: EventStream | None = None) -> None:
+        self.request = request
+        self.stream = stream or EventStream()
+        self.state = RequestState.QUEUED
+        self.attempt = 1
+        self.num_losses = 0
+        self.frames: list[NDArray[np.uint8]] = []
+        """Pieces of the result, (F, H, W, 3) each."""
+        self._group = group
+        self._num_delivered = 0
+
+    def change(self, state: RequestState) -> None:
+        """Go to another state; what was decoded in an attempt that failed is dropped."""
+        assert state in TRANSITIONS[self.state], f"{self.request.id}: {self.state} to {state}"
+        self.state = state
+        if state is RequestState.QUEUED:
+            self.frames = []
+
+    def put(self, event: AnyEvent) -> None:
+        """Send an event to the consumer."""
+        self.stream.put(event)
+
+    def event(self, kind: type[EventT], **fields: Any) -> EventT:
+        """An event of this output."""
+        return kind(request_id=self._group, output_index=self.request.output_index, **fields)
+
+    def keep(self, index: int, pixels: "NDArray[np.uint8]") -> "tuple[int, NDArray[np.uint8]] | None":
+        """Keep frames from `index` on in the place of what was sent for them before.
+
+        :return: the index and frames among them that weren't delivered yet.
+        """
+        while sum(map(len, self.frames)) > index:
+            self.frames.pop()
+        self.frames.append(pixels)
+        first = max(index, self._num_delivered)
+        self._num_delivered = max(self._num_delivered, index + len(pixels))
+        return (first, pixels[first - index :]) if first < index + len(pixels) else None

@@ -1,0 +1,149 @@
+"""The front's handle of a rank: it starts the process, talks to it, and sees when it dies or hangs."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+
+import anyio
+from anyio import to_thread
+
+from sgld.config import EngineConfig
+from sgld.errors import ChannelClosed, RankLost
+from sgld.ipc.channel import FrontEnd, RankEnd, channel_pair
+from sgld.ipc.tensor_queue import TensorReader, TensorWriter, tensor_queue
+from sgld.messages import AnyCommand, AnyReply, Exit
+from sgld.worker.main import rank_main
+
+# A rank that was told to leave ends its tasks at their next call; after this time it is killed.
+EXIT_GRACE_S = 2.0
+_KILLED_GRACE_S = 5.0
+# How often a silent rank is looked at: it is found to hang this much too late at worst.
+_LOOK_S = 0.5
+
+
+class Rank:
+    """Rank 0 of a replica, wherever it runs."""
+
+    def __init__(self, front: FrontEnd[AnyCommand, AnyReply], tensors: TensorReader) -> None:
+        self.tensors = tensors
+        self._front = front
+        self._heard_at = time.monotonic()
+        self._limit_s: float | None = None
+
+    def send(self, command: AnyCommand) -> None:
+        """Send a command; never waits.
+
+        :raises RankLost: the rank is gone.
+        """
+        try:
+            self._front.send_nowait(command)
+        except ChannelClosed as error:
+            raise RankLost(str(error)) from None
+
+    def expect_reply(self, limit_s: float | None) -> None:
+        """From now on a silence longer than this means that the rank hangs; None: it may be silent."""
+        if limit_s != self._limit_s:
+            self._heard_at = time.monotonic()
+        self._limit_s = limit_s
+
+    async def receive(self) -> AnyReply:
+        """Wait for the next reply.
+
+        :raises RankLost: the rank is gone, or hangs.
+        """
+        while True:
+            with anyio.move_on_after(_LOOK_S):
+                try:
+                    reply = await self._front.receive()
+                except ChannelClosed:
+                    raise RankLost("the rank process died") from None
+                self._heard_at = time.monotonic()
+                return reply
+            silence_s = time.monotonic() - self._heard_at
+            if self._limit_s is not None and silence_s > self._limit_s:
+                raise RankLost(f"the rank process hangs: it was silent for {silence_s:.0f} s")
+
+    def receive_nowait(self) -> AnyReply | None:
+        """A reply that is there already, or None.
+
+        :raises RankLost: the rank is gone.
+        """
+        try:
+            return self._front.receive_nowait()
+        except anyio.WouldBlock:
+            return None
+        except ChannelClosed:
+            raise RankLost("the rank process died") from None
+
+
+RankFactory = Callable[[EngineConfig], AbstractAsyncContextManager[Rank]]
+
+
+class _Process(Protocol):
+    """What is needed of multiprocessing's process."""
+
+    sentinel: int
+    exitcode: int | None
+
+    def kill(self) -> None: ...
+    def join(self, timeout: float | None = None) -> None: ...
+    def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def rank_process(config: EngineConfig) -> AsyncIterator[Rank]:
+    """A rank in a process of its own, as long as the block lasts; afterwards nothing of it is left."""
+    front, rank_end = channel_pair()
+    reader, writer = tensor_queue()
+    process = await to_thread.run_sync(_start, rank_end, writer, config)
+    try:
+        async with _flushing(front):
+            yield Rank(front, reader)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await _end(front, process)
+        reader.close()
+
+
+def _start(rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig) -> Any:
+    """Start the process, in a thread: torch is imported for it, which takes a second."""
+    import torch.multiprocessing
+
+    # Not a daemon: those may not have children, and loaders may use them. It watches its parent instead.
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=rank_main, args=(rank_end, writer, config), name="sgld-rank-0"
+    )
+    process.start()
+    rank_end.close()
+    writer.close()
+    return process
+
+
+@asynccontextmanager
+async def _flushing(front: FrontEnd[AnyCommand, AnyReply]) -> AsyncIterator[None]:
+    async def flush() -> None:
+        # The death of the rank shows where its replies are awaited.
+        with contextlib.suppress(ChannelClosed):
+            await front.flush_forever()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flush)
+        try:
+            yield
+        finally:
+            tasks.cancel_scope.cancel()
+
+
+async def _end(front: FrontEnd[AnyCommand, AnyReply], process: _Process) -> None:
+    """Ask the process to leave, kill it if it doesn't, and reap it."""
+    with contextlib.suppress(ChannelClosed, anyio.WouldBlock):
+        front.send_nowait(Exit())
+    with anyio.move_on_after(EXIT_GRACE_S):
+        await anyio.wait_readable(process.sentinel)
+    if process.exitcode is None:
+        process.kill()
+    front.close()
+    await to_thread.run_sync(process.join, _KILLED_GRACE_S)
+    process.close()

@@ -1,0 +1,70 @@
+"""What a model consists of, read from its files without loading it."""
+
+import json
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgld.errors import ModelError
+from sgld.models.resolve import defaults, model_index, resolve
+from sgld.models.verdicts import known_modes
+
+# The first 8 bytes of a safetensors file are the length of its JSON header. Source: github.com/huggingface/safetensors.
+_HEADER_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One entry of model_index.json; `size_bytes` is that of its files, `dtype` that of most of its weights."""
+
+    name: str
+    library: str
+    class_name: str
+    size_bytes: int
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model: its pipeline, its components, and what was proved of them so far."""
+
+    pipeline_class: str
+    components: tuple[Component, ...]
+    defaults: dict[str, Any]
+    modes: dict[str, str]
+    """Component name to merge or interleave."""
+
+
+def describe(model_path: str) -> Description:
+    """Describe a model; of one on the hub only what is in its model_index.json.
+
+    :raises ModelError: it can't be found or read.
+    """
+    source = resolve(model_path)
+    index = model_index(source)
+    if "_class_name" not in index:
+        raise ModelError(f"model_index.json of {model_path} names no pipeline class (_class_name)")
+    entries = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    components = (_component(name, str(v[0]), str(v[1]), source.folder) for name, v in entries.items())
+    return Description(str(index["_class_name"]), tuple(components), defaults(source), known_modes(source, index))
+
+
+def _component(name: str, library: str, class_name: str, folder: Path | None) -> Component:
+    files = [path for path in (folder / name).rglob("*") if path.is_file()] if folder else []
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    return Component(name, library, class_name, sum(path.stat().st_size for path in files), _main_dtype(weights))
+
+
+def _main_dtype(weights: list[Path]) -> str | None:
+    """The dtype of most elements in some safetensors files, as they spell it; None if there are none."""
+    counts: Counter[str] = Counter()
+    for path in weights:
+        with path.open("rb") as file:
+            (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+            header = json.loads(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                counts[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return counts.most_common(1)[0][0] if counts else None

@@ -1,0 +1,103 @@
+"""Loading a model with diffusers' own loader, and the pipelines that share its components."""
+
+import inspect
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+
+from sgld.config import EngineConfig
+from sgld.errors import InvalidRequest, ModelError
+from sgld.messages import ModelInfo
+from sgld.models.resolve import defaults, one_line, resolve
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device: the pipeline that was loaded, and its siblings for other inputs.
+
+    `defaults` are the sampling params that the model's author recommends.
+    """
+
+    pipeline: Any
+    device: torch.device
+    defaults: dict[str, Any]
+    model_path: str
+    _siblings: dict[str, Any] = field(default_factory=dict)
+
+    def pipeline_for(self, *, has_image: bool) -> Any:
+        """The pipeline that takes such input; a sibling has the same components, which aren't cast or moved.
+
+        :raises InvalidRequest: there is none.
+        """
+        if not has_image or "image" in inspect.signature(self.pipeline.__call__).parameters:
+            return self.pipeline
+        if "image" not in self._siblings:
+            self._siblings["image"] = _image_to_image(self.pipeline)
+        return self._siblings["image"]
+
+    def info(self) -> ModelInfo:
+        """What the front says of the model."""
+        modules = {n: m for n, m in self.pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        return ModelInfo(
+            model_path=self.model_path,
+            pipeline_class=type(self.pipeline).__name__,
+            device=str(self.device),
+            precisions={name: str(next(m.parameters()).dtype).removeprefix("torch.") for name, m in modules.items()},
+            fps=self.defaults.get("fps"),
+        )
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Load a model onto its device.
+
+    :raises ModelError: it can't be found, read or served.
+    """
+    source = resolve(config.model_path)
+    device = _device(config)
+    # The main thread runs the forwards.
+    torch.set_num_threads(config.num_cpu_threads or os.cpu_count() or 1)
+    disable_progress_bar()
+    dtype: Any = _DTYPES[config.dit_precision or ("fp32" if device.type == "cpu" else "bf16")]
+    if config.vae_precision:
+        dtype = {"default": dtype, "vae": _DTYPES[config.vae_precision]}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source.pretrained_name, revision=config.revision, dtype=dtype)
+    except (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
+    pipeline.to(device)
+    _set_up_vae(pipeline, config)
+    return LoadedModel(pipeline, device, defaults(source), config.model_path)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ModelError("device is 'cuda', but torch finds no GPU here; use --device cpu or auto")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+
+
+def _set_up_vae(pipeline: Any, config: EngineConfig) -> None:
+    vae = getattr(pipeline, "vae", None)
+    for is_wanted, method in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
+        if is_wanted and not hasattr(vae, method):
+            raise ModelError(f"{method} is asked for, but {type(vae).__name__} of {config.model_path} doesn't have it")
+        if is_wanted:
+            getattr(vae, method)()
+
+
+def _image_to_image(pipeline: Any) -> Any:
+    """The image-to-image pipeline of the same model, from the same components. `from_pipe` would cast them."""
+    from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+
+    name = type(pipeline).__name__
+    sibling = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
+    if sibling is None:
+        raise InvalidRequest(f"{name} takes no input image, and has no image-to-image sibling", "image_path")
+    accepted = inspect.signature(sibling.__init__).parameters
+    return sibling(**{name: part for name, part in pipeline.components.items() if name in accepted})

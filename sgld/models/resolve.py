@@ -1,0 +1,73 @@
+"""From what a user calls a model to where it is: a folder on disk, or an id on the Hugging Face hub."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
+from sgld.errors import ModelError
+
+EMBEDDED = {
+    EMBEDDED_IMAGE_MODEL: Path(__file__).parent / "embedded" / "tiny_image",
+    EMBEDDED_VIDEO_MODEL: Path(__file__).parent / "embedded" / "tiny_video",
+}
+INDEX_FILE = "model_index.json"
+DEFAULTS_FILE = "sgld_defaults.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: `folder` holds model_index.json; None means that `model_path` is an id on the hub."""
+
+    model_path: str
+    folder: Path | None
+
+    @property
+    def pretrained_name(self) -> str:
+        """What diffusers loads."""
+        return str(self.folder or self.model_path)
+
+
+def resolve(model_path: str) -> ModelSource:
+    """Find a model without loading it or reaching the hub.
+
+    :raises ModelError: it is a folder without model_index.json, or neither a folder nor a possible hub id.
+    """
+    folder = EMBEDDED.get(model_path, Path(model_path).expanduser())
+    if folder.is_dir():
+        if not (folder / INDEX_FILE).is_file():
+            raise ModelError(f"{model_path} has no {INDEX_FILE}; a model is a folder in the layout of diffusers")
+        return ModelSource(model_path, folder)
+    if folder.exists():
+        raise ModelError(f"{model_path} is a file; a model is a folder in the layout of diffusers")
+    is_hub_id = model_path.count("/") <= 1 and not model_path.startswith((".", "/", "~")) and model_path.strip()
+    if not is_hub_id:
+        raise ModelError(f"there is no folder {model_path!r}, and it isn't a Hugging Face model id (owner/name)")
+    return ModelSource(model_path, None)
+
+
+def model_index(source: ModelSource) -> dict[str, Any]:
+    """The model's model_index.json, fetched from the hub if need be.
+
+    :raises ModelError: it can't be read.
+    """
+    try:
+        if source.folder is not None:
+            return dict(json.loads((source.folder / INDEX_FILE).read_text()))
+        from huggingface_hub import hf_hub_download
+
+        return dict(json.loads(Path(hf_hub_download(source.model_path, INDEX_FILE)).read_text()))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{INDEX_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
+
+
+def defaults(source: ModelSource) -> dict[str, Any]:
+    """What the model's author recommends: sampling params by name; empty where nothing is said."""
+    path = source.folder / DEFAULTS_FILE if source.folder else None
+    return dict(json.loads(path.read_text())) if path and path.is_file() else {}
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,103 @@
+"""From what a client chose to the keyword arguments of a pipeline's `__call__`, by its signature."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sgld.errors import InvalidRequest
+from sgld.sampling_params import SamplingParams
+
+# Fields that the pipeline gets under their own name, if it has such a parameter.
+_NAMED = (
+    "negative_prompt",
+    "height",
+    "width",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_scale_2",
+    "true_cfg_scale",
+    "guidance_rescale",
+    "max_sequence_length",
+)
+_OWNED = (
+    "output_type",
+    "return_dict",
+    "generator",
+    "callback",
+    "callback_steps",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+)
+
+
+def arguments(
+    pipeline: Any, params: SamplingParams, defaults: Mapping[str, Any], images: Sequence[Any]
+) -> dict[str, Any]:
+    """The keyword arguments of one request.
+
+    :param defaults: what the model's author recommends, by parameter name; used where the client chose nothing.
+    :raises InvalidRequest: the pipeline has no parameter for something that the client chose.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    chosen = {name: value for name in _NAMED if (value := getattr(params, name)) is not None}
+    chosen |= _prompt(params, accepted) | _images(images) | _video(params, accepted)
+    chosen |= _extra(params, accepted)
+    for name in chosen:
+        if name not in accepted:
+            raise InvalidRequest(f"{type(pipeline).__name__} takes no {name}; it takes {', '.join(accepted)}", name)
+    recommended = {name: value for name, value in defaults.items() if name in accepted}
+    ours = {"generator": _generator(params), "output_type": "pt"}
+    return recommended | chosen | {name: value for name, value in ours.items() if name in accepted}
+
+
+def num_steps(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many steps a request has, as far as its arguments tell; 0 if they don't."""
+    parameter = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+    steps = kwargs.get("num_inference_steps", parameter.default if parameter else 0)
+    return steps if isinstance(steps, int) else 0
+
+
+def _prompt(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": params.prompt} if params.prompt or "prompt" in accepted else {}
+
+
+def _images(images: Sequence[Any]) -> dict[str, Any]:
+    return {"image": images[0] if len(images) == 1 else list(images)} if images else {}
+
+
+def _video(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any]:
+    """One frame is a picture, and the frame rate concerns only pipelines that know of it."""
+    chosen: dict[str, Any] = {}
+    if params.num_frames is not None and (params.num_frames > 1 or "num_frames" in accepted):
+        chosen["num_frames"] = params.num_frames
+    rate = next((name for name in ("fps", "frame_rate") if name in accepted), None)
+    if params.fps is not None and rate is not None:
+        chosen[rate] = params.fps
+    return chosen
+
+
+def _extra(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any]:
+    for name in params.diffusers_kwargs:
+        if name in _OWNED:
+            raise InvalidRequest(f"diffusers_kwargs.{name} is set by sgld itself; leave it out", "diffusers_kwargs")
+        if name in params.__struct_fields__:
+            raise InvalidRequest(f"diffusers_kwargs.{name}: give {name} itself instead", "diffusers_kwargs")
+        if name not in accepted:
+            close = difflib.get_close_matches(name, accepted, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; it takes {', '.join(accepted)}"
+            raise InvalidRequest(
+                f"diffusers_kwargs.{name}: the pipeline has no such parameter{hint}", "diffusers_kwargs"
+            )
+    return params.diffusers_kwargs
+
+
+def _generator(params: SamplingParams) -> torch.Generator:
+    """:raises InvalidRequest: there is no such device here."""
+    if params.generator_device == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("generator_device is 'cuda', but torch finds no GPU here", "generator_device")
+    return torch.Generator(params.generator_device).manual_seed(params.seed)

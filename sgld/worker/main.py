@@ -1,0 +1,103 @@
+"""The process of a rank: it loads the model, then does what the front commands."""
+
+import faulthandler
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from sgld.config import EngineConfig
+from sgld.errors import ChannelClosed, ModelError
+from sgld.ipc.channel import RankEnd
+from sgld.ipc.tensor_queue import TensorWriter
+from sgld.messages import (
+    Alive,
+    AnyCommand,
+    AnyReply,
+    LoadFailed,
+    Ready,
+)
+
+if TYPE_CHECKING:
+    from sgld.models.load import LoadedModel
+
+logger = logging.getLogger(__name__)
+HEARTBEAT_S = 2.0
+Channel = RankEnd[AnyReply, AnyCommand]
+
+
+def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig) -> None:
+    """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone."""
+    # Ctrl-C reaches the whole process group; the front decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    _leave_with_parent()
+    _quieten()
+
+    def load() -> "LoadedModel":
+        from sgld.models.load import load
+
+        return load(config)
+
+    serve(channel, tensors, config, load)
+
+
+def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "Callable[[], LoadedModel]") -> None:
+    """Load a model and run commands until `Exit`; in a process of its own or in a thread."""
+    try:
+        with _heartbeat(channel, "loading"):
+            model = load()
+            # Late, because it imports torch: a rank says that it lives before it does.
+            from sgld.worker.rank import Rank
+
+            rank = Rank(model, channel, tensors, config)
+        channel.send(Ready(model=model.info()))
+        rank.run()
+    except ModelError as error:
+        channel.send(LoadFailed(message=str(error)))
+    except ChannelClosed:
+        logger.debug("the front is gone")
+    finally:
+        channel.close()
+
+
+@contextmanager
+def _heartbeat(channel: Channel, stage: str) -> Iterator[None]:
+    """Say that the rank lives while it can't answer."""
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(HEARTBEAT_S):
+            channel.send(Alive(stage=stage))
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent does, however that happens."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watcher", daemon=True).start()
+
+
+def _quieten() -> None:
+    """Keep other libraries' progress bars and hints off the terminal; they read this when they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

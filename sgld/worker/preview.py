@@ -1,0 +1,247 @@
+"""Previews: the clean latents that a step predicts, turned to RGB by a linear map fitted against the VAE itself."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sgld.worker.pixels import to_uint8
+from sgld.worker.task import Task
+
+# Side of the pictures that the map is fitted on, in latent pixels, and how many there are.
+_FIT_SIDE, _FIT_PICTURES = 8, 16
+# A glue between the noise scheduler's sample and the VAE's input that leaves more than this, relative, isn't one.
+_GLUE_ERROR = 1e-3
+Geometry = tuple[str, tuple[int, ...]]
+
+
+def steps_to_show(num_previews: int, num_steps: int) -> frozenset[int]:
+    """After which steps (counted from 1) a preview is sent: evenly spread, not after the last."""
+    count = min(num_previews, max(num_steps - 1, 0))
+    return frozenset(round((index + 1) * num_steps / (count + 1)) for index in range(count))
+
+
+def predicted_clean(scheduler: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
+    """The clean latents that a noise scheduler would arrive at in one go, or None if it isn't known how.
+
+    To be asked before `scheduler.step`. Source: the `step` and `convert_model_output` methods of diffusers'
+    noise schedulers.
+    """
+    config = scheduler.config
+    prediction = config.get("prediction_type", "flow_prediction" if "shift" in config else "epsilon")
+    if getattr(scheduler, "step_index", 0) is None:
+        scheduler._init_step_index(timestep)
+    if hasattr(scheduler, "convert_model_output") and config.get("algorithm_type", "dpmsolver++") == "dpmsolver++":
+        return scheduler.convert_model_output(model_output, sample=sample)
+    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index"):
+        return _from_sigma(prediction, model_output, sample, scheduler.sigmas[scheduler.step_index])
+    if hasattr(scheduler, "alphas_cumprod"):
+        return _from_alpha(prediction, model_output, sample, scheduler.alphas_cumprod[int(timestep)])
+    return None
+
+
+def _from_sigma(prediction: str, output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> Any:
+    sigma = sigma.to(sample.device)
+    if prediction in ("flow_prediction", "epsilon"):
+        return sample - sigma * output
+    if prediction == "v_prediction":
+        return output * (-sigma / (sigma**2 + 1) ** 0.5) + sample / (sigma**2 + 1)
+    return output if prediction == "sample" else None
+
+
+def _from_alpha(prediction: str, output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor) -> Any:
+    signal, noise = alpha.to(sample.device) ** 0.5, (1 - alpha.to(sample.device)) ** 0.5
+    if prediction == "epsilon":
+        return (sample - noise * output) / signal
+    if prediction == "v_prediction":
+        return signal * sample - noise * output
+    return output if prediction == "sample" else None
+
+
+@dataclass(frozen=True)
+class Glue:
+    """From the noise scheduler's sample to the VAE's input: `arrange`, then a scale and a shift of each channel."""
+
+    arrange: Callable[[torch.Tensor], torch.Tensor]
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __call__(self, sample: torch.Tensor) -> torch.Tensor:
+        """The VAE's input, (B, C, [F,] H, W)."""
+        arranged = self.arrange(sample).float()
+        shape = (1, -1, *(1,) * (arranged.ndim - 2))
+        return arranged * self.scale.reshape(shape) + self.shift.reshape(shape)
+
+
+def fitted_glue(sample: torch.Tensor, latents: torch.Tensor) -> Glue | None:
+    """What turns a final sample into what the VAE was given then, if it is an arrangement, a scale and a shift."""
+    for arrange in _arrangements(sample.shape, latents.shape):
+        x = arrange(sample).float().transpose(0, 1).flatten(1)
+        y = latents.float().transpose(0, 1).flatten(1)
+        x_mean, y_mean = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        scale = ((x - x_mean) * (y - y_mean)).sum(1, keepdim=True) / ((x - x_mean) ** 2).sum(1, keepdim=True)
+        shift = y_mean - scale * x_mean
+        if (x * scale + shift - y).norm() <= _GLUE_ERROR * y.norm():
+            return Glue(arrange, scale.flatten(), shift.flatten())
+    return None
+
+
+def _arrangements(sample: torch.Size, latents: torch.Size) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Ways from one shape to the other: an order of the axes, or tokens of patches put back in their places."""
+    if len(sample) == len(latents):
+        for order in permutations(range(1, len(sample))):
+            if torch.Size([sample[0], *(sample[axis] for axis in order)]) == latents:
+                yield functools.partial(torch.permute, dims=(0, *order))
+    elif len(sample) == 3 and sample.numel() == latents.numel():
+        batch, channels, height, width = latents[0], latents[1], latents[-2], latents[-1]
+        frames = latents.numel() // (batch * channels * height * width)
+        for side in (1, 2):
+            if height % side or width % side or sample[2] != channels * side * side:
+                continue
+            grid = (batch, frames, height // side, width // side)
+            for tokens, order in (
+                ((*grid, channels, side, side), (0, 4, 1, 2, 5, 3, 6)),
+                ((*grid, side, side, channels), (0, 6, 1, 2, 4, 3, 5)),
+            ):
+                yield functools.partial(_unpacked, tokens=tokens, order=order, shape=latents)
+
+
+def _unpacked(
+    sample: torch.Tensor, *, tokens: tuple[int, ...], order: tuple[int, ...], shape: torch.Size
+) -> torch.Tensor:
+    return sample.reshape(tokens).permute(order).reshape(shape)
+
+
+def guessed_glue(vae: Any, sample: torch.Tensor) -> Glue | None:
+    """Before a request of this geometry has finished: the sample is the VAE's input but for the config's scaling."""
+    config = vae.config
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    num_channels = len(means) if means else config.get("latent_channels", config.get("z_dim"))
+    if sample.ndim not in (4, 5) or sample.shape[1] != num_channels:
+        return None
+    if means and stds:
+        return Glue(_as_it_is, torch.tensor(stds).to(sample.device), torch.tensor(means).to(sample.device))
+    ones = torch.ones(sample.shape[1], device=sample.device)
+    return Glue(_as_it_is, ones / (config.get("scaling_factor") or 1), ones * (config.get("shift_factor") or 0))
+
+
+def _as_it_is(sample: torch.Tensor) -> torch.Tensor:
+    return sample
+
+
+def fitted_rgb(vae: Any) -> torch.Tensor:
+    """The linear map from the VAE's latents to RGB in [-1, 1], (C + 1, 3): least squares over smooth random pictures.
+
+    :raises AttributeError: the VAE has no encoder.
+    """
+    parameter = next(vae.parameters())
+    ratio = int(getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config.block_out_channels) - 1))
+    noise = torch.randn(_FIT_PICTURES, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    side = _FIT_SIDE * ratio
+    pictures = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(-1, 1)
+    is_video = getattr(vae, "temporal_compression_ratio", None) is not None or hasattr(vae, "clear_cache")
+    given = pictures.unsqueeze(2) if is_video else pictures
+    with torch.no_grad():
+        encoded = vae.encode(given.to(parameter.device, parameter.dtype))
+    distribution = getattr(encoded, "latent_dist", None)
+    latents = (distribution.mode() if distribution is not None else encoded[0]).float().cpu()
+    if is_video:
+        latents = latents[:, :, 0]
+    colours = torch.nn.functional.interpolate(pictures, latents.shape[-2:], mode="area")
+    x = latents.movedim(1, -1).flatten(0, -2)
+    y = colours.movedim(1, -1).flatten(0, -2)
+    x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    solution: torch.Tensor = torch.linalg.lstsq(x, y).solution
+    return solution
+
+
+@dataclass
+class Previewer:
+    """The previews of one rank: what is learned of each VAE and geometry, kept for the requests to come."""
+
+    _rgb: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    _glue: dict[Geometry, Glue | None] = field(default_factory=dict)
+
+    def watch(
+        self, task: Task, bound: Any, real_vae: Any, num_previews: int, send: Callable[[int, NDArray[np.uint8]], None]
+    ) -> None:
+        """Send up to `num_previews` pictures (H, W, 3) with their step while a task denoises."""
+        if num_previews == 0 or real_vae is None:
+            return
+        watched = _Watched(self, task, real_vae, num_previews, send)
+        for name, value in list(vars(bound).items()):
+            if name.endswith("scheduler") and hasattr(value, "step"):
+                value.step = watched.around_step(value, value.step)
+        decode = bound.vae.decode
+        vars(bound.vae)["decode"] = functools.wraps(decode)(functools.partial(watched.around_decode, decode))
+
+    def picture(self, vae: Any, geometry: Geometry, clean: torch.Tensor) -> NDArray[np.uint8] | None:
+        """Predicted clean latents as RGB, (H, W, 3); of a video the frame in the middle. None: no map fits."""
+        glue = self._glue[geometry] if geometry in self._glue else guessed_glue(vae, clean)
+        rgb = self._rgb_of(vae)
+        if glue is None or rgb is None:
+            return None
+        latents = glue(clean[:1])[0]
+        if latents.ndim == 4:
+            latents = latents[:, latents.shape[1] // 2]
+        rgb = rgb.to(latents.device)
+        colours = torch.einsum("chw,cr->hwr", latents, rgb[:-1]) + rgb[-1]
+        return to_uint8(colours / 2 + 0.5).cpu().numpy()
+
+    def learn(self, geometry: Geometry, sample: torch.Tensor, latents: torch.Tensor) -> None:
+        """A request is about to be decoded: what its last sample became."""
+        if geometry not in self._glue:
+            self._glue[geometry] = fitted_glue(sample[:1], latents[:1])
+
+    def _rgb_of(self, vae: Any) -> torch.Tensor | None:
+        if id(vae) not in self._rgb:
+            try:
+                self._rgb[id(vae)] = fitted_rgb(vae)
+            except (AttributeError, NotImplementedError):
+                self._rgb[id(vae)] = None
+        return self._rgb[id(vae)]
+
+
+class _Watched:
+    """One task whose noise scheduler and VAE are watched."""
+
+    def __init__(self, previewer: Previewer, task: Task, vae: Any, num_previews: int, send: Any) -> None:
+        self._previewer = previewer
+        self._task = task
+        self._vae = vae
+        self._num_previews = num_previews
+        self._send = send
+        self._last: torch.Tensor | None = None
+        self._sent: set[int] = set()
+
+    def around_step(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+        # Pipelines look at the signature of `step` to see what it takes.
+        @functools.wraps(step)
+        def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            number = self._task.step + 1
+            if number in steps_to_show(self._num_previews, self._task.num_steps) - self._sent:
+                self._sent.add(number)
+                self._show(number, predicted_clean(scheduler, model_output, timestep, sample))
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            self._last = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
+
+        return watched
+
+    def around_decode(self, decode: Callable[..., Any], latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._last is not None:
+            self._previewer.learn(self._geometry(self._last), self._last, latents)
+        return decode(latents, *args, **kwargs)
+
+    def _show(self, number: int, clean: torch.Tensor | None) -> None:
+        picture = None if clean is None else self._previewer.picture(self._vae, self._geometry(clean), clean)
+        if picture is not None:
+            self._send(number, picture)
+
+    def _geometry(self, sample: torch.Tensor) -> Geometry:
+        return str(id(self._vae)), tuple(sample.shape)

@@ -1,0 +1,177 @@
+"""Rank 0 of a replica: commands in, calls and results out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+import torch
+
+from sgld.config import EngineConfig
+from sgld.errors import InvalidRequest, OutOfMemory, PipelineFailed, SgldError
+from sgld.ipc.channel import RankEnd
+from sgld.ipc.tensor_queue import TensorWriter
+from sgld.media.images import load_image
+from sgld.messages import (
+    AnyCommand,
+    AnyReply,
+    Cancel,
+    Exit,
+    Finished,
+    Idle,
+    Run,
+    Start,
+    TaskCancelled,
+    TaskFailed,
+)
+from sgld.sampling_params import SamplingParams
+from sgld.worker.arguments import arguments, num_steps
+from sgld.worker.executor import Executor
+from sgld.worker.pixels import pixels_of, to_uint8
+from sgld.worker.preview import Previewer
+from sgld.worker.results import Results
+from sgld.worker.session import Job, Session, is_cancelled
+from sgld.worker.streaming import can_stream, streamed
+from sgld.worker.task import Outcome, Raised, Task
+
+if TYPE_CHECKING:
+    from sgld.models.load import LoadedModel
+
+
+class Rank:
+    """Serves one loaded model. All of it runs in the thread that owns the device, but for tasks and results."""
+
+    def __init__(
+        self,
+        model: "LoadedModel",
+        channel: RankEnd[AnyReply, AnyCommand],
+        tensors: TensorWriter,
+        config: EngineConfig,
+    ) -> None:
+        self._model = model
+        self._channel = channel
+        self._results = Results(channel, tensors)
+        synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+        self._session = Session(Executor(merge=config.merge, synchronize=synchronize), channel.send, self._ended)
+        self._previewer = Previewer()
+        if model.device.type == "cuda":
+            tensors.pin()
+
+    def run(self) -> None:
+        """Do what the front commands until it says `Exit`.
+
+        :raises ChannelClosed: the front is gone.
+        """
+        try:
+            while True:
+                # No deadline: a rank without requests has nothing to do.
+                match self._channel.receive(None):
+                    case Start(request_id=request_id, params=params):
+                        self._start(request_id, params)
+                    case Run(call_ids=call_ids, num_ticks=num_ticks):
+                        self._session.run(call_ids, num_ticks, self._channel.is_readable)
+                        self._channel.send(Idle())
+                    case Cancel(request_id=request_id):
+                        self._session.cancel(request_id)
+                    case Exit():
+                        return
+                    case None:
+                        continue
+                    case unknown:
+                        assert_never(unknown)
+        finally:
+            self._session.close()
+            self._results.close()
+
+    def _start(self, request_id: str, params: SamplingParams) -> None:
+        try:
+            images = [load_image(Path(path)) for path in params.image_path]
+            pipeline = self._model.pipeline_for(has_image=bool(images))
+            kwargs = arguments(pipeline, params, self._model.defaults, images)
+        except SgldError as error:
+            self._results.message(TaskFailed(request_id=request_id, code=error.code, message=str(error)))
+            return
+        output = _Output(self._results, request_id, self._model, self._previewer, params)
+        self._session.start(
+            Job(
+                request_id,
+                pipeline,
+                kwargs,
+                num_steps=num_steps(pipeline, kwargs),
+                prepare=output.prepare,
+                finish=output.finish,
+            )
+        )
+
+    def _ended(self, task: Task, outcome: Outcome) -> None:
+        request_id = task.request_id
+        if is_cancelled(outcome):
+            self._results.message(TaskCancelled(request_id=request_id))
+        elif isinstance(outcome, Raised):
+            failure = translated(outcome.error, has_made_calls=task.num_calls > 0)
+            self._results.message(TaskFailed(request_id=request_id, code=failure.code, message=str(failure)))
+        else:
+            self._results.message(Finished(request_id=request_id))
+
+
+class _Output:
+    """Sends what one task shows while it runs and in the end."""
+
+    def __init__(
+        self, results: Results, request_id: str, model: "LoadedModel", previewer: Previewer, params: SamplingParams
+    ) -> None:
+        self._results = results
+        self._request_id = request_id
+        self._model = model
+        self._previewer = previewer
+        self._num_previews = params.num_previews
+        self._video_processor: Any = None
+        self._streamed: list[torch.Tensor] = []
+
+    def prepare(self, task: Task, bound: Any) -> None:
+        """In the task's thread, before its pipeline runs."""
+        # The executor has the cores; a pool of threads for each task would fight for them.
+        torch.set_num_threads(1)
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)
+        vae = getattr(bound, "vae", None)
+        if vae is None:
+            return
+        self._previewer.watch(task, bound, vae.real, self._num_previews, self._preview)
+        self._video_processor = getattr(bound, "video_processor", None)
+        if can_stream(vae.real) and self._video_processor is not None:
+            vae.enter_around("decode", lambda: streamed(vae.real, self._stream))
+
+    def finish(self, _bound: Any, result: Any) -> None:
+        """In the task's thread: send the frames that weren't sent while they were decoded."""
+        pixels = pixels_of(result)
+        sent = torch.cat(self._streamed) if self._streamed else pixels.frames[:0]
+        if len(sent) > len(pixels.frames) or not torch.equal(sent, pixels.frames[: len(sent)]):
+            # The pipeline did more with what was decoded than its processor does: these are the right frames.
+            sent = pixels.frames[:0]
+        if len(sent) < len(pixels.frames):
+            rest = pixels.frames[len(sent) :]
+            self._results.frames(self._request_id, len(sent), rest, is_video=pixels.is_video)
+
+    def _preview(self, step: int, picture: Any) -> None:
+        self._results.preview(self._request_id, step, picture)
+
+    def _stream(self, samples: torch.Tensor) -> None:
+        """In the executor's thread: frames that were just decoded, (B, 3, F, H, W) in [-1, 1]."""
+        video = self._video_processor.postprocess_video(samples, output_type="pt")
+        frames = to_uint8(video[0].permute(0, 2, 3, 1))
+        index = sum(len(part) for part in self._streamed)
+        self._streamed.append(frames)
+        self._results.frames(self._request_id, index, frames, is_video=True)
+
+
+def translated(error: BaseException, *, has_made_calls: bool) -> SgldError:
+    """What the client is told of an exception of its pipeline.
+
+    Pipelines check their arguments before they call anything, and complain with ValueError or TypeError.
+    """
+    if isinstance(error, SgldError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemory("the device has too little memory for this request; ask for a smaller size or fewer frames")
+    if not has_made_calls and isinstance(error, ValueError | TypeError):
+        return InvalidRequest(str(error))
+    return PipelineFailed(f"{type(error).__name__}: {error}")

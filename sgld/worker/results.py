@@ -1,0 +1,91 @@
+"""What leaves a rank: control messages at once, pixels and everything after them through a thread of their own.
+
+The thread waits for the tensor queue, so that a slow front holds up neither the executor nor the tasks, until
+`MAX_WAITING` results wait; then the task that has one more waits with the baton, and the rank stands still.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sgld.errors import Cancelled, ChannelClosed
+from sgld.ipc.channel import RankEnd
+from sgld.ipc.tensor_queue import TensorWriter
+from sgld.messages import AnyCommand, AnyReply, Decoded, Previewed, TensorRef
+
+MAX_WAITING = 64
+Array = torch.Tensor | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A message that can be made once its pixels are in the tensor queue."""
+
+    pixels: Array
+    message: Callable[[TensorRef], AnyReply]
+
+
+class Results:
+    """Sends messages and pixels in the order in which they are given."""
+
+    def __init__(self, channel: RankEnd[AnyReply, AnyCommand], tensors: TensorWriter) -> None:
+        self._channel = channel
+        self._tensors = tensors
+        self._waiting: queue.Queue[_Parcel | AnyReply | None] = queue.Queue(MAX_WAITING)
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._send_all, name="results", daemon=True)
+        self._thread.start()
+
+    def preview(self, request_id: str, step: int, picture: NDArray[np.uint8]) -> None:
+        """Send a preview, (H, W, 3), uint8."""
+        self._put(_Parcel(picture, lambda ref: Previewed(request_id=request_id, step=step, pixels=ref)))
+
+    def frames(self, request_id: str, index: int, frames: torch.Tensor, *, is_video: bool) -> None:
+        """Send frames, (F, H, W, 3), uint8, in pieces that the tensor queue takes."""
+        frame_bytes = frames[0].numel()
+        per_piece = max(1, self._tensors.max_bytes // frame_bytes)
+        for start in range(0, len(frames), per_piece):
+            piece, at = frames[start : start + per_piece], index + start
+            self._put(
+                _Parcel(
+                    piece,
+                    lambda ref, at=at: Decoded(request_id=request_id, index=at, is_video=is_video, pixels=ref),  # type: ignore[misc]
+                )
+            )
+
+    def message(self, message: AnyReply) -> None:
+        """Send a message after all that was given before."""
+        self._put(message)
+
+    def close(self) -> None:
+        """Send what waits, unless the front is gone."""
+        self._waiting.put(None)
+        self._thread.join(timeout=5)
+        self._is_closed.set()
+
+    def _put(self, item: _Parcel | AnyReply) -> None:
+        # CUDA work is ordered by streams: the thread must not copy before the pixels are there.
+        if isinstance(item, _Parcel) and isinstance(item.pixels, torch.Tensor) and item.pixels.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._waiting.put(item)
+
+    def _send_all(self) -> None:
+        try:
+            while (item := self._waiting.get()) is not None:
+                if isinstance(item, _Parcel):
+                    ref = self._tensors.put(item.pixels, should_stop=self._is_closed.is_set)
+                    self._channel.send(item.message(ref))
+                else:
+                    self._channel.send(item)
+        except (ChannelClosed, Cancelled):
+            self._drain()
+
+    def _drain(self) -> None:
+        """The front is gone: nothing that a task gives any more may block it."""
+        while self._waiting.get() is not None:
+            pass
