@@ -9,7 +9,7 @@ from typing import Any
 
 from sgld.errors import ModelError
 from sgld.models.resolve import defaults, model_index, resolve
-from sgld.models.verdicts import known_modes
+from sgld.models.verdicts import VerdictFile
 
 # The first 8 bytes of a safetensors file are the length of its JSON header. Source: github.com/huggingface/safetensors.
 _HEADER_LENGTH = struct.Struct("<Q")
@@ -48,7 +48,9 @@ def describe(model_path: str) -> Description:
         raise ModelError(f"model_index.json of {model_path} names no pipeline class (_class_name)")
     entries = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
     components = (_component(name, str(v[0]), str(v[1]), source.folder) for name, v in entries.items())
-    return Description(str(index["_class_name"]), tuple(components), defaults(source), known_modes(source, index))
+    return Description(
+        str(index["_class_name"]), tuple(components), defaults(source), VerdictFile(source, index).read().modes
+    )
 
 
 def _component(name: str, library: str, class_name: str, folder: Path | None) -> Component:

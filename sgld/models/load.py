@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
 
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
-from sgld.models.resolve import defaults, one_line, resolve
+from sgld.models.resolve import defaults, model_index, one_line, resolve
+from sgld.models.verdicts import VerdictFile
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -21,13 +21,14 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class LoadedModel:
     """A model on its device: the pipeline that was loaded, and its siblings for other inputs.
 
-    `defaults` are the sampling params that the model's author recommends.
+    `defaults` are the sampling params that the model's author recommends; `verdict_file` keeps what is learned of it.
     """
 
     pipeline: Any
     device: torch.device
     defaults: dict[str, Any]
     model_path: str
+    verdict_file: VerdictFile | None = None
     _siblings: dict[str, Any] = field(default_factory=dict)
 
     def pipeline_for(self, *, has_image: bool) -> Any:
@@ -62,7 +63,6 @@ def load(config: EngineConfig) -> LoadedModel:
     device = _device(config)
     # The main thread runs the forwards.
     torch.set_num_threads(config.num_cpu_threads or os.cpu_count() or 1)
-    disable_progress_bar()
     dtype: Any = _DTYPES[config.dit_precision or ("fp32" if device.type == "cpu" else "bf16")]
     if config.vae_precision:
         dtype = {"default": dtype, "vae": _DTYPES[config.vae_precision]}
@@ -72,7 +72,8 @@ def load(config: EngineConfig) -> LoadedModel:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     pipeline.to(device)
     _set_up_vae(pipeline, config)
-    return LoadedModel(pipeline, device, defaults(source), config.model_path)
+    verdict_file = VerdictFile(source, model_index(source))
+    return LoadedModel(pipeline, device, defaults(source), config.model_path, verdict_file)
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import logging
 import os
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,13 +12,23 @@ import msgspec
 from sgld.config import cache_root
 from sgld.models.resolve import ModelSource
 
+logger = logging.getLogger(__name__)
+
+
+class KeptLeaf(msgspec.Struct, frozen=True, array_like=True):
+    """A batched argument or result: where it is, its batch axis (None: a list of rows), its size at one sample."""
+
+    path: tuple[str | int, ...]
+    axis: int | None
+    size: int
+
 
 class KeptAxes(msgspec.Struct, frozen=True, array_like=True):
-    """The axes of one kind of call: paths with (axis or None, size), of its arguments and of its results."""
+    """The axes of one kind of call: component, method and form, and what is batched."""
 
     key: tuple[str, str, str]
-    arguments: tuple[tuple[tuple[str | int, ...], int | None, int], ...]
-    results: tuple[tuple[tuple[str | int, ...], int | None, int], ...]
+    arguments: tuple[KeptLeaf, ...]
+    results: tuple[KeptLeaf, ...]
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -29,34 +39,32 @@ class Kept(msgspec.Struct, frozen=True):
     """Component name to merge or interleave, as last proved."""
 
 
-def known_modes(source: ModelSource, index: dict[str, Any]) -> dict[str, str]:
-    """The modes proved so far; empty where the model didn't run in company yet."""
-    return read(source, index).modes
+class VerdictFile:
+    """The file of one configuration of a model.
 
+    It is named after the configurations of the components: axes depend on these and on diffusers alone.
+    """
 
-def read(source: ModelSource, index: dict[str, Any]) -> Kept:
-    """What is kept of a model; nothing if there is no file, or one that another version wrote."""
-    try:
-        return msgspec.json.decode(_path(source, index).read_bytes(), type=Kept)
-    except (OSError, msgspec.DecodeError):
-        return Kept()
+    def __init__(self, source: ModelSource, index: dict[str, Any]) -> None:
+        named = [version("diffusers"), source.model_path, index]
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
+        for config in sorted(source.folder.rglob("config.json")) if source.folder else ():
+            digest.update(config.read_bytes())
+        self._path = cache_root() / "learned" / f"{digest.hexdigest()[:24]}.json"
 
+    def read(self) -> Kept:
+        """What is kept; nothing if there is no file, or one that another version wrote."""
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Kept)
+        except (OSError, msgspec.DecodeError):
+            return Kept()
 
-def write(source: ModelSource, index: dict[str, Any], kept: Kept) -> None:
-    """Keep it; a folder that can't be written to is no error, the next start learns again."""
-    path = _path(source, index)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(kept))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-
-
-def _path(source: ModelSource, index: dict[str, Any]) -> Path:
-    """Named after the configurations of the components, since axes depend on these and on diffusers alone."""
-    digest = hashlib.sha256(json.dumps([version("diffusers"), source.model_path, index], sort_keys=True).encode())
-    for config in sorted(source.folder.rglob("config.json")) if source.folder else ():
-        digest.update(config.read_bytes())
-    return cache_root() / "learned" / f"{digest.hexdigest()[:24]}.json"
+    def write(self, kept: Kept) -> None:
+        """Keep it, atomically. A folder that can't be written to is no error: the next start learns again."""
+        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(msgspec.json.encode(kept))
+            temporary.replace(self._path)
+        except OSError as error:
+            logger.warning("what was learned of the model can't be kept: %s", error)

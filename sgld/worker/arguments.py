@@ -43,7 +43,7 @@ def arguments(
     :param defaults: what the model's author recommends, by parameter name; used where the client chose nothing.
     :raises InvalidRequest: the pipeline has no parameter for something that the client chose.
     """
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters_of(pipeline)
     chosen = {name: value for name in _NAMED if (value := getattr(params, name)) is not None}
     chosen |= _prompt(params, accepted) | _images(images) | _video(params, accepted)
     chosen |= _extra(params, accepted)
@@ -55,9 +55,15 @@ def arguments(
     return recommended | chosen | {name: value for name, value in ours.items() if name in accepted}
 
 
+def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
+    """What the pipeline's `__call__` takes by name."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return {n: p for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL}
+
+
 def num_steps(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
     """How many steps a request has, as far as its arguments tell; 0 if they don't."""
-    parameter = inspect.signature(pipeline.__call__).parameters.get("num_inference_steps")
+    parameter = parameters_of(pipeline).get("num_inference_steps")
     steps = kwargs.get("num_inference_steps", parameter.default if parameter else 0)
     return steps if isinstance(steps, int) else 0
 

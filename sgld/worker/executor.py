@@ -56,11 +56,14 @@ class Verdicts:
 class Executor:
     """Runs calls in the thread that owns the device.
 
+    :param verdicts: what is known of merging already.
     :param synchronize: waits for the device, so that times are those of the work.
     """
 
-    def __init__(self, *, merge: bool = True, synchronize: Callable[[], None] = lambda: None) -> None:
-        self.verdicts = Verdicts()
+    def __init__(
+        self, verdicts: Verdicts | None = None, *, merge: bool = True, synchronize: Callable[[], None] = lambda: None
+    ) -> None:
+        self.verdicts = verdicts or Verdicts()
         self.merges = merge
         self._synchronize = synchronize
         self._digests = batch.Digests()

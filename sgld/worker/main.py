@@ -1,5 +1,6 @@
 """The process of a rank: it loads the model, then does what the front commands."""
 
+import atexit
 import faulthandler
 import logging
 import os
@@ -45,6 +46,10 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig) -> 
         return load(config)
 
     serve(channel, tensors, config, load)
+    # All that matters has been sent, and taking down torch takes a second; only what libraries registered is run,
+    # such as tqdm's release of a named semaphore.
+    atexit._run_exitfuncs()
+    os._exit(0)
 
 
 def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "Callable[[], LoadedModel]") -> None:
@@ -98,6 +103,6 @@ def _leave_with_parent() -> None:
 
 def _quieten() -> None:
     """Keep other libraries' progress bars and hints off the terminal; they read this when they are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -25,6 +25,7 @@ from sgld.messages import (
 from sgld.sampling_params import SamplingParams
 from sgld.worker.arguments import arguments, num_steps
 from sgld.worker.executor import Executor
+from sgld.worker.memory import Memory
 from sgld.worker.pixels import pixels_of, to_uint8
 from sgld.worker.preview import Previewer
 from sgld.worker.results import Results
@@ -49,8 +50,10 @@ class Rank:
         self._model = model
         self._channel = channel
         self._results = Results(channel, tensors)
+        self._memory = Memory(model.verdict_file)
         synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-        self._session = Session(Executor(merge=config.merge, synchronize=synchronize), channel.send, self._ended)
+        self._executor = Executor(self._memory.recall(), merge=config.merge, synchronize=synchronize)
+        self._session = Session(self._executor, channel.send, self._ended)
         self._previewer = Previewer()
         if model.device.type == "cuda":
             tensors.pin()
@@ -69,6 +72,7 @@ class Rank:
                     case Run(call_ids=call_ids, num_ticks=num_ticks):
                         self._session.run(call_ids, num_ticks, self._channel.is_readable)
                         self._channel.send(Idle())
+                        self._memory.keep(self._executor.verdicts)
                     case Cancel(request_id=request_id):
                         self._session.cancel(request_id)
                     case Exit():
