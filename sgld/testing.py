@@ -29,8 +29,8 @@ class Report:
     """What came of calls that ran together.
 
     `outputs`: what each call returned, in order, or the exception it raised. `merged_calls`: calls of components that
-    shared a forward; `largest_batch`: the most in one. `mode`: merge, or interleave where no forward of the denoiser
-    was shared.
+    shared a forward; `largest_batch`: the most in one. `mode`: merge; interleave where no forward of the denoiser
+    was shared; exclusive where the pipeline changes components while it runs, so that each call ran alone.
     """
 
     outputs: list[Any]
@@ -72,12 +72,13 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
         session.start(Job(request_id, pipeline, dict(calls[int(request_id)])))
     while (batch := scheduler.next_batch(time.monotonic())) is not None:
         session.run(batch.call_ids)
-    modes = {session.executor.verdicts.modes.get(name) for name in denoisers}
+    modes = session.executor.verdicts.modes
+    is_merged = any(modes.get(name) == "merge" for name in denoisers)
     return Report(
         outputs=[outputs[str(index)] for index in range(len(calls))],
         merged_calls=session.counters.merged_calls,
         largest_batch=session.counters.largest_batch,
-        mode="merge" if "merge" in modes else "interleave",
+        mode="exclusive" if "exclusive" in modes.values() else "merge" if is_merged else "interleave",
     )
 
 

@@ -59,7 +59,7 @@ class _Binding:
         if id(value) in self._copies:
             return self._copies[id(value)]
         if isinstance(value, nn.Module):
-            own: Any = ComponentProxy(value, name, self._hand_over)
+            own: Any = ComponentProxy(value, name, self._hand_over, self._touched)
         elif isinstance(value, DiffusionPipeline):
             return self.bound(value, f"{name}.")
         elif _STATEFUL & {base.__name__ for base in type(value).__mro__}:
@@ -72,6 +72,9 @@ class _Binding:
     def _hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Call = proxy.call(method, args, kwargs, self._task.request_id)
         return self._task.hand_over(call)
+
+    def _touched(self, what: str) -> None:
+        self._task.exclusive_because = self._task.exclusive_because or what
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "ProgressBar":
         if total is None:

@@ -21,6 +21,10 @@ from sgld.worker.trees import leaves
 INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
 # A pipeline moves, casts and freezes its components as if they were its own; they are everybody's.
 INERT_METHODS = frozenset({"to", "cuda", "cpu", "float", "half", "bfloat16", "eval", "train", "requires_grad_"})
+# Who asks for these is about to change a component for a while, and with it what all requests get.
+EXCLUSIVE_NAMES = frozenset(
+    {"attn_processors", "set_attn_processor", "register_forward_hook", "register_forward_pre_hook"}
+)
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _ids = count(1)
 
@@ -116,10 +120,15 @@ class ComponentProxy:
 
     Its `__class__` is the real one's, so `isinstance` holds. `modules()` is empty: pipelines walk the modules to
     scale LoRA layers or to find hooks, and must not do so to a component that they share.
+
+    :param hand_over: gets the proxy, the method and its arguments, and returns its result.
+    :param touched: told that the task is about to change the component, and by what name.
     """
 
-    def __init__(self, real: nn.Module, name: str, hand_over: Callable[..., Any]) -> None:
-        self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _cache=None, _around={})
+    def __init__(
+        self, real: nn.Module, name: str, hand_over: Callable[..., Any], touched: Callable[[str], None]
+    ) -> None:
+        self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _touched=touched, _cache=None, _around={})
         self.__dict__["__module__"] = type(real).__module__
 
     @property  # type: ignore[misc]
@@ -130,6 +139,8 @@ class ComponentProxy:
         return self._hand_over(self, "forward", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name in EXCLUSIVE_NAMES:
+            self._touched(f"{self._name}.{name}")
         value = getattr(self.__dict__["_real"], name)
         if name in INTERCEPTED_METHODS and callable(value):
             return functools.wraps(value)(lambda *args, **kwargs: self._hand_over(self, name, args, kwargs))
@@ -138,6 +149,7 @@ class ComponentProxy:
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._touched(f"{self._name}.{name} = ...")
         setattr(self._real, name, value)
 
     def __repr__(self) -> str:

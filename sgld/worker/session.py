@@ -1,5 +1,6 @@
 """The tasks of one rank, and what the scheduler's decisions do to them. Synchronous: whoever calls owns the device."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +9,11 @@ from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Pending, Ran, Stepped
 from sgld.worker.binding import bind
 from sgld.worker.calls import Call
-from sgld.worker.executor import Executor
+from sgld.worker.executor import Executor, Tick
 from sgld.worker.probe import probed_axes
 from sgld.worker.task import Outcome, Raised, Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ class Session:
         if tick.is_merged:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
+        self._emit_ran(calls, tick)
+        for task, outcome in zip(tasks, tick.outcomes, strict=True):
+            self._advance(task, outcome)
+        return self._following(tasks)
+
+    def _emit_ran(self, calls: Sequence[Call], tick: Tick) -> None:
         self.emit(
             Ran(
                 call_ids=tuple(call.id for call in calls),
@@ -114,9 +123,6 @@ class Session:
                 is_timed=tick.is_timed,
             )
         )
-        for task, outcome in zip(tasks, tick.outcomes, strict=True):
-            self._advance(task, outcome)
-        return self._following(tasks)
 
     def _following(self, tasks: list[Task]) -> Sequence[int]:
         following = [task.call for task in tasks if task.call is not None]
@@ -127,10 +133,21 @@ class Session:
 
     def _advance(self, task: Task, outcome: Outcome | None) -> None:
         task.advance(outcome)
+        if task.exclusive_because is not None and task.call is not None:
+            self._run_alone(task)
         if task.end is not None:
             self._finish(task)
         elif task.call is not None:
             self._announce(task.request_id, task.call)
+
+    def _run_alone(self, task: Task) -> None:
+        """Run a task to its end while all others wait: until then a component isn't what they expect."""
+        logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
+        while (call := task.call) is not None:
+            self.executor.verdicts.modes[call.component] = "exclusive"
+            tick = self.executor.run([call])
+            self._emit_ran([call], tick)
+            task.advance(tick.outcomes[0])
 
     def _finish(self, task: Task) -> None:
         del self._tasks[task.request_id], self._jobs[task.request_id]

@@ -49,6 +49,8 @@ class Task:
         self.step = 0
         self.num_steps = num_steps
         self.num_calls = 0
+        self.exclusive_because: str | None = None
+        """What the task is about to change in a component that it shares: from here on it must run alone."""
         self._body: Callable[[Task], Any] | None = body
         self._on_step = on_step
         self._go = threading.Semaphore(0)
