@@ -89,8 +89,10 @@ class Entry:
 
         :return: the index and frames among them that weren't delivered yet.
         """
-        while sum(map(len, self.frames)) > index:
-            self.frames.pop()
+        while (excess := sum(map(len, self.frames)) - index) > 0:
+            last = self.frames.pop()
+            if len(last) > excess:
+                self.frames.append(last[:-excess])
         self.frames.append(pixels)
         first = max(index, self._num_delivered)
         self._num_delivered = max(self._num_delivered, index + len(pixels))

@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from sgld.engine.cost import Cost
 from sgld.errors import QueueFull
@@ -32,6 +33,8 @@ class Batch:
 @dataclass
 class _Running:
     arrived_at: float
+    number: int
+    """In the order of arrival; some arrive at the same time."""
     calls: dict[int, CallInfo] = field(default_factory=dict)
     num_denoise_calls: int = 0
     num_steps_done: int = 0
@@ -52,7 +55,9 @@ class Scheduler:
         self._max_running = max_running_requests
         self._max_queued = max_queued_requests
         self._max_batch_size = max_batch_size
-        self._queued: OrderedDict[str, float] = OrderedDict()
+        self._queued: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        """When each arrived, and its number."""
+        self._numbers = count()
         self._running: dict[str, _Running] = {}
         self._tail_s: dict[str, float] = {}
         """Cost key of the denoiser to the seconds that decoding takes afterwards."""
@@ -71,14 +76,14 @@ class Scheduler:
 
     def add(self, request_id: str, now: float) -> None:
         """Let a request wait."""
-        self._queued[request_id] = now
+        self._queued[request_id] = now, next(self._numbers)
 
     def admit(self) -> list[str]:
         """The requests that start now, in order; from here on they are running."""
         admitted = []
         while self._queued and len(self._running) < self._max_running:
-            request_id, arrived_at = self._queued.popitem(last=False)
-            self._running[request_id] = _Running(arrived_at)
+            request_id, arrival = self._queued.popitem(last=False)
+            self._running[request_id] = _Running(*arrival)
             admitted.append(request_id)
         return admitted
 
@@ -117,7 +122,8 @@ class Scheduler:
 
     def requeue(self, request_id: str) -> None:
         """A running request starts again from the beginning, before those that arrived after it."""
-        self._queued[request_id] = self._running.pop(request_id).arrived_at
+        running = self._running.pop(request_id)
+        self._queued[request_id] = running.arrived_at, running.number
         self._queued = OrderedDict(sorted(self._queued.items(), key=lambda item: item[1]))
 
     def next_batch(self, now: float) -> Batch | None:
