@@ -1,0 +1,80 @@
+"""The docs and the README say what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sgld_cli.later import LATER
+from sgld_cli.main import build_parser
+from sgld_cli.options import Option, options
+from sgld_cli.settings import refuse_unknown
+
+ROOT = Path(__file__).parent.parent
+CLI = (ROOT / "docs" / "cli.md").read_text()
+STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def row(option: Option) -> str:
+    """The row of an option in docs/cli.md."""
+    flags = ", ".join(f"`{flag}`" for flag in option.flags)
+    is_empty = option.default in (None, (), {}, "")
+    default = "" if is_empty else f"`{str(option.default).lower() if option.kind == 'switch' else option.default}`"
+    later = f"; not yet ({option.later}), only the default is accepted" if option.later else ""
+    return f"| {flags} | {values(option)} | {default} | {option.description}{later} |"
+
+
+def values(option: Option) -> str:
+    if option.metavar.startswith("{"):
+        return " ".join(f"`{value}`" for value in option.metavar.strip("{}").split(","))
+    return {"switch": "`true` `false`", "list": f"{option.metavar}..."}.get(option.kind, option.metavar)
+
+
+@pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
+def test_every_option_has_its_row(option: Option) -> None:
+    assert row(option) in CLI.splitlines()
+
+
+def test_no_row_is_left_of_an_option_that_went() -> None:
+    known = {flag for option in options() for flag in option.flags} | {"--config", "--from", "--print-config", "--json"}
+
+    assert set(re.findall(r"^\| `(--[a-z0-9-]+)", CLI, re.MULTILINE)) <= known
+
+
+def test_keys_that_are_refused_until_later_are_listed() -> None:
+    assert [name for name in LATER if f"`{name}`" not in CLI] == []
+
+
+def test_every_module_has_its_line() -> None:
+    sections = dict(re.findall(r"^((?:sgld|sgld_cli|bench)/\S*)(.*?)(?=^\S)", STRUCTURE, re.MULTILINE | re.DOTALL))
+    modules = [path.relative_to(ROOT) for name in ("sgld", "sgld_cli", "bench") for path in (ROOT / name).rglob("*.py")]
+
+    missing = [
+        str(path)
+        for path in modules
+        if path.name != "__init__.py" and not re.search(rf"(?<!\w){path.name}\b", sections.get(f"{path.parent}/", ""))
+    ]
+
+    assert missing == []
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if "sgld generate" in line or "sgld info" in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_readme_are_understood(command: str) -> None:
+    words = re.findall(r'"[^"]*"|\S+', command.rpartition("sgld ")[2])
+
+    _, extras = build_parser().parse_known_args(words)
+
+    refuse_unknown(extras)
+
+
+def test_links_lead_to_files() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
