@@ -1,9 +1,23 @@
 """sgld: continuous batching of denoising steps for every diffusers pipeline."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+from sgld import errors, events
 from sgld.config import EngineConfig, OutputConfig, ParallelConfig
 from sgld.sampling_params import SamplingParams
 
-__all__ = ["EngineConfig", "OutputConfig", "ParallelConfig", "SamplingParams"]
+if TYPE_CHECKING:
+    from sgld.engine.engine import Engine
+
+__all__ = ["Engine", "EngineConfig", "OutputConfig", "ParallelConfig", "SamplingParams", "errors", "events"]
 __version__ = version("sgld")
+
+
+def __getattr__(name: str) -> Any:
+    """`sgld.Engine`, imported when it is used: the command line answers `--help` without it."""
+    if name == "Engine":
+        from sgld.engine.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

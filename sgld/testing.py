@@ -91,7 +91,7 @@ class InlineReplica:
     """
 
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any] | None = None) -> None:
-        self._model = LoadedModel(pipeline, torch.device("cpu"), dict(defaults or {}), "inline")
+        self._model = LoadedModel(pipeline, torch.device(pipeline.device), dict(defaults or {}), "inline")
 
     @asynccontextmanager
     async def __call__(self, config: EngineConfig) -> AsyncIterator[Rank]:

@@ -45,6 +45,8 @@ from sgld.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 # A forward that takes this many times its prediction hangs.
 HANG_FACTOR = 20.0
+# Where nothing can be predicted yet, a forward may take so many times the shortest deadline.
+UNKNOWN_FACTOR = 10.0
 # A request that was running when so many ranks were lost is to blame.
 MAX_LOSSES = 2
 _ids = count(1)
@@ -201,7 +203,9 @@ class Engine:
         """How long the rank may be silent: while it has work, as long as its forward may take."""
         if self._running is None and not any(e.state is RequestState.RUNNING for e in self._entries.values()):
             return None
-        predicted_s = (self._running.predicted_s if self._running else None) or 0.0
+        predicted_s = self._running.predicted_s if self._running else None
+        if predicted_s is None:
+            return UNKNOWN_FACTOR * self._config.run_timeout_s
         return max(self._config.run_timeout_s, HANG_FACTOR * predicted_s)
 
     def _send(self, command: Start | Run | Cancel) -> None:

@@ -1,6 +1,8 @@
 """The front's handle of a rank: it starts the process, talks to it, and sees when it dies or hangs."""
 
 import contextlib
+import functools
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -24,11 +26,20 @@ _LOOK_S = 0.5
 
 
 class Rank:
-    """Rank 0 of a replica, wherever it runs."""
+    """Rank 0 of a replica, wherever it runs.
 
-    def __init__(self, front: FrontEnd[AnyCommand, AnyReply], tensors: TensorReader) -> None:
+    :param cause_of_death: how the process ended; None if it still lives after so many seconds.
+    """
+
+    def __init__(
+        self,
+        front: FrontEnd[AnyCommand, AnyReply],
+        tensors: TensorReader,
+        cause_of_death: Callable[[float], str | None] = lambda timeout_s: None,
+    ) -> None:
         self.tensors = tensors
         self._front = front
+        self._cause_of_death = cause_of_death
         self._heard_at = time.monotonic()
         self._limit_s: float | None = None
 
@@ -58,24 +69,27 @@ class Rank:
                 try:
                     reply = await self._front.receive()
                 except ChannelClosed:
-                    raise RankLost("the rank process died") from None
+                    raise RankLost(f"the rank process died{await self._how()}") from None
                 self._heard_at = time.monotonic()
                 return reply
+            # Its end of the channel may outlive a process, in the hands of its children.
+            if (cause := self._cause_of_death(0)) is not None:
+                raise RankLost(f"the rank process died ({cause})")
             silence_s = time.monotonic() - self._heard_at
             if self._limit_s is not None and silence_s > self._limit_s:
                 raise RankLost(f"the rank process hangs: it was silent for {silence_s:.0f} s")
 
     def receive_nowait(self) -> AnyReply | None:
-        """A reply that is there already, or None.
-
-        :raises RankLost: the rank is gone.
-        """
+        """A reply that is there already; None if there is none, or the rank is gone: `receive` says so."""
         try:
             return self._front.receive_nowait()
-        except anyio.WouldBlock:
+        except (anyio.WouldBlock, ChannelClosed):
             return None
-        except ChannelClosed:
-            raise RankLost("the rank process died") from None
+
+    async def _how(self) -> str:
+        """How the process ended, in parentheses; it closed its end a moment before."""
+        cause = await to_thread.run_sync(self._cause_of_death, _LOOK_S)
+        return f" ({cause})" if cause else ""
 
 
 RankFactory = Callable[[EngineConfig], AbstractAsyncContextManager[Rank]]
@@ -84,9 +98,10 @@ RankFactory = Callable[[EngineConfig], AbstractAsyncContextManager[Rank]]
 class _Process(Protocol):
     """What is needed of multiprocessing's process."""
 
-    sentinel: int
-    exitcode: int | None
-
+    @property
+    def sentinel(self) -> int: ...
+    @property
+    def exitcode(self) -> int | None: ...
     def kill(self) -> None: ...
     def join(self, timeout: float | None = None) -> None: ...
     def close(self) -> None: ...
@@ -100,7 +115,7 @@ async def rank_process(config: EngineConfig) -> AsyncIterator[Rank]:
     process = await to_thread.run_sync(_start, rank_end, writer, config)
     try:
         async with _flushing(front):
-            yield Rank(front, reader)
+            yield Rank(front, reader, functools.partial(_cause_of_death, process))
     finally:
         with anyio.CancelScope(shield=True):
             await _end(front, process)
@@ -134,6 +149,15 @@ async def _flushing(front: FrontEnd[AnyCommand, AnyReply]) -> AsyncIterator[None
             yield
         finally:
             tasks.cancel_scope.cancel()
+
+
+def _cause_of_death(process: _Process, timeout_s: float) -> str | None:
+    """How a process ended; None if it still lives after `timeout_s`."""
+    process.join(timeout_s)
+    code = process.exitcode
+    if code is None:
+        return None
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 async def _end(front: FrontEnd[AnyCommand, AnyReply], process: _Process) -> None:

@@ -92,7 +92,8 @@ class Call:
     def kind(self) -> CallKind:
         if self.method == "decode":
             return "decode"
-        is_denoiser = self.method == "forward" and type(self.module).__module__.startswith("diffusers")
+        bases = type(self.module).__mro__
+        is_denoiser = self.method == "forward" and any(base.__module__.startswith("diffusers.") for base in bases)
         return "denoise" if is_denoiser else "encode"
 
     @property

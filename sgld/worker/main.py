@@ -1,6 +1,5 @@
 """The process of a rank: it loads the model, then does what the front commands."""
 
-import atexit
 import faulthandler
 import logging
 import os
@@ -46,9 +45,7 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig) -> 
         return load(config)
 
     serve(channel, tensors, config, load)
-    # All that matters has been sent, and taking down torch takes a second; only what libraries registered is run,
-    # such as tqdm's release of a named semaphore.
-    atexit._run_exitfuncs()
+    # All that matters has been sent, and taking down torch takes a second.
     os._exit(0)
 
 
@@ -106,3 +103,7 @@ def _quieten() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Its default is a named semaphore, which a rank that is killed leaves behind.
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
