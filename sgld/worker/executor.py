@@ -93,8 +93,8 @@ class Executor:
         return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed)
 
     def _run(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
-        key = self.merge_key(calls[0])
-        if len(calls) == 1 or key is None:
+        key = self.merge_key(calls[0]) if len(calls) > 1 else None
+        if key is None:
             return [single(call) for call in calls], False, len(calls) == 1
         axes = self._axes(calls[0])
         seen = self.verdicts.proved.get(key)
