@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.cost import FlatCost
@@ -106,6 +106,7 @@ class InlineReplica:
         finally:
             # The rank sees that the front is gone, cancels its tasks and leaves.
             front.close()
-            await to_thread.run_sync(thread.join)
+            with CancelScope(shield=True):
+                await to_thread.run_sync(thread.join)
             writer.close()
             reader.close()

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self, assert_never
 
 import anyio
+import msgspec
 import numpy as np
 
 from sgld.config import EngineConfig
@@ -18,9 +19,10 @@ from sgld.engine.cost import CostModel
 from sgld.engine.entry import Entry
 from sgld.engine.replica import Rank, RankFactory, rank_process
 from sgld.engine.scheduler import Batch, Scheduler
-from sgld.errors import EngineClosed, ModelError, RankLost
+from sgld.errors import EngineClosed, InvalidRequest, ModelError, RankLost
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.messages import (
+    MAX_MESSAGE_BYTES,
     Alive,
     AnyReply,
     Cancel,
@@ -49,6 +51,8 @@ HANG_FACTOR = 20.0
 UNKNOWN_FACTOR = 10.0
 # A request that was running when so many ranks were lost is to blame.
 MAX_LOSSES = 2
+# What the message that starts a request takes beside its params, and more.
+_START_BYTES = 1024
 _ids = count(1)
 
 
@@ -95,16 +99,18 @@ class Engine:
         self._is_open = False
         for entry in list(self._entries.values()):
             self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+        self._is_decided.set()
         await self._stack.aclose()
 
     async def ready(self) -> ModelInfo:
         """Wait until the model is loaded.
 
         :raises ModelError: it can't be.
+        :raises EngineClosed: the engine was closed before.
         """
         await self._is_decided.wait()
         if self._model is None:
-            raise self._load_error or ModelError(f"{self._config.model_path} isn't loaded")
+            raise self._load_error or EngineClosed("the engine was closed")
         return self._model
 
     async def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
@@ -112,6 +118,7 @@ class Engine:
 
         Leaving the iteration early cancels what still runs.
 
+        :raises InvalidRequest: the params are too large, or hold what JSON doesn't have.
         :raises QueueFull: too many requests wait.
         :raises EngineClosed: the engine isn't open.
         :raises ModelError: the model can't be served.
@@ -135,6 +142,7 @@ class Engine:
             raise EngineClosed("the engine isn't open; use it in an `async with` block")
         if self._load_error is not None:
             raise self._load_error
+        _check_message(params)
         self._scheduler.check_room(params.num_outputs_per_prompt)
         group, now = f"r{next(_ids)}", time.monotonic()
         entries: list[Entry] = []
@@ -310,6 +318,20 @@ class Engine:
             self._entries.pop(entry.request.id)
             entry.change(RequestState.FAILED)
             entry.stream.close()
+
+
+def _check_message(params: SamplingParams) -> None:
+    """See that params can be sent to a rank.
+
+    :raises InvalidRequest: they can't.
+    """
+    try:
+        size = len(msgspec.msgpack.encode(params))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequest(f"the request holds what JSON doesn't have: {error}") from None
+    if size > MAX_MESSAGE_BYTES - _START_BYTES:
+        limit = MAX_MESSAGE_BYTES - _START_BYTES
+        raise InvalidRequest(f"the request takes {size} bytes, the limit is {limit}; shorten its prompts")
 
 
 def _refuse_unguarded_spawn() -> None:

@@ -112,14 +112,18 @@ async def rank_process(config: EngineConfig) -> AsyncIterator[Rank]:
     """A rank in a process of its own, as long as the block lasts; afterwards nothing of it is left."""
     front, rank_end = channel_pair()
     reader, writer = tensor_queue()
-    process = await to_thread.run_sync(_start, rank_end, writer, config)
     try:
-        async with _flushing(front):
-            yield Rank(front, reader, functools.partial(_cause_of_death, process))
+        process = await to_thread.run_sync(_start, rank_end, writer, config)
+        try:
+            async with _flushing(front):
+                yield Rank(front, reader, functools.partial(_cause_of_death, process))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _end(front, process)
     finally:
-        with anyio.CancelScope(shield=True):
-            await _end(front, process)
-        reader.close()
+        # Where it wasn't even started, all of them are open.
+        for end in (front, reader, rank_end, writer):
+            end.close()
 
 
 def _start(rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig) -> Any:

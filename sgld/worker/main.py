@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
@@ -74,8 +74,10 @@ def _heartbeat(channel: Channel, stage: str) -> Iterator[None]:
     is_over = threading.Event()
 
     def beat() -> None:
-        while not is_over.wait(HEARTBEAT_S):
-            channel.send(Alive(stage=stage))
+        # That the front is gone shows where the rank speaks next.
+        with suppress(ChannelClosed):
+            while not is_over.wait(HEARTBEAT_S):
+                channel.send(Alive(stage=stage))
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

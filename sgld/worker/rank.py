@@ -36,6 +36,9 @@ from sgld.worker.task import Outcome, Raised, Task
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
 
+# Some errors quote the whole of an argument; a message between processes has a limit.
+MAX_ERROR_CHARS = 4000
+
 
 class Rank:
     """Serves one loaded model. All of it runs in the thread that owns the device, but for tasks and results."""
@@ -91,7 +94,7 @@ class Rank:
             pipeline = self._model.pipeline_for(has_image=bool(images))
             kwargs = arguments(pipeline, params, self._model.defaults, images)
         except SgldError as error:
-            self._results.message(TaskFailed(request_id=request_id, code=error.code, message=str(error)))
+            self._failed(request_id, error)
             return
         output = _Output(self._results, request_id, self._model, self._previewer, params)
         self._session.start(
@@ -110,10 +113,13 @@ class Rank:
         if is_cancelled(outcome):
             self._results.message(TaskCancelled(request_id=request_id))
         elif isinstance(outcome, Raised):
-            failure = translated(outcome.error, has_made_calls=task.num_calls > 0)
-            self._results.message(TaskFailed(request_id=request_id, code=failure.code, message=str(failure)))
+            self._failed(request_id, translated(outcome.error, has_made_calls=task.num_calls > 0))
         else:
             self._results.message(Finished(request_id=request_id))
+
+    def _failed(self, request_id: str, error: SgldError) -> None:
+        message = str(error)[:MAX_ERROR_CHARS]
+        self._results.message(TaskFailed(request_id=request_id, code=error.code, message=message))
 
 
 class _Output:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sgld.errors import Cancelled, ChannelClosed
+from sgld.errors import Cancelled, ChannelClosed, PipelineFailed
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.messages import AnyCommand, AnyReply, Decoded, Previewed, TensorRef
@@ -46,9 +46,16 @@ class Results:
         self._put(_Parcel(picture, lambda ref: Previewed(request_id=request_id, step=step, pixels=ref)))
 
     def frames(self, request_id: str, index: int, frames: torch.Tensor, *, is_video: bool) -> None:
-        """Send frames, (F, H, W, 3), uint8, in pieces that the tensor queue takes."""
+        """Send frames, (F, H, W, 3), uint8, in pieces that the tensor queue takes.
+
+        :raises PipelineFailed: it takes no such large frame.
+        """
         frame_bytes = frames[0].numel()
-        per_piece = max(1, self._tensors.max_bytes // frame_bytes)
+        if frame_bytes > self._tensors.max_bytes:
+            raise PipelineFailed(
+                f"a frame takes {frame_bytes} bytes, {self._tensors.max_bytes} is the limit; ask for a smaller size"
+            )
+        per_piece = self._tensors.max_bytes // frame_bytes
         for start in range(0, len(frames), per_piece):
             piece, at = frames[start : start + per_piece], index + start
             self._put(

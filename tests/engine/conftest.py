@@ -1,0 +1,15 @@
+"""Pipelines and places for the engine's tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is learned of models is kept in a folder of these tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(folder))
+        yield folder
