@@ -1,5 +1,6 @@
 """Training data on the device: pixels for the autoencoders; latents with several captions each for the denoisers."""
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -74,12 +75,23 @@ def render_bytes(
     return (clips * 255).round().to(torch.uint8)
 
 
-def pixel_batches(pool: Tensor, batch_size: int, num_frames: int) -> Iterator[Tensor]:
-    """Endless batches from a pool of clips (N, 3, T, H, W): pictures if one frame is asked for, else windows."""
-    while True:
-        rows = torch.randint(len(pool), (batch_size,), device=pool.device)
+def pixel_batches(pool: Tensor, batch_size: int, num_frames: int, *, whole_every: int = 4) -> Iterator[Tensor]:
+    """Endless batches of windows of clips from a pool (N, 3, T, H, W); of one frame: pictures, (B, 3, H, W).
+
+    Clips are cropped to half their size, four times as many, but for one batch in `whole_every`: steps count more than
+    pixels here.
+    """
+    height, width = pool.shape[-2:]
+    for step in itertools.count():
         start = int(torch.randint(pool.shape[2] - num_frames + 1, ()).item())
-        batch = pool[rows, :, start : start + num_frames]
+        window = slice(start, start + num_frames)
+        if num_frames == 1 or step % whole_every == 0:
+            rows = torch.randint(len(pool), (batch_size,), device=pool.device)
+            batch = pool[rows, :, window]
+        else:
+            rows = torch.randint(len(pool), (4 * batch_size,), device=pool.device)
+            top, left = (int(torch.randint(side // 2 + 1, ()).item()) for side in (height, width))
+            batch = pool[rows, :, window, top : top + height // 2, left : left + width // 2]
         yield batch[:, :, 0] if num_frames == 1 else batch
 
 

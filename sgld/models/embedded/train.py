@@ -79,7 +79,7 @@ IMAGE = Recipe(
     window=1,
     autoencoder_batch=48,
     render_batch=256,
-    denoiser_batch=512,
+    denoiser_batch=256,
 )
 VIDEO = Recipe(
     kind="video",
@@ -91,14 +91,14 @@ VIDEO = Recipe(
     assemble=networks.video_pipeline,
     defaults=networks.VIDEO_DEFAULTS,
     predict=predict_video,
-    sizes=(((25, 128, 192), 0.88, 0.88), ((17, 128, 128), 0.12, 0.12)),
-    num_scenes=44_000,
+    sizes=(((25, 128, 192), 1.0, 1.0),),
+    num_scenes=32_000,
     pool_clips=2000,
     pool_frames=25,
-    window=13,
-    autoencoder_batch=24,
+    window=9,
+    autoencoder_batch=5,
     render_batch=24,
-    denoiser_batch=256,
+    denoiser_batch=160,
 )
 
 
@@ -123,6 +123,9 @@ def main() -> None:
     modules = recipe.build(tokenizer)
     load_weights(modules, arguments.out)
     generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
+    if arguments.channels_last:
+        for convolution in (module for module in modules[0].modules() if isinstance(module, nn.Conv3d)):
+            convolution.to(memory_format=torch.channels_last_3d)
     if arguments.autoencoder_minutes:
         _train_autoencoder(recipe, modules[0], generator, arguments.autoencoder_minutes * 60)
         save_modules(recipe, modules, tokenizer, arguments.out)
@@ -149,6 +152,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that write captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--channels-last", action="store_true", help="lay out the video autoencoder's weights so")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks")
     parser.add_argument("--trial", action="store_true", help="a few scenes only, to try the code")
     return parser.parse_args()
@@ -221,9 +225,7 @@ def _encode(recipe: Recipe, vae: Any, captioned: Captioned, generator: torch.Gen
 def _beginnings(bucket: Bucket) -> list[Bucket]:
     """The video autoencoder is causal: the first latents of a clip are the latents of a shorter clip."""
     frames = bucket.latents.shape[2]
-    if frames < 7:
-        return [bucket]
-    parts = ((3, 0.1), (5, 0.75), (7, 0.15))
+    parts = ((3, 0.08), (5, 0.80), (frames, 0.12))
     return [Bucket(bucket.latents[:, :, :count], bucket.tokens, bucket.weight * part) for count, part in parts]
 
 
