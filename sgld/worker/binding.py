@@ -33,7 +33,7 @@ def bind(pipeline: Any, task: Task) -> Any:
 
     :raises InvalidRequest: the pipeline needs gradients inside its `__call__`.
     """
-    if type(pipeline).__name__ in NEEDS_GRADIENTS:
+    if NEEDS_GRADIENTS & {base.__name__ for base in type(pipeline).__mro__}:
         raise InvalidRequest(f"{type(pipeline).__name__} needs gradients inside its __call__; sgld can't serve it")
     return _Binding(task).bound(pipeline, "")
 

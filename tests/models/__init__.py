@@ -1,0 +1,1 @@
+"""Tests of what is known of a model before and after it is loaded."""
