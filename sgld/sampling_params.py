@@ -47,7 +47,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Literal["cpu", "cuda"], Meta(description="device that draws the noise; cpu gives the same noise everywhere")
     ] = "cpu"
     num_outputs_per_prompt: Annotated[int, Meta(ge=1, le=64, description="number of outputs")] = 1
-    num_previews: Annotated[int, Meta(ge=0, description="number of pictures sent while denoising goes on")] = 0
+    num_previews: Annotated[
+        int, Meta(ge=0, description="number of pictures sent while denoising goes on", extra={"is_flag": False})
+    ] = 0
     diffusers_kwargs: Annotated[
         dict[str, Any], Meta(description="further keyword arguments of the pipeline's __call__ (JSON object)")
     ] = {}

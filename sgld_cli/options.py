@@ -112,13 +112,17 @@ def options_by_name() -> dict[str, Option]:
 def _options_of(struct: type[msgspec.Struct], group: str) -> list[Option]:
     hints = get_type_hints(struct, include_extras=True)
     fields = inspect.type_info(struct).fields  # type: ignore[attr-defined]
-    return [
+    made = [
         _option(field, hints[field.name], group) for field in fields if not isinstance(field.type, inspect.StructType)
     ]
+    return [option for option in made if option is not None]
 
 
-def _option(field: inspect.Field, hint: Any, group: str) -> Option:
+def _option(field: inspect.Field, hint: Any, group: str) -> Option | None:
+    """The option of a field; None if it is for programs only (`is_flag` in its `Meta`)."""
     core, description, extra = _unwrap(field.type)
+    if not extra.get("is_flag", True):
+        return None
     default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     return Option(
         name=field.name,

@@ -22,7 +22,7 @@ from sgld.media.files import (
 from sgld.media.images import encode_image
 from sgld.media.videos import write_video
 from sgld.sampling_params import SamplingParams
-from sgld_cli.options import UsageError
+from sgld_cli.options import UsageError, options_by_name
 from sgld_cli.progress import Output
 from sgld_cli.settings import Settings
 
@@ -122,7 +122,7 @@ class Files:
             return Written()
         media_format = self._format(num_frames=len(completed.frames))
         metadata = self._metadata(params, completed) if self._config.metadata else None
-        content = self._content(media_format, params, completed, metadata)
+        content = self._content(media_format, completed, metadata)
         path = self._write(output, completed.seed, media_format, content)
         return Written((str(path),), self._write_frames(path, completed) if media_format == "mp4" else ())
 
@@ -139,13 +139,11 @@ class Files:
             return "mp4"
         return format_of(self._config.output_file_name) if self._config.output_file_name else "png"
 
-    def _content(
-        self, media_format: MediaFormat, params: SamplingParams, completed: Completed, metadata: dict[str, Any] | None
-    ) -> Content:
+    def _content(self, media_format: MediaFormat, completed: Completed, metadata: dict[str, Any] | None) -> Content:
         quality = self._config.output_quality
         if media_format != "mp4":
             return encode_image(completed.frames[0], media_format, quality=quality, metadata=metadata)
-        fps = params.fps or DEFAULT_FPS
+        fps = completed.fps or DEFAULT_FPS
         return lambda path: write_video(path, completed.frames, fps=fps, quality=quality, metadata=metadata)
 
     def _write(self, output: Output, seed: int, media_format: MediaFormat, content: Content) -> Path:
@@ -177,5 +175,5 @@ class Files:
             "version": __version__,
             "model_path": self._settings.engine.model_path,
             **{name: engine[name] for name in _ENGINE_METADATA if engine[name]},
-            "params": {name: value for name, value in chosen.items() if value is not None},
+            "params": {n: value for n, value in chosen.items() if value is not None and n in options_by_name()},
         }

@@ -70,7 +70,9 @@ class FakeEngine:
                 return
         shape = (params.num_frames or 1, params.height or 16, params.width or 24, 3)
         frames = np.full(shape, params.seed % 256, np.uint8)
-        yield Completed(request_id=request_id, output_index=index, frames=frames, seed=params.seed, elapsed_s=0.5)
+        yield Completed(
+            request_id=request_id, output_index=index, frames=frames, seed=params.seed, fps=params.fps, elapsed_s=0.5
+        )
 
 
 @dataclass
