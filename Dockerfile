@@ -29,12 +29,12 @@ RUN --mount=type=bind,target=.,rw \
     --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps .
 
-# Models of the hub, and what sgld learns of models, outlive the container. `ubuntu` is user 1000 of the base image.
-RUN mkdir -p /cache/huggingface /cache/sgl_diffusion /outputs && chown -R ubuntu:ubuntu /cache /outputs
+# Models of the hub, and what sgld learns of models, outlive the container. 1000 is `ubuntu` in the base image.
+RUN mkdir -p /cache/huggingface /cache/sgl_diffusion /outputs && chown -R 1000:1000 /cache /outputs
 ENV HF_HOME=/cache/huggingface \
     SGLANG_DIFFUSION_CACHE_ROOT=/cache/sgl_diffusion
 VOLUME /cache
-USER ubuntu
+USER 1000:1000
 # Outputs go to outputs/ in the working folder.
 WORKDIR /
 
