@@ -27,7 +27,9 @@ class Digests:
     def _of_leaf(self, leaf: Any) -> str:
         if not isinstance(leaf, torch.Tensor):
             return repr(leaf) if is_constant(leaf) else f"object {id(leaf)}"
-        version = 0 if leaf.is_inference() else leaf._version
+        if leaf.is_inference():  # it doesn't count what is written to it
+            return _digest(leaf)
+        version = leaf._version
         known = self._known.get(leaf)
         if known is None or known[0] != version:
             known = self._known[leaf] = (version, _digest(leaf))
@@ -35,7 +37,7 @@ class Digests:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     # As integers of the same size, since numpy has no bfloat16.
     data = real.detach().view(_INTEGERS[real.element_size()]).cpu().numpy().tobytes()
     return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha1(data, usedforsecurity=False).hexdigest()}"
@@ -134,7 +136,7 @@ def _rows_of(result: Any, batched_results: dict[Path, Batched], start: int, stop
     def take(path: Path, value: Any) -> Any:
         batched = batched_results.get(path)
         if batched is None:
-            return value
+            return value.clone() if isinstance(value, torch.Tensor) else value
         first, last = start * batched.size // unit, stop * batched.size // unit
         if batched.axis is None:
             return type(value)(clone(item) for item in value[first:last])
@@ -149,12 +151,13 @@ def clone(tree: Any) -> Any:
 
 
 def relative_error(result: Any, expected: Any) -> float:
-    """Largest ‖result - expected‖ / ‖expected‖ over the floating point tensors; NaN if one is not a number."""
+    """Largest ‖result - expected‖ / ‖expected‖ over the tensors; NaN if one is not a number."""
     errors = [0.0]
     for (_, value), (_, reference) in zip(leaves(result), leaves(expected), strict=True):
         if isinstance(value, torch.Tensor):
             if value.shape != reference.shape:
                 return float("inf")
-            norm = reference.double().norm()
-            errors.append(float((value.double() - reference.double()).norm() / norm.clamp_min(1e-30)))
+            wide = torch.complex128 if reference.is_complex() else torch.float64
+            norm = reference.to(wide).norm()
+            errors.append(float((value.to(wide) - reference.to(wide)).norm() / norm.clamp_min(1e-30)))
     return max(errors, key=lambda error: (error != error, error))

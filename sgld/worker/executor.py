@@ -67,6 +67,7 @@ class Executor:
         self.merges = merge
         self._synchronize = synchronize
         self._digests = batch.Digests()
+        self._proof_sizes: dict[str, int] = {}
 
     def knows(self, call: Call) -> bool:
         """Whether the axes of such calls are known."""
@@ -100,6 +101,9 @@ class Executor:
         seen = self.verdicts.proved.get(key)
         new = batch.differing(calls, axes, self._digests, skip=seen or ())
         if seen is None or new:
+            if any(self.merge_key(call) != key for call in calls[1:]):
+                # What is compared by value changed since these calls were put together.
+                return [single(call) for call in calls], False, False
             return self._prove(key, calls, axes, new), False, False
         outcomes = self._merged(key, calls, axes, seen)
         return outcomes, True, True
@@ -126,41 +130,63 @@ class Executor:
         """Answer from single forwards, and see whether merged ones agree.
 
         A proof covers only the arguments that differed in it. Where only those added since an earlier proof can be to
-        blame, they are compared by value from now on.
+        blame, they are compared by value from now on. Where memory is too small for it, the next has half of the calls.
         """
-        expanded = self.verdicts.proved.get(key, set()) | new
-        mixed = batch.merged_tree(calls, axes, expanded)
-        repeated = batch.merged_tree([calls[0]] * len(calls), axes, expanded)
+        seen = self.verdicts.proved.get(key, set())
+        part = calls[: self._proof_sizes.get(key, len(calls))]
+        if len(part) < len(calls):
+            new = batch.differing(part, axes, self._digests, skip=seen)
+        # Before the single forwards: models take things out of the dicts that they are given.
+        mixed = batch.merged_tree(part, axes, seen | new)
+        repeated = batch.merged_tree([part[0]] * len(part), axes, seen | new)
         outcomes = [single(call) for call in calls]
         values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
         if len(values) < len(calls):
             return outcomes
-        problem = self._problem(calls, axes, values, mixed, repeated)
+        try:
+            problem = self._problem(part, axes, values[: len(part)], mixed, repeated)
+        except torch.OutOfMemoryError as error:
+            if len(part) > 2:
+                self._proof_sizes[key] = (len(part) + 1) // 2
+                return outcomes
+            problem = f"the merged forward raised {error!r}"
+        self._judge(key, calls[0], new, problem)
+        return outcomes
+
+    def _judge(self, key: str, call: Call, new: set[Path], problem: str | None) -> None:
+        """Keep what came of a proof."""
         if problem is None:
-            self.verdicts.proved[key] = expanded
-            self.verdicts.modes[calls[0].component] = "merge"
+            self.verdicts.proved[key] = self.verdicts.proved.get(key, set()) | new
+            self.verdicts.modes[call.component] = "merge"
         elif key in self.verdicts.proved:
             logger.warning("%s is compared by value from now on: %s", sorted(map(str, new)), problem)
-            self.verdicts.by_value.setdefault(axes_key(calls[0]), set()).update(new)
+            self.verdicts.by_value.setdefault(axes_key(call), set()).update(new)
         else:
-            self._refuse(key, calls[0], problem)
-        return outcomes
+            self._refuse(key, call, problem)
 
     def _problem(
         self, calls: Sequence[Call], axes: CallAxes, values: Sequence[Any], mixed: Any, repeated: Any
     ) -> str | None:
-        """Why the merged forward isn't right, or None."""
+        """Why the merged forward isn't right, or None.
+
+        :raises torch.OutOfMemoryError: the device has too little memory for so many calls.
+        """
         try:
             axes = self._complete(calls[0], axes, values[0])
             merged = batch.split(_forward(calls[0], mixed), calls, axes)
             same = batch.split(_forward(calls[0], repeated), [calls[0]] * len(calls), axes)
+            errors = [batch.relative_error(m, v) for m, v in zip(merged, values, strict=True)]
+            repeated_error = batch.relative_error(same[0], values[0])
+        except torch.OutOfMemoryError:
+            raise
         except Exception as raised:  # noqa: BLE001 - whatever a model raises on a merged batch, it isn't merged
             return f"the merged forward raised {raised!r}"
-        error = max(batch.relative_error(m, v) for m, v in zip(merged, values, strict=True))
-        bound = max(PROOF_FACTOR * batch.relative_error(same[0], values[0]), _floor(values[0]))
-        if error <= bound:
+        bound = max(PROOF_FACTOR * repeated_error, _floor(values[0]))
+        # Not their maximum, which may overlook one that isn't a number.
+        too_large = [error for error in errors if not error <= bound]
+        if not too_large:
             return None
-        return f"merged results differ by {error:.2g} (relative) from single ones, {bound:.2g} is allowed"
+        return f"merged results differ by {too_large[0]:.2g} (relative) from single ones, {bound:.2g} is allowed"
 
     def _refuse(self, key: str, call: Call, reason: str) -> None:
         logger.warning("%s.%s is interleaved, not merged: %s", call.component, call.method, reason)

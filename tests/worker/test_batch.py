@@ -151,7 +151,7 @@ def test_lists_of_rows_are_joined_and_split_again() -> None:
 
 def test_scalars_that_differ_become_one_element_per_row() -> None:
     calls = [call(torch.ones(2, 4), torch.tensor(0.1)), call(torch.ones(1, 4), torch.tensor(0.7))]
-    assert differing(calls, ROWS, Digests()) == {(0, 1)}
+    assert (0, 1) in differing(calls, ROWS, Digests())
     args, _ = merged_tree(calls, ROWS, {(0, 1)})
     assert args[1].tolist() == pytest.approx([0.1, 0.1, 0.7])
 
