@@ -14,7 +14,7 @@ from sgld.engine.engine import Engine
 from sgld.events import AnyEvent, Completed, Terminal
 from sgld.sampling_params import SamplingParams
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 PROMPT = "a red cat on the hill"
 
 
