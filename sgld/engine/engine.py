@@ -300,13 +300,14 @@ class Engine:
         self._running = None
         for entry in [e for e in self._entries.values() if e.state is RequestState.RUNNING]:
             entry.attempt += 1
-            entry.num_losses += blamed is None or entry.request.id in blamed
+            is_blamed = blamed is None or entry.request.id in blamed
+            entry.num_losses += is_blamed
             if entry.num_losses >= MAX_LOSSES:
                 message = f"{problem}, for the second time while it worked on this request"
                 self._end(entry, RequestState.FAILED, entry.event(Failed, code=RankLost.code, message=message))
                 continue
             entry.change(RequestState.QUEUED)
-            self._scheduler.requeue(entry.request.id)
+            self._scheduler.requeue(entry.request.id, is_suspect=is_blamed)
             entry.put(entry.event(Restarted, attempt=entry.attempt))
 
     def _fail_load(self, message: str) -> None:

@@ -59,6 +59,8 @@ class Scheduler:
         """When each arrived, and its number."""
         self._numbers = count()
         self._running: dict[str, _Running] = {}
+        self._suspects: set[str] = set()
+        """They share no forward: if one of them is lost again, it is known whose it was."""
         self._tail_s: dict[str, float] = {}
         """Cost key of the denoiser to the seconds that decoding takes afterwards."""
         self._mean_service_s: float | None = None
@@ -115,13 +117,19 @@ class Scheduler:
     def remove(self, request_id: str, *, is_completed: bool = False) -> None:
         """A request ended or was cancelled."""
         self._queued.pop(request_id, None)
+        self._suspects.discard(request_id)
         running = self._running.pop(request_id, None)
         if running is not None and is_completed:
             mean = self._mean_service_s
             self._mean_service_s = running.service_s if mean is None else 0.8 * mean + 0.2 * running.service_s
 
-    def requeue(self, request_id: str) -> None:
-        """A running request starts again from the beginning, before those that arrived after it."""
+    def requeue(self, request_id: str, *, is_suspect: bool = False) -> None:
+        """A running request starts again from the beginning, before those that arrived after it.
+
+        :param is_suspect: it may be the one that cost a rank; from now on its calls share no forward.
+        """
+        if is_suspect:
+            self._suspects.add(request_id)
         running = self._running.pop(request_id)
         self._queued[request_id] = running.arrived_at, running.number
         self._queued = OrderedDict(sorted(self._queued.items(), key=lambda item: item[1]))
@@ -132,7 +140,7 @@ class Scheduler:
         if not waiting:
             return None
         head = waiting[0]
-        group = [call for call in waiting if call is head or _may_join(head, call)]
+        group = [call for call in waiting if call is head or self._may_join(head, call)]
         calls = self._as_many_as_pay(group[: self._max_batch_size], len(waiting))
         predicted_s = self._cost.predict(head.cost_key, sum(call.rows for call in calls))
         return Batch(
@@ -177,6 +185,11 @@ class Scheduler:
         num_steps_left = max(call.num_steps - running.num_steps_done, 0)
         return num_steps_left * calls_per_step * call_s + self._tail_s.get(call.cost_key, 0.0)
 
+    def _may_join(self, head: CallInfo, call: CallInfo) -> bool:
+        if not self._suspects.isdisjoint((head.request_id, call.request_id)):
+            return False
+        return call.merge_key is not None and call.merge_key == head.merge_key and call.request_id != head.request_id
+
     def _as_many_as_pay(self, group: Sequence[CallInfo], num_waiting: int) -> list[CallInfo]:
         """One more call joins n calls if the delay it costs them, n·Δt, is less than it saves those who wait.
 
@@ -201,7 +214,3 @@ class Scheduler:
         if predicted_s is None or len(calls) < len(self._running) or self._queued:
             return 1
         return max(1, int(STANDING_ORDER_S / max(predicted_s, 1e-4)))
-
-
-def _may_join(head: CallInfo, call: CallInfo) -> bool:
-    return call.merge_key is not None and call.merge_key == head.merge_key and call.request_id != head.request_id

@@ -267,6 +267,23 @@ def test_outputs_that_arrived_together_keep_their_order_when_requeued() -> None:
     assert scheduler.admit() == ["a"]
 
 
+def test_suspects_share_no_forward_until_they_are_gone() -> None:
+    scheduler = running(FlatCost(), call("a"), call("b"), call("c"))
+    for request_id in "ab":
+        scheduler.requeue(request_id, is_suspect=True)
+    scheduler.requeue("c")
+    scheduler.add("d", 9.0)
+    scheduler.admit()
+    calls = {request_id: call(request_id) for request_id in "abcd"}
+    for info in calls.values():
+        scheduler.pending(info)
+    batches = []
+    while (batch := scheduler.next_batch(9.0)) is not None:
+        batches.append(batch.request_ids)
+        scheduler.ran(batch.call_ids, 1.0)
+    assert sorted(batches) == [("a",), ("b",), ("c", "d")]
+
+
 def test_lone_request_runs_on_a_standing_order() -> None:
     batch = batch_of(running(LinearCost(row_s=STANDING_ORDER_S / 10), call("a")))
     assert batch.num_ticks in (9, 10)
