@@ -25,7 +25,7 @@ COLOUR_VALUES = (
 )
 # Radius of one shape by size, as a fraction of the shorter side, and of each of several.
 RADIUS_ALONE = (0.10, 0.18, 0.28)
-RADIUS_SEVERAL = (0.065, 0.100, 0.140)
+RADIUS_SEVERAL = (0.065, 0.100, 0.132)
 # Two sides (radius 1 across the corners would make it look small), chosen so that all shapes seem of one size.
 SQUARE_HALF = 0.88
 SPOT_RADIUS = 0.22
@@ -62,7 +62,7 @@ def render_shapes(scenes: Tensor, dice: Dice, canvas: Canvas, time: Tensor) -> T
         dx = (canvas.x - pixel(shapes.x[:, slot]) * canvas.aspect) / safe
         dy = (canvas.y - pixel(shapes.y[:, slot])) / safe
         dx, dy = drawing.rotate(dx, dy, pixel(shapes.angle[:, slot]))
-        cover = canvas.cover(_distance(shapes.kind[:, slot], dx, dy) * safe) * (radius > 0)
+        cover = canvas.cover(distance(shapes.kind[:, slot], dx, dy) * safe) * (radius > 0)
         paint = (drawing.colour(values[shapes.colour[:, slot]]) + jitter[:, 1]).clamp(0, 1)
         picture = drawing.lerp(picture, paint, cover)
         if slot == 0:
@@ -77,7 +77,7 @@ def _field(scenes: Tensor, name: str) -> Tensor:
     return scenes[:, attr.Scene._fields.index(name)]
 
 
-def _distance(kind: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
+def distance(kind: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     """Signed distances (B, 1, H, W) in units of the radius, of the shape that each row's `kind` (B,) names."""
     each = (
         drawing.circle(dx, dy),
