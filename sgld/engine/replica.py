@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
@@ -40,7 +39,7 @@ class Rank:
         self.tensors = tensors
         self._front = front
         self._cause_of_death = cause_of_death
-        self._heard_at = time.monotonic()
+        self._silence_s = 0.0
         self._limit_s: float | None = None
 
     def send(self, command: AnyCommand) -> None:
@@ -56,7 +55,7 @@ class Rank:
     def expect_reply(self, limit_s: float | None) -> None:
         """From now on a silence longer than this means that the rank hangs; None: it may be silent."""
         if limit_s != self._limit_s:
-            self._heard_at = time.monotonic()
+            self._silence_s = 0.0
         self._limit_s = limit_s
 
     async def receive(self) -> AnyReply:
@@ -70,14 +69,15 @@ class Rank:
                     reply = await self._front.receive()
                 except ChannelClosed:
                     raise RankLost(f"the rank process died{await self._how()}") from None
-                self._heard_at = time.monotonic()
+                self._silence_s = 0.0
                 return reply
             # Its end of the channel may outlive a process, in the hands of its children.
             if (cause := self._cause_of_death(0)) is not None:
                 raise RankLost(f"the rank process died ({cause})")
-            silence_s = time.monotonic() - self._heard_at
-            if self._limit_s is not None and silence_s > self._limit_s:
-                raise RankLost(f"the rank process hangs: it was silent for {silence_s:.0f} s")
+            # Counted in looks: while both processes were suspended nobody was silent.
+            self._silence_s += _LOOK_S
+            if self._limit_s is not None and self._silence_s > self._limit_s:
+                raise RankLost(f"the rank process hangs: it was silent for {self._silence_s:.0f} s")
 
     def receive_nowait(self) -> AnyReply | None:
         """A reply that is there already; None if there is none, or the rank is gone: `receive` says so."""

@@ -70,7 +70,8 @@ class Scheduler:
 
         :raises QueueFull: too many wait already.
         """
-        if len(self._queued) + num_requests > self._max_queued:
+        num_free = max(self._max_running - len(self._running), 0)
+        if len(self._queued) + num_requests > self._max_queued + num_free:
             raise QueueFull(
                 f"{len(self._queued)} requests wait and {num_requests} more would exceed the limit of "
                 f"{self._max_queued}; try again later"

@@ -93,8 +93,8 @@ class Rank:
             images = [load_image(Path(path)) for path in params.image_path]
             pipeline = self._model.pipeline_for(has_image=bool(images))
             kwargs = arguments(pipeline, params, self._model.defaults, images)
-        except SgldError as error:
-            self._failed(request_id, error)
+        except Exception as error:  # noqa: BLE001 - the task's boundary: what it can't begin with fails it alone
+            self._failed(request_id, translated(error, has_made_calls=False))
             return
         output = _Output(self._results, request_id, self._model, self._previewer, params)
         self._session.start(

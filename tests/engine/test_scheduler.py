@@ -94,13 +94,15 @@ def test_requests_are_admitted_in_order_up_to_the_limit() -> None:
 
 
 def test_full_queue_refuses_and_says_the_limit() -> None:
-    scheduler = Scheduler(FlatCost(), max_queued_requests=2)
-    scheduler.check_room(2)
-    scheduler.add("a", 0.0)
+    scheduler = Scheduler(FlatCost(), max_running_requests=1, max_queued_requests=2)
+    scheduler.check_room(3)  # one of them runs at once
+    for request_id in ("a", "b"):
+        scheduler.add(request_id, 0.0)
+    scheduler.admit()
     scheduler.check_room(1)
     with pytest.raises(QueueFull, match=r"1 requests wait and 2 more would exceed the limit of 2"):
         scheduler.check_room(2)
-    scheduler.remove("a")
+    scheduler.remove("b")
     scheduler.check_room(2)
 
 
