@@ -1,15 +1,15 @@
 """Trains the autoencoders of the embedded models and gives their latents mean 0 and deviation 1."""
 
-import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch import Tensor
 
 from sgld.models.embedded.clock import Clock
 
-AutoencoderLike = AutoencoderKL | AutoencoderKLWan
+# AutoencoderKL or AutoencoderKLWan, which diffusers doesn't type.
+AutoencoderLike = Any
 # Small enough to cost no sharpness, large enough that neighbouring latents decode to neighbouring pictures.
 KL_WEIGHT = 1e-4
 PEAK_RATE = 1e-3
@@ -24,20 +24,15 @@ def train_autoencoder(vae: AutoencoderLike, batches: Iterator[Tensor], clock: Cl
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
     while not clock.is_over:
         _set_rate(optimizer, PEAK_RATE * clock.rate())
-        pixels = batches.__next__().to(device).float() / 127.5 - 1
+        pixels = next(batches).to(device).float() / 127.5 - 1
         with torch.autocast(device, torch.bfloat16):
             loss, error = _loss(vae, pixels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        clock.step(lambda error=error: f"autoencoder psnr {psnr(error.item()):.2f}")
+        clock.step("autoencoder squared error", error.item)
     vae.eval()
-
-
-def psnr(mean_squared_error: float) -> float:
-    """Decibels, for pictures in [-1, 1]."""
-    return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

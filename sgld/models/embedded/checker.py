@@ -90,7 +90,7 @@ def look_at_shapes(picture: Tensor) -> tuple[int, list[Found]]:
     mask = (small - background[:, None, None]).norm(dim=0) > BACKGROUND_RADIUS
     labels = _components(mask)
     found = []
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         part = labels == label
         if label and part.sum() >= MIN_AREA * part.numel():
             found.append(_describe(part, small))
@@ -165,7 +165,7 @@ def _sky_colours(picture: Tensor) -> Tensor:
 
 
 def _ground_features(picture: Tensor) -> Tensor:
-    """The ground's colour near and in the middle, relative to its brightness: nights are dark but still blue or green."""
+    """The ground's colour near and in the middle, relative to its brightness: nights are dark but not gray."""
     near, middle = _strip(picture, 0.92, 1.0), _strip(picture, 0.78, 0.86)
     hue = [colour / (colour.norm() + 0.05) for colour in (near, middle)]
     # The sea begins at one height from left to right.

@@ -30,9 +30,9 @@ class Clock:
         progress = min(1.0, self.elapsed_s / self.total_s)
         return warm * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def step(self, line: Callable[[], str]) -> None:
-        """Counts a step; every 15 s prints the line, which may wait for the device."""
+    def step(self, name: str, value: Callable[[], float]) -> None:
+        """Counts a step; every 15 s prints the value, which may wait for the device."""
         self._num_steps += 1
         if self.elapsed_s >= self._next_line_s:
             self._next_line_s = self.elapsed_s + 15
-            print(f"{self.elapsed_s:6.0f} s  step {self._num_steps:6d}  {line()}", flush=True)
+            print(f"{self.elapsed_s:6.0f} s  step {self._num_steps:6d}  {name} {value():.5f}", flush=True)

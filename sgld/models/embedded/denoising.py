@@ -1,7 +1,7 @@
 """Trains a text encoder and a denoiser together by flow matching on latents that were encoded before."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Average:
     """An exponential moving average of parameters (EMA), in float32."""
 
     def __init__(self, modules: Sequence[nn.Module]):
-        self._live = [parameter for module in modules for parameter in module.parameters()]
+        self._live: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
         self._kept = [parameter.detach().clone() for parameter in self._live]
         self._num_steps = 0
 
@@ -61,12 +61,12 @@ def train_denoiser(
         latents, tokens = _draw(bucket, batch_size, end_token)
         loss = _loss(text, denoiser, predict, latents, tokens)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update()
         mean_loss = torch.lerp(mean_loss, loss.detach(), 0.01)
-        clock.step(lambda mean_loss=mean_loss: f"denoiser loss {mean_loss.item():.4f}")
+        clock.step("denoiser loss", mean_loss.item)
     average.store()
 
 
@@ -94,7 +94,7 @@ def _loss(text: nn.Module, denoiser: nn.Module, predict: Predict, latents: Tenso
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compiles one block for all: they share their code, so that the first one's compilation serves the others."""
     for block in blocks:
         block.compile(dynamic=False)

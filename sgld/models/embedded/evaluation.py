@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from sgld.models.embedded.attributes import Scene
 from sgld.models.embedded.captions import caption
 from sgld.models.embedded.checker import agreement, agreement_of_clip
-from sgld.models.embedded.scenes import Scene, draw_dice, draw_scenes, render, render_clips
+from sgld.models.embedded.scenes import draw_dice, draw_scenes, render, render_clips
 
 
 @dataclass

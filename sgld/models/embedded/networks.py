@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5
 HEADS, HEAD_DIM, NUM_LAYERS = 6, 32, 10
 WIDTH = HEADS * HEAD_DIM
 IMAGE_CHANNELS, VIDEO_CHANNELS = 8, 12
-IMAGE_DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 4.0, "height": 256, "width": 256}
+IMAGE_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 2.5, "height": 256, "width": 256}
 VIDEO_DEFAULTS = {
-    "num_inference_steps": 20,
-    "guidance_scale": 4.0,
+    "num_inference_steps": 12,
+    "guidance_scale": 3.0,
     "height": 128,
     "width": 192,
     "num_frames": 17,

@@ -1,5 +1,7 @@
 """How training calls each denoiser: exactly what its pipeline does, with less padding."""
 
+from typing import Any
+
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ def predict_image(text: nn.Module, denoiser: nn.Module, noisy: Tensor, timestep:
     return velocity
 
 
-def predict_video(text: nn.Module, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+def predict_video(text: nn.Module, denoiser: Any, noisy: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
     """Wan's denoiser sees the padding as zeros; `shorten_padding` makes few of them count as many."""
     mask = tokens != 0
     embeds = text(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
@@ -52,13 +54,13 @@ class ShortPadding:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: None = None,
         rotary_emb: None = None,
     ) -> Tensor:
-        """The processor of diffusers (WanAttnProcessor), with the bias. Source: diffusers 0.42.1, transformer_wan.py."""
+        """Cross attention with the bias. Source: WanAttnProcessor in diffusers 0.42.1, transformer_wan.py."""
         query, key, value = (
             projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for projected in (

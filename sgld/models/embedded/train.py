@@ -103,7 +103,13 @@ VIDEO = Recipe(
 
 
 # What a trial run on a CPU uses instead of the recipe's numbers.
-TRIAL = {"num_scenes": 48, "pool_clips": 8, "autoencoder_batch": 2, "render_batch": 8, "denoiser_batch": 4}
+TRIAL: dict[str, Any] = {
+    "num_scenes": 48,
+    "pool_clips": 8,
+    "autoencoder_batch": 2,
+    "render_batch": 8,
+    "denoiser_batch": 4,
+}
 COMPONENTS = ("vae", "text_encoder", "transformer")
 
 
@@ -123,9 +129,6 @@ def main() -> None:
     modules = recipe.build(tokenizer)
     load_weights(modules, arguments.out)
     generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
-    if arguments.channels_last:
-        for convolution in (module for module in modules[0].modules() if isinstance(module, nn.Conv3d)):
-            convolution.to(memory_format=torch.channels_last_3d)
     if arguments.autoencoder_minutes:
         _train_autoencoder(recipe, modules[0], generator, arguments.autoencoder_minutes * 60)
         save_modules(recipe, modules, tokenizer, arguments.out)
@@ -152,7 +155,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="processes that write captions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--channels-last", action="store_true", help="lay out the video autoencoder's weights so")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks")
     parser.add_argument("--trial", action="store_true", help="a few scenes only, to try the code")
     return parser.parse_args()
@@ -185,7 +187,7 @@ def _train_autoencoder(recipe: Recipe, vae: Any, generator: torch.Generator, tot
     pool = torch.cat(
         [
             render_bytes(rows, generator, num_frames=recipe.pool_frames, height=height, width=width)
-            for rows in scenes.split(recipe.render_batch)
+            for rows in torch.split(scenes, recipe.render_batch)
         ]
     )
     device = generator.device.type
@@ -193,7 +195,7 @@ def _train_autoencoder(recipe: Recipe, vae: Any, generator: torch.Generator, tot
     train_autoencoder(vae, batches, Clock(total_s), device)
     some = pool[: 8 * recipe.render_batch]
     encode = partial(_encode_bytes, recipe, vae)
-    normalise_latents(vae, lambda: torch.cat([encode(part) for part in some.split(recipe.render_batch)]))
+    normalise_latents(vae, lambda: torch.cat([encode(part) for part in torch.split(some, recipe.render_batch)]))
 
 
 @torch.no_grad()
@@ -241,7 +243,7 @@ def _train_denoiser(
     if isinstance(denoiser, WanTransformer3DModel):
         shorten_padding(denoiser)
     if arguments.compile:
-        compile_blocks(denoiser.get_submodule("transformer_blocks" if recipe.kind == "image" else "blocks"))
+        compile_blocks(denoiser.get_submodule("transformer_blocks" if recipe.kind == "image" else "blocks").children())
     train_denoiser(
         text, denoiser, recipe.predict, buckets,
         batch_size=recipe.denoiser_batch, end_token=end_token, clock=clock,

@@ -32,7 +32,8 @@ PLACES = (
      "desert dunes", "dry desert", "hot desert", "the dunes"),
 )  # fmt: skip
 LANDSCAPES = (
-    "{adj} {time} over {place}", "{adj} {time} over {place}", "{place} at {time}", "{time} in {place}", "{time} at {place}",
+    "{adj} {time} over {place}", "{adj} {time} over {place}", "{place} at {time}", "{time} in {place}",
+    "{time} at {place}",
     "{adj} landscape with {place} at {time}", "{adj} {place} during {time}", "{time}, {place}", "{place}, {time}",
     "{adj} {time} above {place}", "{adj} {time} with {place}", "{time} behind {place}", "{adj} {time} by {place}",
     "{adj} {place} in the {time}", "{place} under a {time} sky", "{adj} {time} landscape of {place}", "{place} {time}",
@@ -41,10 +42,10 @@ EXTRAS = (
     (),
     ("with trees", "and trees", "with pine trees", "with a forest", "and a few trees", "with fir trees", "and a forest",
      "with some trees in front", "with tall trees", "with a tree"),
-    ("with a house", "and a small house", "with a cottage", "with a cabin", "and a little cabin", "with a red roof house",
-     "and a home", "with a farmhouse", "with a hut"),
-    ("with a boat", "and a sailboat", "with a ship", "with a sailing boat", "and a small boat", "with a yacht",
-     "with a boat sailing", "and a sailing ship"),
+    ("with a house", "and a small house", "with a cottage", "with a cabin", "and a little cabin",
+     "with a red roof house", "and a home", "with a farmhouse", "with a hut"),
+    ("with a boat", "and a sailboat", "with a ship", "with a sailing boat", "and a small boat",
+     "with a yacht", "with a boat sailing", "and a sailing ship"),
     ("with cacti", "and a cactus", "with cactus", "with green cacti", "with some cacti", "and cactus plants"),
 )  # fmt: skip
 CLOUDS = (
