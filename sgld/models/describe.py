@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgld.errors import ModelError
-from sgld.models.resolve import defaults, model_index, resolve
+from sgld.models.resolve import defaults, model_index, one_line, resolve
 from sgld.models.verdicts import VerdictFile
 
 # The first 8 bytes of a safetensors file are the length of its JSON header. Source: github.com/huggingface/safetensors.
@@ -46,11 +46,15 @@ def describe(model_path: str) -> Description:
     index = model_index(source)
     if "_class_name" not in index:
         raise ModelError(f"model_index.json of {model_path} names no pipeline class (_class_name)")
-    entries = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    entries = {
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] is not None
+    }
     components = (_component(name, str(v[0]), str(v[1]), source.folder) for name, v in entries.items())
-    return Description(
-        str(index["_class_name"]), tuple(components), defaults(source), VerdictFile(source, index).read().modes
-    )
+    # A model with code of its own names the file, too.
+    class_name = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
+    return Description(str(class_name), tuple(components), defaults(source), VerdictFile(source, index).read().modes)
 
 
 def _component(name: str, library: str, class_name: str, folder: Path | None) -> Component:
@@ -63,10 +67,22 @@ def _main_dtype(weights: list[Path]) -> str | None:
     """The dtype of most elements in some safetensors files, as they spell it; None if there are none."""
     counts: Counter[str] = Counter()
     for path in weights:
-        with path.open("rb") as file:
-            (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
+        for name, entry in _header(path).items():
             if name != "__metadata__":
                 counts[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
     return counts.most_common(1)[0][0] if counts else None
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors.
+
+    :raises ModelError: it isn't one.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
+            if length > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            return dict(json.loads(file.read(length)))
+    except (OSError, ValueError, TypeError, struct.error) as error:
+        raise ModelError(f"{path} can't be read: {one_line(error)}") from None

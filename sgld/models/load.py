@@ -86,10 +86,13 @@ def _device(config: EngineConfig) -> torch.device:
 def _set_up_vae(pipeline: Any, config: EngineConfig) -> None:
     vae = getattr(pipeline, "vae", None)
     for is_wanted, method in ((config.vae_tiling, "enable_tiling"), (config.vae_slicing, "enable_slicing")):
-        if is_wanted and not hasattr(vae, method):
-            raise ModelError(f"{method} is asked for, but {type(vae).__name__} of {config.model_path} doesn't have it")
-        if is_wanted:
+        if not is_wanted:
+            continue
+        try:
             getattr(vae, method)()
+        except (AttributeError, NotImplementedError):
+            message = f"{method} is asked for, but {type(vae).__name__} of {config.model_path} doesn't have it"
+            raise ModelError(message) from None
 
 
 def _image_to_image(pipeline: Any) -> Any:

@@ -34,16 +34,22 @@ def resolve(model_path: str) -> ModelSource:
 
     :raises ModelError: it is a folder without model_index.json, or neither a folder nor a possible hub id.
     """
-    folder = EMBEDDED.get(model_path, Path(model_path).expanduser())
-    if folder.is_dir():
+    missing = f"there is no folder {model_path!r}, and it isn't a Hugging Face model id (owner/name)"
+    try:
+        folder = EMBEDDED.get(model_path) or Path(model_path).expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError):
+        # Too long a name, an unknown user after ~, a NUL.
+        raise ModelError(missing) from None
+    if is_folder:
         if not (folder / INDEX_FILE).is_file():
             raise ModelError(f"{model_path} has no {INDEX_FILE}; a model is a folder in the layout of diffusers")
         return ModelSource(model_path, folder)
-    if folder.exists():
+    if is_there:
         raise ModelError(f"{model_path} is a file; a model is a folder in the layout of diffusers")
     is_hub_id = model_path.count("/") <= 1 and not model_path.startswith((".", "/", "~")) and model_path.strip()
     if not is_hub_id:
-        raise ModelError(f"there is no folder {model_path!r}, and it isn't a Hugging Face model id (owner/name)")
+        raise ModelError(missing)
     return ModelSource(model_path, None)
 
 
@@ -58,7 +64,7 @@ def model_index(source: ModelSource) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         return dict(json.loads(Path(hf_hub_download(source.model_path, INDEX_FILE)).read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{INDEX_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
 
 

@@ -25,7 +25,7 @@ def pixels_of(result: Any) -> Pixels:
     value = getattr(result, "images", None)
     if value is None:
         value = getattr(result, "frames", None)
-    if value is None and isinstance(result, tuple):
+    if value is None and isinstance(result, tuple) and result:
         value = result[0]
     value = _as_tensor(value)
     if value is None or value.ndim not in (4, 5) or 3 not in (value.shape[-3], value.shape[-1]):

@@ -1,6 +1,7 @@
 """Previews: the clean latents that a step predicts, turned to RGB by a linear map fitted against the VAE itself."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -36,17 +37,21 @@ def predicted_clean(scheduler: Any, model_output: torch.Tensor, timestep: Any, s
     prediction = config.get("prediction_type", "flow_prediction" if "shift" in config else "epsilon")
     if getattr(scheduler, "step_index", 0) is None:
         scheduler._init_step_index(timestep)
-    if hasattr(scheduler, "convert_model_output") and config.get("algorithm_type", "dpmsolver++") == "dpmsolver++":
-        return scheduler.convert_model_output(model_output, sample=sample)
     if hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index"):
-        return _from_sigma(prediction, model_output, sample, scheduler.sigmas[scheduler.step_index])
+        sigma = scheduler.sigmas[scheduler.step_index].to(sample.device)
+        if hasattr(scheduler, "precondition_outputs"):
+            return scheduler.precondition_outputs(sample, model_output, sigma)
+        if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+            return _from_signal(prediction, model_output, sample, *scheduler._sigma_to_alpha_sigma_t(sigma))
+        return _from_sigma(prediction, model_output, sample, sigma)
     if hasattr(scheduler, "alphas_cumprod"):
-        return _from_alpha(prediction, model_output, sample, scheduler.alphas_cumprod[int(timestep)])
+        alpha = scheduler.alphas_cumprod[int(timestep)].to(sample.device)
+        return _from_signal(prediction, model_output, sample, alpha**0.5, (1 - alpha) ** 0.5)
     return None
 
 
 def _from_sigma(prediction: str, output: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor) -> Any:
-    sigma = sigma.to(sample.device)
+    """Where a sample is the clean one plus `sigma` times noise, or (flow) a mixture of both."""
     if prediction in ("flow_prediction", "epsilon"):
         return sample - sigma * output
     if prediction == "v_prediction":
@@ -54,8 +59,12 @@ def _from_sigma(prediction: str, output: torch.Tensor, sample: torch.Tensor, sig
     return output if prediction == "sample" else None
 
 
-def _from_alpha(prediction: str, output: torch.Tensor, sample: torch.Tensor, alpha: torch.Tensor) -> Any:
-    signal, noise = alpha.to(sample.device) ** 0.5, (1 - alpha.to(sample.device)) ** 0.5
+def _from_signal(
+    prediction: str, output: torch.Tensor, sample: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor
+) -> Any:
+    """Where a sample is `signal` times the clean one plus `noise` times noise."""
+    if prediction == "flow_prediction":
+        return sample - noise * output
     if prediction == "epsilon":
         return (sample - noise * output) / signal
     if prediction == "v_prediction":
@@ -144,7 +153,8 @@ def fitted_rgb(vae: Any) -> torch.Tensor:
     noise = torch.randn(_FIT_PICTURES, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     side = _FIT_SIDE * ratio
     pictures = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(-1, 1)
-    is_video = getattr(vae, "temporal_compression_ratio", None) is not None or hasattr(vae, "clear_cache")
+    # Three-dimensional convolutions: it takes videos.
+    is_video = any(weight.ndim == 5 for weight in getattr(vae, "encoder", vae).parameters())
     given = pictures.unsqueeze(2) if is_video else pictures
     with torch.no_grad():
         encoded = vae.encode(given.to(parameter.device, parameter.dtype))
@@ -221,13 +231,19 @@ class _Watched:
 
     def around_step(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
         # Pipelines look at the signature of `step` to see what it takes.
+        signature = inspect.signature(step)
+
         @functools.wraps(step)
-        def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             number = self._task.step + 1
             if number in steps_to_show(self._num_previews, self._task.num_steps) - self._sent:
                 self._sent.add(number)
-                self._show(number, predicted_clean(scheduler, model_output, timestep, sample))
-            result = step(model_output, timestep, sample, *args, **kwargs)
+                # Some have further arguments between these.
+                given = signature.bind(*args, **kwargs).arguments
+                if {"model_output", "timestep", "sample"} <= given.keys():
+                    clean = predicted_clean(scheduler, given["model_output"], given["timestep"], given["sample"])
+                    self._show(number, clean)
+            result = step(*args, **kwargs)
             self._last = result[0] if isinstance(result, tuple) else result.prev_sample
             return result
 

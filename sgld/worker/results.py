@@ -5,8 +5,10 @@ The thread waits for the tensor queue, so that a slow front holds up neither the
 """
 
 import queue
+import select
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,8 @@ from sgld.ipc.tensor_queue import TensorWriter
 from sgld.messages import AnyCommand, AnyReply, Decoded, Previewed, TensorRef
 
 MAX_WAITING = 64
+# How long a front that is alive may take to make room for what waits when the rank leaves.
+_CLOSE_S = 5.0
 Array = torch.Tensor | NDArray[np.uint8]
 
 
@@ -71,8 +75,9 @@ class Results:
 
     def close(self) -> None:
         """Send what waits, unless the front is gone."""
-        self._waiting.put(None)
-        self._thread.join(timeout=5)
+        with suppress(queue.Full):
+            self._waiting.put(None, timeout=_CLOSE_S)
+            self._thread.join(timeout=_CLOSE_S)
         self._is_closed.set()
 
     def _put(self, item: _Parcel | AnyReply) -> None:
@@ -85,12 +90,21 @@ class Results:
         try:
             while (item := self._waiting.get()) is not None:
                 if isinstance(item, _Parcel):
-                    ref = self._tensors.put(item.pixels, should_stop=self._is_closed.is_set)
+                    ref = self._tensors.put(item.pixels, should_stop=self._should_stop)
                     self._channel.send(item.message(ref))
                 else:
                     self._channel.send(item)
         except (ChannelClosed, Cancelled):
             self._drain()
+
+    def _should_stop(self) -> bool:
+        """Whether nobody will release a slot of the tensor queue any more."""
+        descriptor = self._channel.fileno()
+        if self._is_closed.is_set() or descriptor < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, 0)  # a hang-up is told in any case
+        return bool(poll.poll(0))
 
     def _drain(self) -> None:
         """The front is gone: nothing that a task gives any more may block it."""

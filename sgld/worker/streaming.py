@@ -13,8 +13,10 @@ import torch
 
 
 def can_stream(vae: Any) -> bool:
-    """Whether the VAE decodes latent frames one after the other, with a cache of its own in between."""
-    return hasattr(vae, "_cached_conv_counts") and hasattr(vae, "clear_cache") and hasattr(vae, "decoder")
+    """Whether the VAE decodes latent frames one after the other, whole, with a cache of its own in between."""
+    is_tiled = getattr(vae, "use_tiling", False)
+    has_cache = hasattr(vae, "_cached_conv_counts") and hasattr(vae, "clear_cache")
+    return has_cache and hasattr(vae, "decoder") and not is_tiled
 
 
 @contextlib.contextmanager

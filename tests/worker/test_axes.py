@@ -79,7 +79,7 @@ def test_skeleton_has_shapes_and_no_data() -> None:
 
 
 def test_hypothesis_is_axis_0_of_what_has_as_many_rows_as_the_first_tensor() -> None:
-    tree = (t(2, 3),), {"t": t(), "e": t(2, 7), "ids": t(9, 2), "n": 1}
+    tree: Any = (t(2, 3),), {"t": t(), "e": t(2, 7), "ids": t(9, 2), "n": 1}
     assert hypothesis(tree) == CallAxes({(0, 0): Batched(0, 2), (1, "e"): Batched(0, 2)}, None)
 
 
@@ -91,7 +91,7 @@ def test_without_a_tensor_there_is_no_hypothesis(tree: Any) -> None:
 
 def test_results_are_completed_from_what_a_call_returned() -> None:
     axes = CallAxes({(0, 0): Batched(1, 1)}, None)
-    tree = (t(5, 3),), {}
+    tree: Any = (t(5, 3),), {}
     completed = with_results(axes, tree, {"sample": t(3, 4), "pair": (t(6, 1), None)})
     assert completed.results == {("sample",): Batched(0, 1), ("pair", 0): Batched(0, 2)}
     assert completed.arguments == axes.arguments

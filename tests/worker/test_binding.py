@@ -12,8 +12,9 @@ from sgld.worker.task import Task
 from worker.requests import Doubling, Doublings, Sum, calls_until_end, picture, request, run_to_end, running
 
 
-def bound_to(pipeline: Any, task: Task | None = None) -> Any:
-    return bind(pipeline, task or Task("request", lambda _task: None))
+def bound_to(pipeline: Any) -> Any:
+    """A copy for a task that has ended: to look at, not to call."""
+    return bind(pipeline, running(lambda _task: None))
 
 
 def test_two_requests_have_noise_schedulers_of_their_own() -> None:

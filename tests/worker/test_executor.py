@@ -89,7 +89,12 @@ def test_calls_that_were_proved_share_one_forward() -> None:
 
 def test_a_call_alone_runs_with_the_very_arguments_of_its_task() -> None:
     seen: list[Any] = []
-    model = Model(lambda x: seen.append(x) or x)
+
+    def noting(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x
+
+    model = Model(noting)
     x = rows(1)[0]
     tick = Executor().run([call_of(model, x)])
     assert seen[0] is x

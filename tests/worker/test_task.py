@@ -52,8 +52,8 @@ def test_body_does_not_begin_before_the_task_is_advanced() -> None:
 
 
 def test_thread_is_over_when_the_task_has_ended() -> None:
-    task = running(two_calls)
-    thread = next(thread for thread in threading.enumerate() if thread.name == "task-request")
+    task = Task("thread-test", two_calls)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "task-thread-test")
     run_to_end(task)
     assert not thread.is_alive()
 

@@ -1,0 +1,139 @@
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+from pipelines import build
+
+from sgld.config import EngineConfig
+from sgld.errors import InvalidRequest, ModelError
+from sgld.models.load import LoadedModel, load
+from sgld.models.resolve import DEFAULTS_FILE, INDEX_FILE
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def loaded(folder: Path, **config: Any) -> LoadedModel:
+    return load(EngineConfig(model_path=str(folder), device="cpu", num_cpu_threads=1, **config))
+
+
+def failure(folder: Path, **config: Any) -> str:
+    """What is told of a model that can't be loaded; always in one line."""
+    with pytest.raises(ModelError) as caught:
+        loaded(folder, **config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_model_on_a_cpu_has_full_precision(sdxl_folder: Path) -> None:
+    info = loaded(sdxl_folder).info()
+    assert (info.model_path, info.pipeline_class, info.device) == (
+        str(sdxl_folder),
+        "StableDiffusionXLPipeline",
+        "cpu",
+    )
+    assert info.precisions == dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "float32")
+    assert torch.get_num_threads() == 1
+
+
+def test_precision_of_the_vae_is_chosen_by_itself(sdxl_folder: Path) -> None:
+    precisions = loaded(sdxl_folder, dit_precision="bf16", vae_precision="fp32").info().precisions
+    assert (precisions["unet"], precisions["text_encoder"], precisions["vae"]) == ("bfloat16", "bfloat16", "float32")
+    precisions = loaded(sdxl_folder, vae_precision="bf16").info().precisions
+    assert (precisions["unet"], precisions["vae"]) == ("float32", "bfloat16")
+
+
+def test_recommended_params_come_with_the_model(sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, folder)
+    assert loaded(folder).defaults == {}
+    (folder / DEFAULTS_FILE).write_text('{"fps": 8, "height": 32}')
+    model = loaded(folder)
+    assert (model.defaults, model.info().fps) == ({"fps": 8, "height": 32}, 8)
+
+
+def test_folder_without_a_model_is_told_in_one_line(tmp_path: Path) -> None:
+    assert "has no model_index.json" in failure(tmp_path)
+
+
+def test_broken_model_is_told_in_one_line(sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, folder)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    (folder / INDEX_FILE).write_text(json.dumps(index | {"_class_name": "NoSuchPipeline"}))
+    assert "can't be loaded" in failure(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk that is no weights", b"\xff" * 64])
+def test_broken_weights_are_told_in_one_line(sdxl_folder: Path, tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    assert "can't be loaded" in failure(folder)
+
+
+def test_missing_weights_are_told_in_one_line(sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(sdxl_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "can't be loaded" in failure(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_told(sdxl_folder: Path) -> None:
+    with pytest.raises(ModelError, match="torch finds no GPU here; use --device cpu or auto"):
+        load(EngineConfig(model_path=str(sdxl_folder), device="cuda"))
+
+
+def test_vae_decodes_in_tiles_and_slices_when_asked(sdxl_folder: Path) -> None:
+    vae = loaded(sdxl_folder, vae_tiling=True, vae_slicing=True).pipeline.vae
+    assert (vae.use_tiling, vae.use_slicing) == (True, True)
+    vae = loaded(sdxl_folder).pipeline.vae
+    assert (vae.use_tiling, vae.use_slicing) == (False, False)
+
+
+def test_tiling_of_a_vae_that_has_none_is_refused(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoencoderKL
+
+    def refuse(_vae: Any) -> None:
+        raise NotImplementedError("Tiling doesn't seem to be implemented for AutoencoderKL.")
+
+    # As the base class of all VAEs does for those that have none.
+    monkeypatch.setattr(AutoencoderKL, "enable_tiling", refuse)
+    message = failure(sdxl_folder, vae_tiling=True)
+    assert message.startswith("enable_tiling is asked for, but AutoencoderKL of")
+
+
+def test_sibling_for_pictures_has_the_very_same_components(sdxl_folder: Path) -> None:
+    model = loaded(sdxl_folder, dit_precision="bf16")
+    sibling = model.pipeline_for(has_image=True)
+    assert isinstance(sibling, StableDiffusionXLImg2ImgPipeline)
+    for name, component in model.pipeline.components.items():
+        assert getattr(sibling, name) is component
+    assert sibling.unet.dtype is torch.bfloat16
+    assert model.pipeline_for(has_image=True) is sibling
+    assert model.pipeline_for(has_image=False) is model.pipeline
+
+
+def inline(name: str) -> LoadedModel:
+    return LoadedModel(build(name)[0], torch.device("cpu"), {}, name)
+
+
+def test_pipeline_that_takes_pictures_itself_has_no_sibling() -> None:
+    model = inline("wan_i2v")
+    assert model.pipeline_for(has_image=True) is model.pipeline
+
+
+def test_pipeline_without_a_sibling_refuses_pictures() -> None:
+    with pytest.raises(InvalidRequest, match="takes no input image, and has no image-to-image sibling") as caught:
+        inline("cogvideox").pipeline_for(has_image=True)
+    assert caught.value.param == "image_path"

@@ -1,0 +1,127 @@
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+from PIL import Image
+from pipelines import build
+
+from sgld.errors import InvalidRequest
+from sgld.sampling_params import SamplingParams
+from sgld.worker.arguments import arguments, num_steps, parameters_of
+
+
+def made(name: str, defaults: dict[str, Any] | None = None, images: Any = (), **params: Any) -> dict[str, Any]:
+    pipeline, _ = build(name)
+    return arguments(pipeline, SamplingParams(**params), defaults or {}, images)
+
+
+def test_only_what_was_chosen_is_given() -> None:
+    found = made("flux", prompt="a cat", seed=3)
+    assert set(found) == {"prompt", "generator", "output_type"}
+    assert (found["prompt"], found["output_type"]) == ("a cat", "pt")
+
+
+def test_chosen_values_go_by_the_names_of_the_pipeline() -> None:
+    chosen: dict[str, Any] = {
+        "height": 64,
+        "width": 32,
+        "num_inference_steps": 7,
+        "guidance_scale": 2.5,
+        "max_sequence_length": 16,
+    }
+    found = made("flux", prompt="a cat", negative_prompt="a dog", true_cfg_scale=2.0, **chosen)
+    assert found.items() >= (chosen | {"negative_prompt": "a dog", "true_cfg_scale": 2.0}).items()
+
+
+def test_recommended_values_stand_where_nothing_was_chosen() -> None:
+    defaults = {"height": 64, "width": 64, "num_inference_steps": 9, "fps": 8}
+    found = made("flux", defaults, prompt="a cat", height=32)
+    assert (found["height"], found["width"], found["num_inference_steps"]) == (32, 64, 9)
+    assert "fps" not in found
+
+
+def test_generator_has_the_seed() -> None:
+    generator = made("flux", prompt="a cat", seed=5)["generator"]
+    same = torch.Generator().manual_seed(5)
+    assert torch.equal(torch.randn(3, generator=generator), torch.randn(3, generator=same))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_generator_on_a_missing_gpu_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no GPU") as caught:
+        made("flux", prompt="a cat", generator_device="cuda")
+    assert caught.value.param == "generator_device"
+
+
+def test_what_the_pipeline_does_not_take_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="FluxPipeline takes no guidance_rescale; it takes prompt, ") as caught:
+        made("flux", prompt="a cat", guidance_rescale=0.5)
+    assert caught.value.param == "guidance_rescale"
+
+
+def test_frames_of_a_picture_are_refused_but_one() -> None:
+    assert "num_frames" not in made("flux", prompt="a cat", num_frames=1)
+    with pytest.raises(InvalidRequest, match="takes no num_frames"):
+        made("flux", prompt="a cat", num_frames=9)
+    assert made("wan", prompt="a cat", num_frames=1)["num_frames"] == 1
+
+
+def test_frame_rate_goes_only_to_pipelines_that_know_of_it() -> None:
+    assert made("ltx", prompt="a cat", fps=24)["frame_rate"] == 24
+    assert not {"fps", "frame_rate"} & set(made("wan", prompt="a cat", fps=24))
+
+
+def test_images_go_to_pipelines_that_take_them() -> None:
+    picture = Image.new("RGB", (8, 8))
+    assert made("wan_i2v", prompt="a cat", images=[picture])["image"] is picture
+    assert made("wan_i2v", prompt="a cat", images=[picture] * 2)["image"] == [picture] * 2
+    with pytest.raises(InvalidRequest, match="takes no image"):
+        made("flux", prompt="a cat", images=[picture])
+
+
+def test_further_arguments_go_by_their_names() -> None:
+    extra = {"guidance_scale_2": 1.0, "attention_kwargs": {"a": 1}}
+    found = made("wan", prompt="a cat", diffusers_kwargs={"attention_kwargs": {"a": 1}}, guidance_scale_2=1.0)
+    assert found.items() >= extra.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("generator", "is set by sgld itself"),
+        ("output_type", "is set by sgld itself"),
+        ("num_images_per_prompt", "is set by sgld itself"),
+        ("height", "give height itself instead"),
+        ("atention_kwargs", "did you mean attention_kwargs"),
+        ("zzz", "the pipeline has no such parameter; it takes prompt"),
+        ("self", "the pipeline has no such parameter"),
+    ],
+)
+def test_further_arguments_that_can_not_be_given_are_refused(name: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        made("wan", prompt="a cat", diffusers_kwargs={name: 1})
+    assert caught.value.param == "diffusers_kwargs"
+
+
+def test_steps_come_from_the_arguments_or_the_signature() -> None:
+    pipeline, _ = build("flux")
+    assert num_steps(pipeline, {"num_inference_steps": 4}) == 4
+    assert num_steps(pipeline, {}) == 28
+    assert num_steps(pipeline, {"num_inference_steps": None}) == 0
+
+
+def test_parameters_are_those_that_go_by_name() -> None:
+    class Pipeline:
+        def __call__(self, a: int, *args: int, b: int = 2, **kwargs: int) -> None: ...
+
+    assert list(parameters_of(Pipeline())) == ["a", "b"]
+
+
+def test_sibling_pipeline_takes_what_its_own_signature_has() -> None:
+    pipeline, _ = build("sdxl")
+    sibling = StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+    picture = Image.new("RGB", (8, 8))
+    params = SamplingParams(prompt="a cat", diffusers_kwargs={"strength": 0.5})
+    found = arguments(sibling, params, {"height": 64, "strength": 0.9}, [picture])
+    assert (found["image"], found["strength"], "height" in found) == (picture, 0.5, False)
