@@ -18,7 +18,7 @@ from sgld.errors import ModelError, SgldError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.sampling_params import SamplingParams
 from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code
-from sgld_cli.progress import Display, Output, duration, open_display
+from sgld_cli.progress import Display, Output, duration, open_display, print_result
 from sgld_cli.results import Files, Result, Timings, result_of
 from sgld_cli.settings import Setting, Settings, accept, build, merge, show
 from sgld_cli.sources import read_config, read_picture
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, engine_class: EngineFactory | None = None) -> 
     """
     merged = merge(_sources(args))
     if args.print_config:
-        print(show(merged, as_json=args.json))
+        print_result(show(merged, as_json=args.json))
         return OK
     settings = build(merged)
     files = Files(settings)

@@ -171,9 +171,9 @@ def _prompts(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_images(paths: Iterable[str]) -> None:
-    local = [Path(path) for path in paths if not path.startswith(_REMOTE)]
-    if local:
+    for path in paths:
         from sgld.media.images import check_image  # loads Pillow: only for requests with images
 
-        for path in local:
-            check_image(path)
+        if path.startswith(_REMOTE):
+            raise UsageError(f"image_path: {path[:80]} isn't a file; download it first and give its path")
+        check_image(Path(path))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5
 HEADS, HEAD_DIM, NUM_LAYERS = 6, 32, 10
 WIDTH = HEADS * HEAD_DIM
 IMAGE_CHANNELS, VIDEO_CHANNELS = 8, 12
-IMAGE_DEFAULTS = {"num_inference_steps": 12, "guidance_scale": 2.5, "height": 256, "width": 256}
+IMAGE_DEFAULTS = {
+    "num_inference_steps": 12,
+    "guidance_scale": 2.5,
+    "height": 256,
+    "width": 256,
+    # The captions are clean, and the cleaning needs a package that isn't a dependency.
+    "clean_caption": False,
+}
 VIDEO_DEFAULTS = {
     "num_inference_steps": 12,
     "guidance_scale": 3.0,
@@ -32,6 +39,9 @@ VIDEO_DEFAULTS = {
     "fps": 8,
 }
 DEFAULTS_FILE = "sgld_defaults.json"
+# T5's buckets of the relative positions 1, 2, -1 and -2.
+NEIGHBOUR_BUCKETS = (17, 18, 1, 2)
+TextEncoder = TypeVar("TextEncoder", T5EncoderModel, UMT5EncoderModel)
 
 
 def image_autoencoder() -> AutoencoderKL:
@@ -82,11 +92,28 @@ def _text_sizes(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def image_text_encoder(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(**_text_sizes(tokenizer)))
+    return look_at_neighbours(T5EncoderModel(T5Config(**_text_sizes(tokenizer))))
 
 
 def video_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(**_text_sizes(tokenizer)))
+    return look_at_neighbours(UMT5EncoderModel(UMT5Config(**_text_sizes(tokenizer))))
+
+
+@torch.no_grad()
+def look_at_neighbours(text: TextEncoder) -> TextEncoder:
+    """Lets one head each start out with the next word, the one after it, and the two before.
+
+    From T5's own start, where position hardly counts, a short training finds no order of words: after 10,000 steps the
+    colours of shape and background were swapped in half of the pictures.
+    """
+    for block in text.encoder.block:
+        attention = block.layer[0].SelfAttention
+        if attention.has_relative_attention_bias:
+            bias = attention.relative_attention_bias.weight
+            for head, bucket in enumerate(NEIGHBOUR_BUCKETS):
+                bias[:, head] = 0.0
+                bias[bucket, head] = 9.0
+    return text
 
 
 def image_denoiser() -> PixArtTransformer2DModel:

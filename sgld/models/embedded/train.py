@@ -95,8 +95,9 @@ VIDEO = Recipe(
     num_scenes=32_000,
     pool_clips=2000,
     pool_frames=25,
-    window=9,
-    autoencoder_batch=5,
+    # As many frames as are generated: trained on fewer, the decoder drifts beyond them.
+    window=17,
+    autoencoder_batch=3,
     render_batch=24,
     denoiser_batch=160,
 )

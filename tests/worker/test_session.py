@@ -1,0 +1,138 @@
+"""The tasks of a rank: what the scheduler's decisions do to them."""
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, UNet2DConditionModel
+from pipelines import build, clip, tokenizer, vae
+
+from sgld.messages import Pending, Ran, Stepped
+from sgld.testing import run_together
+from sgld.worker.executor import Executor
+from sgld.worker.session import Job, Session
+from sgld.worker.task import Outcome, Task, Value
+
+
+class Log:
+    """What a session says, and how its tasks ended."""
+
+    def __init__(self) -> None:
+        self.replies: list[Pending | Ran | Stepped] = []
+        self.ends: dict[str, Outcome] = {}
+        self.session = Session(Executor(), self.replies.append, self._ended)
+
+    def _ended(self, task: Task, outcome: Outcome) -> None:
+        self.ends[task.request_id] = outcome
+
+    def start(self, *request_ids: str, num_steps: int = 3) -> None:
+        pipeline, kwargs = build("pixart")
+        for index, request_id in enumerate(request_ids):
+            arguments = kwargs | {
+                "prompt": "a red cat",
+                "num_inference_steps": num_steps,
+                "generator": torch.Generator().manual_seed(index),
+                "output_type": "pt",
+            }
+            self.session.start(Job(request_id, pipeline, arguments))
+
+    def waiting(self) -> dict[str, Pending]:
+        """The last call of each request."""
+        return {reply.call.request_id: reply for reply in self.replies if isinstance(reply, Pending)}
+
+
+def test_lone_request_has_no_merge_key_and_learns_nothing() -> None:
+    log = Log()
+    log.start("a")
+    assert log.waiting()["a"].call.merge_key is None
+    assert not log.session.executor.verdicts.axes
+
+
+def test_second_request_gives_both_the_same_key() -> None:
+    log = Log()
+    log.start("a", "b")
+    keys = {reply.call.merge_key for reply in log.waiting().values()}
+    assert len(keys) == 1
+    assert None not in keys
+
+
+def test_standing_order_runs_a_request_to_its_end() -> None:
+    log = Log()
+    log.start("a")
+    log.session.run([log.waiting()["a"].call.id], num_ticks=100)
+    assert isinstance(log.ends["a"], Value)
+
+
+def test_standing_order_ends_when_it_is_interrupted() -> None:
+    log = Log()
+    log.start("a")
+    log.session.run([log.waiting()["a"].call.id], num_ticks=100, is_interrupted=lambda: True)
+    assert sum(isinstance(reply, Ran) for reply in log.replies) == 1
+    assert "a" not in log.ends
+
+
+def test_call_that_is_gone_is_no_error() -> None:
+    log = Log()
+    log.start("a")
+    call_id = log.waiting()["a"].call.id
+    log.session.cancel("a")
+    log.session.cancel("a")
+    log.session.run([call_id], num_ticks=3)
+    assert not any(isinstance(reply, Ran) for reply in log.replies)
+
+
+def test_steps_are_told_with_their_total() -> None:
+    log = Log()
+    log.start("a", num_steps=4)
+    log.session.run([log.waiting()["a"].call.id], num_ticks=100)
+    steps = [(reply.step, reply.num_steps) for reply in log.replies if isinstance(reply, Stepped)]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def pag_pipeline() -> Any:
+    """Perturbed attention guidance: its `__call__` swaps attention processors of the denoiser."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    parts = {
+        "vae": vae(),
+        "text_encoder": clip(),
+        "tokenizer": tokenizer(),
+        "unet": unet,
+        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    pipeline = StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
+    pipeline = pag_pipeline()
+
+    def calls() -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": prompt,
+                "height": 32,
+                "width": 32,
+                "pag_scale": 2.0,
+                "num_inference_steps": 3 + index,
+                "generator": torch.Generator().manual_seed(index),
+                "output_type": "pt",
+            }
+            for index, prompt in enumerate(("a red cat", "the blue dog", "a green moon"))
+        ]
+
+    plain = [pipeline(**call).images for call in calls()]
+    report = run_together(pipeline, calls())
+    assert report.mode == "exclusive"
+    for output, expected in zip(report.outputs, plain, strict=True):
+        assert torch.equal(output.images, expected)
