@@ -135,4 +135,5 @@ def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
     report = run_together(pipeline, calls())
     assert report.mode == "exclusive"
     for output, expected in zip(report.outputs, plain, strict=True):
-        assert torch.equal(output.images, expected)
+        # Their prompts were encoded together, before the first of them began to change anything.
+        torch.testing.assert_close(output.images, expected, atol=1e-5, rtol=0)
