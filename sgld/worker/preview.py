@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from sgld.worker.pixels import to_uint8
+from sgld.worker.rgb import RgbMap
 from sgld.worker.task import Task
 
-# Side of the pictures that the map is fitted on, in latent pixels, and how many there are.
-_FIT_SIDE, _FIT_PICTURES = 8, 16
 # A glue between the noise scheduler's sample and the VAE's input that leaves more than this, relative, isn't one.
 _GLUE_ERROR = 1e-3
 Geometry = tuple[str, tuple[int, ...]]
@@ -143,38 +142,11 @@ def _as_it_is(sample: torch.Tensor) -> torch.Tensor:
     return sample
 
 
-def fitted_rgb(vae: Any) -> torch.Tensor:
-    """The linear map from the VAE's latents to RGB in [-1, 1], (C + 1, 3): least squares over smooth random pictures.
-
-    :raises AttributeError: the VAE has no encoder.
-    """
-    parameter = next(vae.parameters())
-    ratio = int(getattr(vae, "spatial_compression_ratio", 0) or 2 ** (len(vae.config.block_out_channels) - 1))
-    noise = torch.randn(_FIT_PICTURES, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    side = _FIT_SIDE * ratio
-    pictures = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(-1, 1)
-    # Three-dimensional convolutions: it takes videos.
-    is_video = any(weight.ndim == 5 for weight in getattr(vae, "encoder", vae).parameters())
-    given = pictures.unsqueeze(2) if is_video else pictures
-    with torch.no_grad():
-        encoded = vae.encode(given.to(parameter.device, parameter.dtype))
-    distribution = getattr(encoded, "latent_dist", None)
-    latents = (distribution.mode() if distribution is not None else encoded[0]).float().cpu()
-    if is_video:
-        latents = latents[:, :, 0]
-    colours = torch.nn.functional.interpolate(pictures, latents.shape[-2:], mode="area")
-    x = latents.movedim(1, -1).flatten(0, -2)
-    y = colours.movedim(1, -1).flatten(0, -2)
-    x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-    solution: torch.Tensor = torch.linalg.lstsq(x, y).solution
-    return solution
-
-
 @dataclass
 class Previewer:
     """The previews of one rank: what is learned of each VAE and geometry, kept for the requests to come."""
 
-    _rgb: dict[int, torch.Tensor | None] = field(default_factory=dict)
+    _rgb: dict[int, RgbMap | None] = field(default_factory=dict)
     _glue: dict[Geometry, Glue | None] = field(default_factory=dict)
 
     def watch(
@@ -199,19 +171,20 @@ class Previewer:
         latents = glue(clean[:1])[0]
         if latents.ndim == 4:
             latents = latents[:, latents.shape[1] // 2]
-        rgb = rgb.to(latents.device)
-        colours = torch.einsum("chw,cr->hwr", latents, rgb[:-1]) + rgb[-1]
-        return to_uint8(colours / 2 + 0.5).cpu().numpy()
+        return to_uint8(rgb(latents) / 2 + 0.5).cpu().numpy()
 
-    def learn(self, geometry: Geometry, sample: torch.Tensor, latents: torch.Tensor) -> None:
-        """A request is about to be decoded: what its last sample became."""
+    def learn(self, vae: Any, geometry: Geometry, sample: torch.Tensor, latents: torch.Tensor, decoded: Any) -> None:
+        """A request was decoded: what its last sample had become, and the pixels (B, 3, [F,] H, W) in [-1, 1]."""
         if geometry not in self._glue:
             self._glue[geometry] = fitted_glue(sample[:1], latents[:1])
+        rgb = self._rgb_of(vae)
+        if rgb is not None and isinstance(decoded, torch.Tensor) and decoded.ndim == latents.ndim:
+            rgb.learn(latents[:1], decoded[:1])
 
-    def _rgb_of(self, vae: Any) -> torch.Tensor | None:
+    def _rgb_of(self, vae: Any) -> RgbMap | None:
         if id(vae) not in self._rgb:
             try:
-                self._rgb[id(vae)] = fitted_rgb(vae)
+                self._rgb[id(vae)] = RgbMap(vae)
             except (AttributeError, NotImplementedError):
                 self._rgb[id(vae)] = None
         return self._rgb[id(vae)]
@@ -250,9 +223,10 @@ class _Watched:
         return watched
 
     def around_decode(self, decode: Callable[..., Any], latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = decode(latents, *args, **kwargs)
         if self._last is not None:
-            self._previewer.learn(self._geometry(self._last), self._last, latents)
-        return decode(latents, *args, **kwargs)
+            self._previewer.learn(self._vae, self._geometry(self._last), self._last, latents, result[0])
+        return result
 
     def _show(self, number: int, clean: torch.Tensor | None) -> None:
         picture = None if clean is None else self._previewer.picture(self._vae, self._geometry(clean), clean)

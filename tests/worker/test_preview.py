@@ -13,7 +13,6 @@ from sgld.worker.binding import bind
 from sgld.worker.preview import (
     Previewer,
     fitted_glue,
-    fitted_rgb,
     guessed_glue,
     predicted_clean,
     steps_to_show,
@@ -243,24 +242,6 @@ class LinearVae(nn.Module):
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         small = nn.functional.avg_pool2d(x, 4)
         return (torch.einsum("bchw,lc->blhw", small, self.mix) + 0.25,)
-
-
-def test_map_to_rgb_finds_a_linear_vae() -> None:
-    vae = LinearVae()
-    pixels = torch.rand(1, 3, 4, 4) * 2 - 1
-    latents = torch.einsum("bchw,lc->blhw", pixels, vae.mix) + 0.25
-    rgb = fitted_rgb(vae)
-    assert rgb.shape == (5, 3)
-    found = torch.einsum("bchw,cr->brhw", latents, rgb[:-1]) + rgb[-1].reshape(3, 1, 1)
-    torch.testing.assert_close(found, pixels, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-def test_map_to_rgb_is_fitted_for_every_vae(name: str) -> None:
-    pipeline, _ = build(name)
-    rgb = fitted_rgb(pipeline.vae)
-    assert rgb.shape[1] == 3
-    assert bool(rgb.isfinite().all())
 
 
 def test_picture_of_clean_latents() -> None:
