@@ -53,6 +53,8 @@ UNKNOWN_FACTOR = 10.0
 MAX_LOSSES = 2
 # What the message that starts a request takes beside its params, and more.
 _START_BYTES = 1024
+# So many ranks in a row may be lost before they are ready, where one was ready before.
+MAX_LOST_LOADS = 3
 _ids = count(1)
 
 
@@ -79,6 +81,7 @@ class Engine:
         """None while no rank is ready."""
         self._model: ModelInfo | None = None
         self._running: Batch | None = None
+        self._num_lost_loads = 0
         self._load_error: ModelError | None = None
         self._is_decided = anyio.Event()
         """The model is loaded, or can't be."""
@@ -174,6 +177,7 @@ class Engine:
                 problem = await self._drive(rank)
             if problem is not None:
                 self._recover(problem)
+                await anyio.sleep(self._num_lost_loads)
 
     async def _drive(self, rank: Rank) -> str | None:
         """Work with a rank until it is lost; returns how that came about, None if the model can't be served."""
@@ -186,7 +190,9 @@ class Engine:
                     reply = rank.receive_nowait()
                 self._tick()
         except RankLost as error:
-            if self._rank is not None:
+            self._num_lost_loads = 0 if self._rank is not None else self._num_lost_loads + 1
+            # A model that was there before is there still, but a device may be in use by the rank that is leaving.
+            if self._rank is not None or (self._model is not None and self._num_lost_loads < MAX_LOST_LOADS):
                 return str(error)
             self._fail_load(f"{self._config.model_path} can't be loaded: {error}")
         finally:

@@ -34,7 +34,7 @@ class Description:
     components: tuple[Component, ...]
     defaults: dict[str, Any]
     modes: dict[str, str]
-    """Component name to merge or interleave."""
+    """Component name to merge, interleave or exclusive."""
 
 
 def describe(model_path: str) -> Description:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
@@ -14,6 +15,17 @@ from sgld.messages import ModelInfo
 from sgld.models.resolve import defaults, model_index, one_line, resolve
 from sgld.models.verdicts import VerdictFile
 
+# What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,7 +61,11 @@ class LoadedModel:
             model_path=self.model_path,
             pipeline_class=type(self.pipeline).__name__,
             device=str(self.device),
-            precisions={name: str(next(m.parameters()).dtype).removeprefix("torch.") for name, m in modules.items()},
+            precisions={
+                name: str(parameter.dtype).removeprefix("torch.")
+                for name, module in modules.items()
+                if (parameter := next(module.parameters(), None)) is not None
+            },
             fps=self.defaults.get("fps"),
         )
 
@@ -66,14 +82,15 @@ def load(config: EngineConfig) -> LoadedModel:
     dtype: Any = _DTYPES[config.dit_precision or ("fp32" if device.type == "cpu" else "bf16")]
     if config.vae_precision:
         dtype = {"default": dtype, "vae": _DTYPES[config.vae_precision]}
+    recommended = defaults(source)
     try:
         pipeline = DiffusionPipeline.from_pretrained(source.pretrained_name, revision=config.revision, dtype=dtype)
-    except (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError, RuntimeError) as error:
+        pipeline.to(device)
+    except _LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
-    pipeline.to(device)
     _set_up_vae(pipeline, config)
-    verdict_file = VerdictFile(source, model_index(source))
-    return LoadedModel(pipeline, device, defaults(source), config.model_path, verdict_file)
+    verdict_file = VerdictFile(source, model_index(source, config.revision))
+    return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file)
 
 
 def _device(config: EngineConfig) -> torch.device:

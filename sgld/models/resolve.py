@@ -53,7 +53,7 @@ def resolve(model_path: str) -> ModelSource:
     return ModelSource(model_path, None)
 
 
-def model_index(source: ModelSource) -> dict[str, Any]:
+def model_index(source: ModelSource, revision: str | None = None) -> dict[str, Any]:
     """The model's model_index.json, fetched from the hub if need be.
 
     :raises ModelError: it can't be read.
@@ -63,15 +63,21 @@ def model_index(source: ModelSource) -> dict[str, Any]:
             return dict(json.loads((source.folder / INDEX_FILE).read_text()))
         from huggingface_hub import hf_hub_download
 
-        return dict(json.loads(Path(hf_hub_download(source.model_path, INDEX_FILE)).read_text()))
+        return dict(json.loads(Path(hf_hub_download(source.model_path, INDEX_FILE, revision=revision)).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{INDEX_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
 
 
 def defaults(source: ModelSource) -> dict[str, Any]:
-    """What the model's author recommends: sampling params by name; empty where nothing is said."""
+    """What the model's author recommends: sampling params by name; empty where nothing is said.
+
+    :raises ModelError: what is said can't be read.
+    """
     path = source.folder / DEFAULTS_FILE if source.folder else None
-    return dict(json.loads(path.read_text())) if path and path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path and path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{DEFAULTS_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
 
 
 def one_line(error: BaseException) -> str:

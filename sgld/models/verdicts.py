@@ -36,7 +36,7 @@ class Kept(msgspec.Struct, frozen=True):
 
     axes: tuple[KeptAxes, ...] = ()
     modes: dict[str, str] = {}
-    """Component name to merge or interleave, as last proved."""
+    """Component name to merge, interleave or exclusive, as last proved."""
 
 
 class VerdictFile:

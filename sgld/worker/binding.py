@@ -13,6 +13,7 @@ from torch import nn
 
 from sgld.errors import InvalidRequest
 from sgld.worker.calls import Call, ComponentProxy
+from sgld.worker.snapshot import Snapshot
 from sgld.worker.task import Task
 
 # Their `__call__` differentiates through the denoiser, which a call handed over can't do.
@@ -73,8 +74,10 @@ class _Binding:
         call: Call = proxy.call(method, args, kwargs, self._task.request_id)
         return self._task.hand_over(call)
 
-    def _touched(self, what: str) -> None:
+    def _touched(self, component: nn.Module, what: str) -> None:
         self._task.exclusive_because = self._task.exclusive_because or what
+        if all(snapshot.component is not component for snapshot in self._task.snapshots):
+            self._task.snapshots.append(Snapshot(component))
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "ProgressBar":
         if total is None:

@@ -82,6 +82,8 @@ class Call:
     around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Entered around the invocation, in the executor's thread."""
     id: int = field(default_factory=lambda: next(_ids))
+    known_key: tuple[object, str | None] | None = None
+    """The merge key, and what was known of merging when it was computed."""
 
     @property
     def tree(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,11 +125,11 @@ class ComponentProxy:
     scale LoRA layers or to find hooks, and must not do so to a component that they share.
 
     :param hand_over: gets the proxy, the method and its arguments, and returns its result.
-    :param touched: told that the task is about to change the component, and by what name.
+    :param touched: told that the task is about to change the component, and how.
     """
 
     def __init__(
-        self, real: nn.Module, name: str, hand_over: Callable[..., Any], touched: Callable[[str], None]
+        self, real: nn.Module, name: str, hand_over: Callable[..., Any], touched: Callable[[nn.Module, str], None]
     ) -> None:
         self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _touched=touched, _cache=None, _around={})
         self.__dict__["__module__"] = type(real).__module__
@@ -141,7 +143,7 @@ class ComponentProxy:
 
     def __getattr__(self, name: str) -> Any:
         if name in EXCLUSIVE_NAMES:
-            self._touched(f"{self._name}.{name}")
+            self._touched(self._real, f"{self._name}.{name}")
         value = getattr(self.__dict__["_real"], name)
         if name in INTERCEPTED_METHODS and callable(value):
             return functools.wraps(value)(lambda *args, **kwargs: self._hand_over(self, name, args, kwargs))
@@ -150,7 +152,7 @@ class ComponentProxy:
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._touched(f"{self._name}.{name} = ...")
+        self._touched(self._real, f"{self._name}.{name} = ...")
         setattr(self._real, name, value)
 
     def __repr__(self) -> str:

@@ -50,7 +50,7 @@ class Verdicts:
     by_value: dict[AxesKey, set[Path]] = field(default_factory=dict)
     """Batched arguments that the model reads from one row only."""
     modes: dict[str, str] = field(default_factory=dict)
-    """Component name to merge or interleave, as last seen."""
+    """Component name to merge, interleave or exclusive, as last seen."""
 
 
 class Executor:
@@ -58,11 +58,18 @@ class Executor:
 
     :param verdicts: what is known of merging already.
     :param synchronize: waits for the device, so that times are those of the work.
+    :param pulse: called after each forward where one command takes several.
     """
 
     def __init__(
-        self, verdicts: Verdicts | None = None, *, merge: bool = True, synchronize: Callable[[], None] = lambda: None
+        self,
+        verdicts: Verdicts | None = None,
+        *,
+        merge: bool = True,
+        synchronize: Callable[[], None] = lambda: None,
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
+        self.pulse = pulse
         self.verdicts = verdicts or Verdicts()
         self.merges = merge
         self._synchronize = synchronize
@@ -80,11 +87,17 @@ class Executor:
         """
         if not self.merges or call.kind == "decode":
             return None
+        known = len(self.verdicts.axes), sum(map(len, self.verdicts.by_value.values()))
+        if call.known_key is None or call.known_key[0] != known:
+            call.known_key = known, self._computed_key(call)
+        key = call.known_key[1]
+        return None if key in self.verdicts.refused else key
+
+    def _computed_key(self, call: Call) -> str | None:
         try:
-            key = batch.merge_key(call, self._axes(call), self._by_value(call), self._digests)
+            return batch.merge_key(call, self._axes(call), self._by_value(call), self._digests)
         except Unmergeable:
             return None
-        return None if key in self.verdicts.refused else key
 
     def run(self, calls: Sequence[Call]) -> Tick:
         """Run calls with equal merge keys, as one forward if that is proved right."""
@@ -94,37 +107,48 @@ class Executor:
         return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed)
 
     def _run(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
-        key = self.merge_key(calls[0]) if len(calls) > 1 else None
-        if key is None:
-            return [single(call) for call in calls], False, len(calls) == 1
+        if len(calls) == 1:
+            return [single(calls[0])], False, True
+        key = self.merge_key(calls[0])
+        if key is None or any(self.merge_key(call) != key for call in calls[1:]):
+            # What is known of merging changed since these calls were put together.
+            return self._singly(calls), False, False
         axes = self._axes(calls[0])
         seen = self.verdicts.proved.get(key)
         new = batch.differing(calls, axes, self._digests, skip=seen or ())
         if seen is None or new:
-            if any(self.merge_key(call) != key for call in calls[1:]):
-                # What is compared by value changed since these calls were put together.
-                return [single(call) for call in calls], False, False
             return self._prove(key, calls, axes, new), False, False
         outcomes = self._merged(key, calls, axes, seen)
         return outcomes, True, True
 
+    def _singly(self, calls: Sequence[Call]) -> list[Outcome]:
+        outcomes = []
+        for call in calls:
+            outcomes.append(single(call))
+            self.pulse()
+        return outcomes
+
     def _merged(self, key: str, calls: Sequence[Call], axes: CallAxes, expanded: set[Path]) -> list[Outcome]:
         """One forward; when it fails in Python, call by call, so that only the culprit fails."""
+        if len(calls) == 1:
+            return self._singly(calls)
+        # What follows a failure comes after its `except`: until there its traceback holds what the forward allocated.
+        problem = None
         try:
             result = _forward(calls[0], batch.merged_tree(calls, axes, expanded))
             return [Value(value) for value in batch.split(result, calls, axes)]
         except torch.OutOfMemoryError:
-            half = len(calls) // 2
-            parts = calls[:half], calls[half:]
-            return [outcome for part in parts for outcome in self._again(key, part, axes, expanded)]
+            pass
         except Exception as error:  # noqa: BLE001 - whatever a model raises on a merged batch, the calls run singly
-            outcomes = [single(call) for call in calls]
-            if all(isinstance(outcome, Value) for outcome in outcomes):
-                self._refuse(key, calls[0], f"the merged forward raised {error!r}")
-            return outcomes
-
-    def _again(self, key: str, calls: Sequence[Call], axes: CallAxes, expanded: set[Path]) -> list[Outcome]:
-        return [single(calls[0])] if len(calls) == 1 else self._merged(key, calls, axes, expanded)
+            problem = f"the merged forward raised {error!r}"
+        self.pulse()
+        if problem is None:
+            half = len(calls) // 2
+            return [o for part in (calls[:half], calls[half:]) for o in self._merged(key, part, axes, expanded)]
+        outcomes = self._singly(calls)
+        if all(isinstance(outcome, Value) for outcome in outcomes):
+            self._refuse(key, calls[0], problem)
+        return outcomes
 
     def _prove(self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Path]) -> list[Outcome]:
         """Answer from single forwards, and see whether merged ones agree.
@@ -136,22 +160,23 @@ class Executor:
         part = calls[: self._proof_sizes.get(key, len(calls))]
         if len(part) < len(calls):
             new = batch.differing(part, axes, self._digests, skip=seen)
-        # Before the single forwards: models take things out of the dicts that they are given.
-        mixed = batch.merged_tree(part, axes, seen | new)
-        repeated = batch.merged_tree([part[0]] * len(part), axes, seen | new)
-        outcomes = [single(call) for call in calls]
-        values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
-        if len(values) < len(calls):
-            return outcomes
+        outcomes = []
         try:
+            # Before the single forwards: models take things out of the dicts that they are given.
+            mixed = batch.merged_tree(part, axes, seen | new)
+            repeated = batch.merged_tree([part[0]] * len(part), axes, seen | new)
+            outcomes = self._singly(calls)
+            values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
+            if len(values) < len(calls):
+                return outcomes
             problem = self._problem(part, axes, values[: len(part)], mixed, repeated)
         except torch.OutOfMemoryError as error:
+            problem = f"the merged forward raised {error!r}"
             if len(part) > 2:
                 self._proof_sizes[key] = (len(part) + 1) // 2
-                return outcomes
-            problem = f"the merged forward raised {error!r}"
+                return outcomes or self._singly(calls)
         self._judge(key, calls[0], new, problem)
-        return outcomes
+        return outcomes or self._singly(calls)
 
     def _judge(self, key: str, call: Call, new: set[Path], problem: str | None) -> None:
         """Keep what came of a proof."""
@@ -174,6 +199,7 @@ class Executor:
         try:
             axes = self._complete(calls[0], axes, values[0])
             merged = batch.split(_forward(calls[0], mixed), calls, axes)
+            self.pulse()
             same = batch.split(_forward(calls[0], repeated), [calls[0]] * len(calls), axes)
             errors = [batch.relative_error(m, v) for m, v in zip(merged, values, strict=True)]
             repeated_error = batch.relative_error(same[0], values[0])

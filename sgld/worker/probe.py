@@ -5,7 +5,7 @@ It uses the arguments of a real request, one step and latent output, so nothing 
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,8 +24,11 @@ Recording = list[tuple[AxesKey, Any, Any]]
 _LEFT_OUT = ("latents", "timesteps", "sigmas", "callback", "callback_on_step_end")
 
 
-def probed_axes(pipeline: Any, kwargs: Kwargs) -> dict[AxesKey, CallAxes]:
-    """The axes of the calls that the pipeline makes for such a request; empty when it can't be asked."""
+def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambda: None) -> dict[AxesKey, CallAxes]:
+    """The axes of the calls that the pipeline makes for such a request; empty when it can't be asked.
+
+    :param pulse: called after each forward.
+    """
     for num_steps, double in ((1, _with_two_prompts), (1, _with_two_outputs), (2, _with_two_prompts)):
         one = _reduced(pipeline, kwargs, num_steps)
         two = double(pipeline, one)
@@ -33,7 +36,7 @@ def probed_axes(pipeline: Any, kwargs: Kwargs) -> dict[AxesKey, CallAxes]:
             continue
         try:
             with torch.random.fork_rng():
-                return _compared(_recorded(pipeline, one), _recorded(pipeline, two))
+                return _compared(_recorded(pipeline, one, pulse), _recorded(pipeline, two, pulse))
         except Exception as error:  # noqa: BLE001 - a pipeline may refuse a probe in any way; then the next is tried
             logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, error)
     return {}
@@ -66,16 +69,19 @@ def _with_two_outputs(pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
     return kwargs | dict.fromkeys(names, 2) if names else None
 
 
-def _recorded(pipeline: Any, kwargs: Kwargs) -> Recording:
+def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recording:
     """Run the pipeline alone and note its calls."""
     recording = []
     task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
     task.advance()
     while (call := task.call) is not None:
         key, arguments, outcome = axes_key(call), skeleton(call.tree), single(call)
+        pulse()
         if isinstance(outcome, Value):
             recording.append((key, arguments, skeleton(outcome.value)))
         task.advance(outcome)
+    for snapshot in task.snapshots:
+        snapshot.restore()
     if isinstance(task.end, Raised):
         raise task.end.error
     return recording

@@ -11,6 +11,7 @@ from sgld.ipc.channel import RankEnd
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.media.images import load_image
 from sgld.messages import (
+    Alive,
     AnyCommand,
     AnyReply,
     Cancel,
@@ -55,7 +56,7 @@ class Rank:
         self._results = Results(channel, tensors)
         self._memory = Memory(model.verdict_file)
         synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-        self._executor = Executor(self._memory.recall(), merge=config.merge, synchronize=synchronize)
+        self._executor = Executor(self._memory.recall(), merge=config.merge, synchronize=synchronize, pulse=self._pulse)
         self._session = Session(self._executor, channel.send, self._ended)
         self._previewer = Previewer()
         if model.device.type == "cuda":
@@ -87,6 +88,10 @@ class Rank:
         finally:
             self._session.close()
             self._results.close()
+
+    def _pulse(self) -> None:
+        """Say that the rank lives while one command takes several forwards."""
+        self._channel.send(Alive(stage="proving"))
 
     def _start(self, request_id: str, params: SamplingParams) -> None:
         try:

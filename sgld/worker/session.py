@@ -56,21 +56,30 @@ class Session:
         self._tasks: dict[str, Task] = {}
         self._jobs: dict[str, Job] = {}
         self._probed: set[str] = set()
+        self._exclusive: Task | None = None
+        # What waits for its end: outcomes that weren't given to their tasks, and jobs that weren't begun.
+        self._held: dict[str, Outcome] = {}
+        self._deferred: dict[str, Job] = {}
 
     def start(self, job: Job) -> None:
-        """Run a new task to its first call."""
-
-        def body(task: Task) -> Any:
-            bound = bind(job.pipeline, task)
-            job.prepare(task, bound)
-            return job.finish(bound, bound(**job.kwargs))
-
-        task = Task(job.request_id, body, num_steps=job.num_steps, on_step=self._stepped)
+        """Run a new task to its first call; while an exclusive one goes on, it waits for its end."""
+        if self._exclusive is not None:
+            self._deferred[job.request_id] = job
+            return
+        task = self._task_of(job)
         self._tasks[job.request_id], self._jobs[job.request_id] = task, job
         was_alone = len(self._tasks) == 2
         self._advance(task, None)
         if was_alone:
             self._announce_again(except_for=task)
+
+    def _task_of(self, job: Job) -> Task:
+        def body(task: Task) -> Any:
+            bound = bind(job.pipeline, task)
+            job.prepare(task, bound)
+            return job.finish(bound, bound(**job.kwargs))
+
+        return Task(job.request_id, body, num_steps=job.num_steps, on_step=self._stepped)
 
     def run(
         self, call_ids: Sequence[int], num_ticks: int = 1, is_interrupted: Callable[[], bool] = lambda: False
@@ -83,12 +92,17 @@ class Session:
             if tick and is_interrupted():
                 return
             wanted = set(call_ids)
-            call_ids = self._tick([t for t in self._tasks.values() if t.call is not None and t.call.id in wanted])
+            tasks = [t for t in self._tasks.values() if t.call is not None and t.call.id in wanted]
+            # While a component isn't what the others expect, its task is the one that goes on.
+            call_ids = self._tick([self._exclusive] if self._exclusive is not None else tasks)
             if not call_ids:
                 return
 
     def cancel(self, request_id: str) -> None:
         """End a task at the call where it waits; one that has ended is left alone."""
+        if (job := self._deferred.pop(request_id, None)) is not None:
+            self._tasks[request_id], self._jobs[request_id] = self._task_of(job), job
+        self._held.pop(request_id, None)
         task = self._tasks.get(request_id)
         if task is not None:
             task.cancel()
@@ -96,7 +110,7 @@ class Session:
 
     def close(self) -> None:
         """Cancel all tasks."""
-        for request_id in list(self._tasks):
+        for request_id in [*self._deferred, *self._tasks]:
             self.cancel(request_id)
 
     def _tick(self, tasks: list[Task]) -> Sequence[int]:
@@ -111,7 +125,7 @@ class Session:
         self._emit_ran(calls, tick)
         for task, outcome in zip(tasks, tick.outcomes, strict=True):
             self._advance(task, outcome)
-        return self._following(tasks)
+        return self._following(tasks, calls[0])
 
     def _emit_ran(self, calls: Sequence[Call], tick: Tick) -> None:
         self.emit(
@@ -124,40 +138,57 @@ class Session:
             )
         )
 
-    def _following(self, tasks: list[Task]) -> Sequence[int]:
+    def _following(self, tasks: list[Task], ran: Call) -> Sequence[int]:
+        """The tasks' next calls, if they are like the one that ran and may share a forward."""
         following = [task.call for task in tasks if task.call is not None]
-        if len(following) < len(tasks):
+        if len(following) < len(tasks) or len({call.cost_key for call in following} | {ran.cost_key}) > 1:
             return ()
         keys = {self.executor.merge_key(call) for call in following} if len(following) > 1 else {""}
         return [call.id for call in following] if len(keys) == 1 and None not in keys else ()
 
     def _advance(self, task: Task, outcome: Outcome | None) -> None:
+        if self._exclusive not in (None, task):
+            assert outcome is not None
+            self._held[task.request_id] = outcome
+            return
         task.advance(outcome)
-        if task.exclusive_because is not None and task.call is not None:
-            self._run_alone(task)
         if task.end is not None:
             self._finish(task)
         elif task.call is not None:
+            self._note_exclusive(task, task.call)
             self._announce(task.request_id, task.call)
 
-    def _run_alone(self, task: Task) -> None:
-        """Run a task to its end while all others wait: until then a component isn't what they expect."""
-        logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
-        while (call := task.call) is not None:
-            self.executor.verdicts.modes[call.component] = "exclusive"
-            tick = self.executor.run([call])
-            self._emit_ran([call], tick)
-            task.advance(tick.outcomes[0])
+    def _note_exclusive(self, task: Task, call: Call) -> None:
+        if task.exclusive_because is None:
+            return
+        if self._exclusive is None:
+            logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
+        self._exclusive = task
+        self.executor.verdicts.modes[call.component] = "exclusive"
 
     def _finish(self, task: Task) -> None:
         del self._tasks[task.request_id], self._jobs[task.request_id]
+        for snapshot in task.snapshots:
+            snapshot.restore()
         assert task.end is not None
         self.ended(task, task.end)
+        if task is self._exclusive:
+            self._exclusive = None
+            self._let_others_go_on()
+
+    def _let_others_go_on(self) -> None:
+        """What waited for an exclusive task; one of these may be exclusive in turn, then the rest wait again."""
+        held, self._held = self._held, {}
+        deferred, self._deferred = self._deferred, {}
+        for request_id, outcome in held.items():
+            self._advance(self._tasks[request_id], outcome)
+        for job in deferred.values():
+            self.start(job)
 
     def _announce(self, request_id: str, call: Call) -> None:
         """Tell the scheduler of a call. Keys matter only in company, and only then is anything learned for them."""
         merge_key = None
-        if len(self._tasks) > 1:
+        if len(self._tasks) > 1 and self._exclusive is None:
             self._learn(self._jobs[request_id], call)
             merge_key = self.executor.merge_key(call)
         self.emit(
@@ -186,7 +217,7 @@ class Session:
         name = type(job.pipeline).__name__
         if self.executor.merges and name not in self._probed and not self.executor.knows(call):
             self._probed.add(name)
-            self.executor.verdicts.axes |= probed_axes(job.pipeline, job.kwargs)
+            self.executor.verdicts.axes |= probed_axes(job.pipeline, job.kwargs, self.executor.pulse)
 
     def _stepped(self, task: Task) -> None:
         self.emit(Stepped(request_id=task.request_id, step=task.step, num_steps=task.num_steps))

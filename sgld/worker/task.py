@@ -6,12 +6,14 @@ several times.
 """
 
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sgld.errors import Cancelled
 from sgld.worker.calls import Call
+from sgld.worker.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Task:
         self.num_calls = 0
         self.exclusive_because: str | None = None
         """What the task is about to change in a component that it shares: from here on it must run alone."""
+        self.snapshots: list[Snapshot] = []
+        """The components that it changes, as they were before."""
         self._body: Callable[[Task], Any] | None = body
         self._on_step = on_step
         self._go = threading.Semaphore(0)
@@ -118,8 +122,10 @@ class Task:
     def _main(self) -> None:
         self._go.acquire()
         self._end = self._run()
-        # The body holds the pipeline's arguments: nothing of a request outlives it.
+        # Nothing of a request outlives it: the body holds the pipeline's arguments, a traceback all that was local.
         self._body = None
+        if isinstance(self._end, Raised):
+            _forget_locals(self._end.error)
         self._stopped.release()
 
     def _run(self) -> Outcome:
@@ -130,3 +136,12 @@ class Task:
             return Value(self._body(self))
         except BaseException as error:  # noqa: BLE001 - the task's boundary: whatever a pipeline raises is its outcome
             return Raised(error)
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Clear the frames of an exception and of those that led to it; they still print."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -24,7 +24,7 @@ class Recorder:
         self.touched: list[str] = []
 
     def proxy(self, real: nn.Module, name: str = "transformer") -> Any:
-        return ComponentProxy(real, name, self.hand_over, self.touched.append)
+        return ComponentProxy(real, name, self.hand_over, lambda _component, what: self.touched.append(what))
 
     def hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.calls.append(proxy.call(method, args, kwargs, "request"))

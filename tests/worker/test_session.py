@@ -55,10 +55,14 @@ def test_second_request_gives_both_the_same_key() -> None:
     assert None not in keys
 
 
-def test_standing_order_runs_a_request_to_its_end() -> None:
+def test_standing_order_goes_on_as_long_as_the_calls_are_alike() -> None:
     log = Log()
-    log.start("a")
-    log.session.run([log.waiting()["a"].call.id], num_ticks=100)
+    log.start("a", num_steps=3)
+    kinds = []
+    while "a" not in log.ends:
+        kinds.append(log.waiting()["a"].call.kind)
+        log.session.run([log.waiting()["a"].call.id], num_ticks=100)
+    assert kinds == ["encode", "denoise", "decode"]
     assert isinstance(log.ends["a"], Value)
 
 
@@ -83,7 +87,8 @@ def test_call_that_is_gone_is_no_error() -> None:
 def test_steps_are_told_with_their_total() -> None:
     log = Log()
     log.start("a", num_steps=4)
-    log.session.run([log.waiting()["a"].call.id], num_ticks=100)
+    while "a" not in log.ends:
+        log.session.run([log.waiting()["a"].call.id], num_ticks=100)
     steps = [(reply.step, reply.num_steps) for reply in log.replies if isinstance(reply, Stepped)]
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -114,23 +119,59 @@ def pag_pipeline() -> Any:
     return pipeline
 
 
+def pag_calls() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": prompt,
+            "height": 32,
+            "width": 32,
+            "pag_scale": 2.0,
+            "num_inference_steps": 3 + index,
+            "generator": torch.Generator().manual_seed(index),
+            "output_type": "pt",
+        }
+        for index, prompt in enumerate(("a red cat", "the blue dog", "a green moon"))
+    ]
+
+
+def test_exclusive_task_can_be_cancelled_and_leaves_no_trace() -> None:
+    pipeline = pag_pipeline()
+    calls = pag_calls()
+    plain = pipeline(**pag_calls()[1]).images
+    log = Log()
+    log.session.start(Job("a", pipeline, calls[0]))
+    processors = dict(pipeline.unet.attn_processors)
+    while pipeline.unet.attn_processors == processors:
+        log.session.run([log.waiting()["a"].call.id])
+    log.session.start(Job("b", pipeline, calls[1]))
+    assert "b" not in log.waiting()
+    log.session.cancel("a")
+    assert pipeline.unet.attn_processors == processors
+    while "b" not in log.ends:
+        log.session.run([log.waiting()["b"].call.id], num_ticks=100)
+    end = log.ends["b"]
+    assert isinstance(end, Value)
+    assert torch.equal(end.value.images, plain)
+
+
+def test_request_that_waits_for_an_exclusive_one_can_be_cancelled() -> None:
+    pipeline = pag_pipeline()
+    calls = pag_calls()
+    log = Log()
+    log.session.start(Job("a", pipeline, calls[0]))
+    while log.session.executor.verdicts.modes.get("unet") != "exclusive":
+        log.session.run([log.waiting()["a"].call.id])
+    log.session.start(Job("b", pipeline, calls[1]))
+    log.session.cancel("b")
+    assert "b" in log.ends
+    while "a" not in log.ends:
+        log.session.run([log.waiting()["a"].call.id], num_ticks=100)
+    assert isinstance(log.ends["a"], Value)
+
+
 def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
     pipeline = pag_pipeline()
-
-    def calls() -> list[dict[str, Any]]:
-        return [
-            {
-                "prompt": prompt,
-                "height": 32,
-                "width": 32,
-                "pag_scale": 2.0,
-                "num_inference_steps": 3 + index,
-                "generator": torch.Generator().manual_seed(index),
-                "output_type": "pt",
-            }
-            for index, prompt in enumerate(("a red cat", "the blue dog", "a green moon"))
-        ]
-
+    calls = pag_calls
     plain = [pipeline(**call).images for call in calls()]
     report = run_together(pipeline, calls())
     assert report.mode == "exclusive"
