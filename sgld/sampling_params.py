@@ -33,7 +33,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     height: Annotated[int, Meta(ge=1, description="height in pixels")] | None = None
     width: Annotated[int, Meta(ge=1, description="width in pixels")] | None = None
     num_frames: Annotated[int, Meta(ge=1, description="number of video frames; 1 for an image")] | None = None
-    fps: Annotated[float, Meta(gt=0, description="frames per second of the video")] | None = None
+    # Bounded because `inf` is a float, too, and the rate in a file is a fraction of two 32-bit integers.
+    fps: Annotated[float, Meta(ge=0.1, le=1000, description="frames per second of the video")] | None = None
     num_inference_steps: Annotated[int, Meta(ge=1, description="number of denoising steps")] | None = None
     guidance_scale: Annotated[float, Meta(ge=0, description="classifier-free guidance scale")] | None = None
     guidance_scale_2: Annotated[float, Meta(ge=0, description="guidance scale of the second transformer")] | None = None

@@ -12,6 +12,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
+from av import FFmpegError
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError, SgldError
@@ -178,7 +179,8 @@ class Job:
         except SgldError as error:
             self._fail(state.output, error.code, str(error))
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ArithmeticError, FFmpegError) as error:
+            # All that encoders raise for pixels and rates that they can't take: FFmpegError is none of the others.
             self._fail(state.output, "write_failed", f"the output can't be written: {error}")
             return
         queued_s = None if state.started_at is None else state.started_at - state.arrived_at

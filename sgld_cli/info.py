@@ -1,37 +1,11 @@
 """`sgld info`: what a model consists of, without loading it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 import msgspec
 
-
-class Component(Protocol):
-    """A component of a pipeline, as its files describe it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def library(self) -> str: ...
-    @property
-    def class_name(self) -> str: ...
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def dtype(self) -> str | None: ...
-
-
-class Description(Protocol):
-    """What `sgld.models.describe.describe` says of a model."""
-
-    @property
-    def pipeline_class(self) -> str: ...
-    @property
-    def components(self) -> Sequence[Component]: ...
-    @property
-    def defaults(self) -> Mapping[str, Any]: ...
-    @property
-    def modes(self) -> Mapping[str, str]: ...
+from sgld.models.describe import Description, describe
+from sgld_cli.progress import print_result
 
 
 def run(model_path: str, *, as_json: bool) -> int:
@@ -39,10 +13,8 @@ def run(model_path: str, *, as_json: bool) -> int:
 
     :raises ModelError: the model can't be found or read.
     """
-    from sgld.models.describe import describe  # reads many files: only here
-
     description = describe(model_path)
-    print(as_json_text(model_path, description) if as_json else as_text(model_path, description))
+    print_result(as_json_text(model_path, description) if as_json else as_text(model_path, description))
     return 0
 
 

@@ -80,7 +80,13 @@ class Option:
         try:
             if self.kind == "json" and isinstance(raw, str):
                 raw = msgspec.json.decode(raw)
-            return msgspec.convert(raw, self.type, strict=False)
+            value = msgspec.convert(raw, self.type, strict=False)
+            if self.kind == "json":
+                # YAML can also hold objects that contain themselves, or keys that no JSON object has.
+                msgspec.json.encode(value)
+            return value
+        except (RecursionError, TypeError) as error:
+            raise UsageError(f"It is nested too deeply or isn't JSON: {error}") from None
         except msgspec.MsgspecError as error:
             choices = self.metavar.startswith("{")
             problem = f"Expected one of {self.metavar}" if choices else str(error).replace("`", "")

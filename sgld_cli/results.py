@@ -25,12 +25,10 @@ from sgld.sampling_params import SamplingParams
 from sgld_cli.options import UsageError, options_by_name
 from sgld_cli.progress import Output
 from sgld_cli.settings import Settings
+from sgld_cli.sources import ENGINE_METADATA
 
 DEFAULT_FPS = 24.0
 """As in SGLang Diffusion."""
-
-# Settings of the engine that change the pixels, hence belong to what repeats a picture.
-_ENGINE_METADATA = ("revision", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing")
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -87,12 +85,15 @@ def result_of(
 
 
 class Files:
-    """Names and writes the files of a run."""
+    """Names and writes the files of a run.
+
+    :raises UsageError: the output folder can't be one.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._config = settings.output
-        self._folder = Path(settings.output.output_path)
+        self._folder = _folder(settings.output.output_path)
 
     def prepare(self) -> None:
         """Check all that can be checked before there are results, and make the folder.
@@ -174,6 +175,16 @@ class Files:
         return {
             "version": __version__,
             "model_path": self._settings.engine.model_path,
-            **{name: engine[name] for name in _ENGINE_METADATA if engine[name]},
+            **{name: engine[name] for name in ENGINE_METADATA if engine[name]},
             "params": {n: value for n, value in chosen.items() if value is not None and n in options_by_name()},
         }
+
+
+def _folder(output_path: str) -> Path:
+    """The output folder; `~` in a config file, where no shell sees it, is the user's home."""
+    try:
+        folder = Path(output_path).expanduser()
+        folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, links in a circle, a NUL
+        raise UsageError(f"the output folder {output_path!r} can't be used: {error}") from None
+    return folder

@@ -5,7 +5,7 @@ What comes first wins: flags, then the file, then the picture, then the default.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ import msgspec
 
 from sgld.config import EMBEDDED_VIDEO_MODEL, EngineConfig, OutputConfig, ParallelConfig
 from sgld.sampling_params import SamplingParams
-from sgld_cli.later import find_later
-from sgld_cli.options import GROUPS, Option, UsageError, as_flag, options, options_by_name
+from sgld_cli.later import Later, find_later
+from sgld_cli.options import GROUPS, UsageError, as_flag, options, options_by_name
 from sgld_cli.sources import read_text
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -26,10 +26,18 @@ _REMOTE = ("http://", "https://", "data:")
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it came from: flag, default, or the name of a file."""
+    """A value and where it came from: flag, default, or the name of a file.
+
+    :ivar spelled: its name as the source spelled it, for messages.
+    """
 
     value: Any
     source: str
+    spelled: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        """Its name, with that of its file."""
+        return _shown(self.spelled, self.source)
 
 
 @dataclass(frozen=True)
@@ -42,33 +50,38 @@ class Settings:
 
 
 def accept(given: Mapping[str, object], source: str) -> dict[str, Setting]:
-    """The settings that a source gives, by option name.
+    """The settings that a source gives, by option name; with those that come later, as a stronger source may undo them.
 
     :param given: flags or keys as they were spelled, with their raw values; None stands for the default.
     :param source: "flag", or the name of the file.
-    :raises UsageError: a name is unknown, comes later, or has a value that it can't have.
+    :raises UsageError: a name is unknown, or has a value that it can't have.
     """
     found: dict[str, Setting] = {}
     for spelled, raw in given.items():
-        option = options_by_name().get(_plain(spelled))
-        shown = spelled if source == "flag" else f"{spelled} in {source}"
-        if option is None:
-            _refuse(spelled, shown, raw)
-        elif option.name in found:
-            raise UsageError(f"{shown} sets {option.name}, which is set already; give it once")
-        elif raw is not None:
-            found[option.name] = Setting(_value(option, raw, shown), source)
+        shown = _shown(spelled, source)
+        name = _name(spelled, shown)
+        if name in found:
+            raise UsageError(f"{shown} sets {name}, which is set already; give it once")
+        if raw is not None:
+            found[name] = Setting(_value(name, raw, shown), source, spelled)
+    # No prompts are none given: --print-config prints `prompt: []` beside a prompt_path.
+    found = {name: setting for name, setting in found.items() if setting.value or name not in _PROMPT_SOURCES}
     if found.keys() >= _PROMPT_SOURCES:
         raise UsageError("prompt and prompt_path can't be given together; put all prompts in one of them")
     return found
 
 
 def merge(sources: Iterable[Mapping[str, Setting]]) -> dict[str, Setting]:
-    """One setting for every option: that of the first source that has it, else its default."""
+    """One setting for every option: that of the first source that has it, else its default.
+
+    :raises UsageError: one of them needs a feature that isn't there yet.
+    """
     found: dict[str, Setting] = {}
     for source in sources:
         hidden = _PROMPT_SOURCES if found.keys() & _PROMPT_SOURCES else frozenset()
         found |= {name: setting for name, setting in source.items() if name not in found and name not in hidden}
+    for name, setting in found.items():
+        _check_supported(name, setting)
     if "model_path" not in found and "num_frames" in found and (found["num_frames"].value or 1) > 1:
         found["model_path"] = Setting(EMBEDDED_VIDEO_MODEL, "default")
     return {option.name: found.get(option.name, Setting(option.default, "default")) for option in options()}
@@ -114,7 +127,7 @@ def refuse_unknown(extras: list[str]) -> None:
     for token in extras:
         if token.startswith("--"):
             flag = token.partition("=")[0]
-            _refuse(flag, flag, None)
+            raise _not_yet(flag, _later(flag, flag))
     if extras:
         raise UsageError(f"{extras[0]!r} belongs to no flag; a prompt goes after --prompt, in quotes")
 
@@ -124,31 +137,67 @@ def _plain(spelled: str) -> str:
     return spelled.lstrip("-").replace("-", "_")
 
 
-def _value(option: Option, raw: object, shown: str) -> object:
+def _shown(spelled: str, source: str) -> str:
+    """How messages name a setting."""
+    return spelled if source == "flag" else f"{spelled} in {source}"
+
+
+def _name(spelled: str, shown: str) -> str:
+    """The name of the option that is meant, or of what comes later.
+
+    :raises UsageError: it is unknown.
+    """
+    name = _plain(spelled)
+    if option := options_by_name().get(name):
+        return option.name
+    _later(spelled, shown)
+    return name
+
+
+def _value(name: str, raw: object, shown: str) -> object:
+    """The value of an option; of what comes later as it was given, since nothing says what it may be."""
+    option = options_by_name().get(name)
+    if option is None:
+        return raw
     try:
-        value = option.convert(raw)
+        return option.convert(raw)
     except UsageError as error:
         raise UsageError(f"{shown} is {raw!r}: {error}") from None
-    if option.later and value != option.default:
-        raise UsageError(f"{shown} is {value}: that isn't supported yet ({option.later}); leave it at {option.default}")
-    return value
 
 
-def _refuse(spelled: str, shown: str, raw: object) -> None:
-    """Refuse a name that is no option, unless its value only states what is done anyway.
+def _later(spelled: str, shown: str) -> Later:
+    """What a name that is no option waits for.
 
-    :raises UsageError: says whether it comes later, and which name may have been meant.
+    :raises UsageError: it is unknown; says which name may have been meant.
     """
     name = _plain(spelled)
     later = find_later(name)
     # 0.8: `modle_path` is a slip, `vae_path` is a component's path.
     close = difflib.get_close_matches(name, options_by_name(), n=1, cutoff=0.8 if later else 0.6)
-    if later and raw is not None and _said(raw) in later.today:
-        return
-    if later and (not (later.is_guess and close)):
-        raise UsageError(f"{shown} isn't supported yet ({later.feature})")
+    if later and not (later.is_guess and close):
+        return later
     meant = as_flag(close[0]) if close and spelled.startswith("-") else "".join(close)
     raise UsageError(f"{shown} is unknown" + (f"; did you mean {meant}?" if meant else ""))
+
+
+def _check_supported(name: str, setting: Setting) -> None:
+    """Refuse what needs a feature that isn't there yet, unless its value only states what is done anyway.
+
+    :raises UsageError: names the setting as it was spelled, and the feature.
+    """
+    option = options_by_name().get(name)
+    if option is None:
+        later = _later(setting.spelled, str(setting))
+        if _said(setting.value) not in later.today:
+            raise _not_yet(str(setting), later)
+    elif option.later and setting.value != option.default:
+        raise UsageError(
+            f"{setting} is {setting.value}: that isn't supported yet ({option.later}); leave it at {option.default}"
+        )
+
+
+def _not_yet(shown: str, later: Later) -> UsageError:
+    return UsageError(f"{shown} isn't supported yet ({later.feature})")
 
 
 def _said(raw: object) -> str:

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import msgspec
 
-from sgld_cli.options import UsageError
+from sgld.sampling_params import SamplingParams
+from sgld_cli.options import UsageError, options_by_name
+
+ENGINE_METADATA = ("revision", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing")
+"""Settings of the engine that change the pixels, hence belong to what repeats a picture."""
+
+_TOO_DEEP = "it is nested too deeply"
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -28,16 +34,25 @@ def read_config(path: Path) -> dict[str, object]:
 def read_picture(path: Path) -> dict[str, object]:
     """The settings that a picture or video was made with, from its metadata.
 
+    Only what sgld writes there is taken: a picture from somebody else must not decide where files go.
+
+    :raises UsageError: it holds no settings.
     :raises InvalidRequest: it can't be read, or holds none.
     """
     from sgld.media.metadata import read_metadata  # loads Pillow, which --help doesn't need
 
-    metadata = read_metadata(path)
-    params = metadata.pop("params", None)
+    try:
+        metadata = read_metadata(path)
+    except RecursionError:
+        raise UsageError(f"the metadata of {path} can't be read: {_TOO_DEEP}") from None
+    params = metadata.get("params")
     if not isinstance(params, dict):
         raise UsageError(f"{path} holds no parameters of sgld, so it can't be repeated")
-    metadata.pop("version", None)
-    return {**metadata, **params}
+    sampling = set(SamplingParams.__struct_fields__) & options_by_name().keys()
+    return {
+        **{name: value for name, value in metadata.items() if name in ("model_path", *ENGINE_METADATA)},
+        **{name: value for name, value in params.items() if name in sampling},
+    }
 
 
 def read_text(path: Path) -> str:
@@ -47,8 +62,10 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} can't be read: it isn't UTF-8 text") from None
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path} can't be read: {reason}") from None
 
 
@@ -57,6 +74,8 @@ def _parse_json(text: str, path: Path) -> object:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
         raise UsageError(f"{path} isn't JSON: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path} can't be read: {_TOO_DEEP}") from None
 
 
 def _parse_yaml(text: str, path: Path) -> object:
@@ -66,3 +85,8 @@ def _parse_yaml(text: str, path: Path) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"{path} isn't YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{path} can't be read: {_TOO_DEEP}") from None
+    except (ValueError, LookupError, AttributeError) as error:
+        # PyYAML lets them through for values that only look right: 2024-99-99, `!!bool maybe`, `!!timestamp x`.
+        raise UsageError(f"{path} holds a value that can't be read: {error}") from None

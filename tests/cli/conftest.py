@@ -22,7 +22,8 @@ REFUSALS = {error.code: error for error in (errors.InvalidRequest, errors.QueueF
 class FakeEngine:
     """An engine that paints its seed. Prompts say what else shall happen:
 
-    `fail CODE` ends as Failed after a step, `refuse CODE` is refused, `hang` never goes on after its first step.
+    `fail CODE` ends as Failed after a step, `refuse CODE` is refused, `hang` never goes on after its first step;
+    `rate X` is a video of that frame rate, `wide N` one of that width.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -68,10 +69,12 @@ class FakeEngine:
             if verb == "fail":
                 yield Failed(request_id=request_id, output_index=index, code=code, message="it\nbroke")
                 return
-        shape = (params.num_frames or 1, params.height or 16, params.width or 24, 3)
+        fps = float(code) if verb == "rate" else params.fps
+        width = int(code) if verb == "wide" else params.width or 24
+        shape = (params.num_frames or 1, params.height or 16, width, 3)
         frames = np.full(shape, params.seed % 256, np.uint8)
         yield Completed(
-            request_id=request_id, output_index=index, frames=frames, seed=params.seed, fps=params.fps, elapsed_s=0.5
+            request_id=request_id, output_index=index, frames=frames, seed=params.seed, fps=fps, elapsed_s=0.5
         )
 
 

@@ -159,6 +159,22 @@ def test_file_that_cannot_be_written_fails_one_output(sgld: Sgld, tmp_path: Path
     assert any(line.startswith("sgld: error: [1/2] a: the output can't be written") for line in done.err)
 
 
+@pytest.mark.parametrize("prompt", ["rate inf", "rate 1e12", "rate nan", "wide 16400"])
+def test_video_that_cannot_be_encoded_fails_one_output(prompt: str, sgld: Sgld) -> None:
+    # 16400: H.264 is at most 16384 wide.
+    done = sgld("generate", "--prompt", "a", prompt, "b", "--num-frames", "2", "--output-file-name", "x.mp4")
+    assert (done.code, sorted(done.out)) == (1, ["outputs/x-0.mp4", "outputs/x-2.mp4"])
+    assert any(line.startswith(f"sgld: error: [2/3] {prompt}: the output can't be written") for line in done.err)
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["x-0.mp4", "x-2.mp4"]
+
+
+def test_output_folder_in_the_home_of_the_user(sgld: Sgld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "c.yaml").write_text("output_path: ~/x")
+    done = sgld("generate", "--config", "c.yaml", "--prompt", "a", "--output-file-name", "y.png")
+    assert done.out == [str(tmp_path / "home" / "x" / "y.png")]
+
+
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
@@ -177,6 +193,12 @@ def test_file_that_cannot_be_written_fails_one_output(sgld: Sgld, tmp_path: Path
         (("--config", "none.yaml"), "none.yaml can't be read"),
         (("--from", "none.png"), "none.png"),
         (("--prompt", "a", "--output-path", "/dev/null/x"), "the output folder /dev/null/x can't be made"),
+        (("--prompt", "a", "--output-path", "a\0b"), "can't be used: embedded null byte"),
+        (("--prompt", "a", "--output-path", "a\0b", "--output-file-name", "x.png"), "can't be used"),
+        (("--prompt", "a", "--output-path", "~there is no such user/x"), "can't be used"),
+        (("--prompt", "a", "--fps", "inf"), "--fps is 'inf': Expected float <= 1000"),
+        (("--prompt", "a", "--fps", "0.01"), "--fps is '0.01': Expected float >= 0.1"),
+        (("--prompt", "a", "--diffusers-kwargs", '{"a":' * 5000), "nested too deeply"),
         (("--prompt", "a", "--save-output", "maybe"), "--save-output is 'maybe'"),
         (("--prompt",), "argument --prompt: expected at least one argument"),
     ],

@@ -1,12 +1,16 @@
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
+from sgld.media.images import encode_image
 from sgld_cli.options import UsageError
 from sgld_cli.settings import Setting, accept, build, merge, refuse_unknown, show
-from sgld_cli.sources import read_config
+from sgld_cli.sources import read_config, read_picture
 
 # The example of docs/cli.md of SGLang Diffusion, but for num_gpus and sp_size, which are 2 there.
 PAGE_CONFIG = """
@@ -50,7 +54,23 @@ def test_example_of_the_page_works(tmp_path: Path) -> None:
 def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: str, tmp_path: Path) -> None:
     name = line.partition(":")[0]
     with pytest.raises(UsageError, match=rf"^{name} in my.yaml .*isn't supported yet"):
-        accept(read_config(write(tmp_path, line)), "my.yaml")
+        merge([accept(read_config(write(tmp_path, line)), "my.yaml")])
+
+
+def test_flags_undo_what_a_file_asks_of_later_features(tmp_path: Path) -> None:
+    page = PAGE_CONFIG.replace("num_gpus: 1", "num_gpus: 2").replace("sp_size: 1", "sp_size: 2")
+    config = accept(read_config(write(tmp_path, page + "dit_cpu_offload: true\n")), "page.yaml")
+    flags = accept({"--num-gpus": "1", "--sp-degree": "1", "--dit-cpu-offload": ["false"]}, "flag")
+    merged = merge([flags, config])
+    assert merged["num_gpus"] == merged["sp_degree"] == Setting(1, "flag")
+    assert "dit_cpu_offload" not in merged
+    with pytest.raises(UsageError, match=r"^num_gpus in page\.yaml is 2: that isn't supported yet"):
+        merge([config])
+
+
+def test_later_features_of_a_flag_are_refused_whatever_the_file_says() -> None:
+    with pytest.raises(UsageError, match=r"^--num-gpus is 2: that isn't supported yet"):
+        merge([accept({"--num-gpus": "2"}, "flag"), accept({"num_gpus": 1}, "c.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -63,20 +83,15 @@ def test_later_flags_are_refused_by_name(flag: str) -> None:
 
 
 def test_values_that_state_what_is_done_today_are_accepted() -> None:
-    today = {
-        "backend": "sglang",
-        "trust_remote_code": False,
-        "quantization": None,
-        "--pin-cpu-memory": ["false"],
-        "--backend": ["auto"],
-    }
-    assert accept({name: raw for name, raw in today.items() if raw is not None}, "flag") == {}
+    file = accept({"trust_remote_code": False, "quantization": "none", "backend": "sglang"}, "c.yaml")
+    assert merge([accept({"--pin-cpu-memory": ["false"], "--backend": ["auto"]}, "flag"), file]) == merge([file])
+    assert merge([file]) == merge([])
 
 
 @pytest.mark.parametrize(("name", "raw"), [("backend", "diffusers"), ("--pin-cpu-memory", []), ("lora_path", "x")])
 def test_other_values_of_later_settings_are_refused(name: str, raw: object) -> None:
-    with pytest.raises(UsageError, match="isn't supported yet"):
-        accept({name: raw}, "flag")
+    with pytest.raises(UsageError, match=f"^{name} isn't supported yet"):
+        merge([accept({name: raw}, "flag")])
 
 
 @pytest.mark.parametrize(
@@ -119,8 +134,14 @@ def test_two_spellings_of_one_setting_exclude_each_other() -> None:
         accept({"dit_precision": "bf16", "precision": "fp16"}, "c.yaml")
 
 
-def test_null_stands_for_the_default() -> None:
-    assert accept({"seed": None}, "c.yaml") == {}
+@pytest.mark.parametrize("name", ["seed", "quantization", "lora_path", "vae_path"])
+def test_null_stands_for_the_default(name: str) -> None:
+    assert accept({name: None}, "c.yaml") == {}
+
+
+def test_null_excuses_no_unknown_name() -> None:
+    with pytest.raises(UsageError, match=r"modle_path in c\.yaml is unknown; did you mean model_path\?"):
+        accept({"modle_path": None}, "c.yaml")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +181,18 @@ def test_shown_settings_are_a_config_file_with_sources(tmp_path: Path) -> None:
     }
 
 
+def test_shown_file_of_prompts_can_be_read_again(tmp_path: Path) -> None:
+    text = show(merge([accept({"--prompt-path": "p.txt"}, "flag")]), as_json=False)
+    assert "prompt: []  # default" in text.splitlines()
+    again = accept(read_config(write(tmp_path, text)), "again.yaml")
+    assert merge([again])["prompt_path"] == Setting("p.txt", "again.yaml")
+
+
+def test_no_prompts_hide_none_of_a_lower_source() -> None:
+    merged = merge([accept({"prompt": []}, "c.yaml"), accept({"prompt": "a cat"}, "x.png")])
+    assert merged["prompt"] == Setting(("a cat",), "x.png")
+
+
 def test_shown_settings_as_json() -> None:
     shown = msgspec.json.decode(show(merge([accept({"--seed": "1"}, "flag")]), as_json=True))
     assert shown["seed"] == {"value": 1, "source": "flag"}
@@ -174,6 +207,11 @@ def test_shown_settings_as_json() -> None:
         ("c.yml", "- a", "doesn't hold keys"),
         ("c.yaml", "1: 2", "doesn't hold keys"),
         ("c.toml", "a = 1", "'.toml'"),
+        ("c.yaml", "prompt: 2024-99-99", "month must be in 1..12"),
+        ("c.yaml", "seed: !!bool maybe", "can't be read: 'maybe'"),
+        ("c.yaml", "seed: !!timestamp x", "holds a value that can't be read"),
+        ("c.yaml", "prompt: " + "[" * 5000, "nested too deeply"),
+        ("c.json", "[" * 5000, "nested too deeply"),
     ],
 )
 def test_bad_config_files_are_refused_in_one_line(name: str, text: str, problem: str, tmp_path: Path) -> None:
@@ -185,3 +223,37 @@ def test_bad_config_files_are_refused_in_one_line(name: str, text: str, problem:
 def test_missing_config_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["&a {x: *a}", "{x: {null: 1}}"])
+def test_yaml_that_is_no_json_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^diffusers_kwargs in c\.yaml is .* isn't JSON"):
+        accept(read_config(write(tmp_path, f"diffusers_kwargs: {text}")), "c.yaml")
+
+
+def test_file_of_prompts_with_an_impossible_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="embedded null byte"):
+        build(merge([accept({"prompt_path": "a\0b"}, "c.yaml")]))
+
+
+def write_picture(path: Path, metadata: dict[str, object]) -> Path:
+    path.write_bytes(encode_image(np.zeros((4, 4, 3), np.uint8), "png", metadata=metadata))
+    return path
+
+
+def test_picture_chooses_only_what_sgld_writes_into_it(tmp_path: Path) -> None:
+    written = {"model_path": "m", "vae_tiling": True}
+    params = {"prompt": "a", "seed": 3}
+    strange = {"output_path": "/tmp", "output_file_name": "x.png", "prompt_path": "/etc/passwd", "num_gpus": 2}
+    path = write_picture(
+        tmp_path / "x.png", {"version": "1", **written, **strange, "params": {**params, **strange, "model_path": "n"}}
+    )
+    assert read_picture(path) == {**written, **params}
+
+
+def test_picture_with_deeply_nested_metadata_is_refused(tmp_path: Path) -> None:
+    chunks = PngInfo()
+    chunks.add_itxt("sgld", '{"params": ' + "[" * 5000)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=chunks)
+    with pytest.raises(UsageError, match="nested too deeply"):
+        read_picture(tmp_path / "x.png")
