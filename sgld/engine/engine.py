@@ -20,7 +20,19 @@ from sgld.engine.entry import Entry
 from sgld.engine.replica import Rank, RankFactory, rank_process
 from sgld.engine.scheduler import Batch, Scheduler
 from sgld.errors import EngineClosed, InvalidRequest, ModelError, RankLost
-from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
+from sgld.events import (
+    AnyEvent,
+    Cancelled,
+    Completed,
+    Failed,
+    Frames,
+    Preview,
+    Progress,
+    Queued,
+    Restarted,
+    Started,
+    Terminal,
+)
 from sgld.messages import (
     MAX_MESSAGE_BYTES,
     Alive,
@@ -133,8 +145,9 @@ class Engine:
             while num_open:
                 event = await stream.get()
                 if event is None:
-                    raise self._load_error or EngineClosed("the engine was closed")
-                num_open -= isinstance(event, Completed | Failed | Cancelled)
+                    assert self._load_error is not None, "only a model that can't be served ends a stream early"
+                    raise self._load_error
+                num_open -= isinstance(event, Terminal)
                 yield event
         finally:
             for entry in entries:
@@ -293,7 +306,7 @@ class Engine:
             elapsed_s=time.monotonic() - entry.request.arrived_at,
         )
 
-    def _end(self, entry: Entry, state: RequestState, event: Completed | Failed | Cancelled) -> None:
+    def _end(self, entry: Entry, state: RequestState, event: Terminal) -> None:
         self._entries.pop(entry.request.id)
         self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
         entry.change(state)
