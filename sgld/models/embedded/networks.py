@@ -103,7 +103,7 @@ def video_text_encoder(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
 def look_at_neighbours(text: TextEncoder) -> TextEncoder:
     """Lets one head each start out with the next word, the one after it, and the two before.
 
-    From T5's own start, where position hardly counts, a short training finds no order of words: after 10,000 steps the
+    From T5's own start, where position hardly counts, a short training finds no order of words: after 12,000 steps the
     colours of shape and background were swapped in half of the pictures.
     """
     for block in text.encoder.block:
