@@ -53,14 +53,14 @@ def merge_key(call: Call, axes: CallAxes, by_value: Collection[Path], digests: D
     parts: list[Any] = [call.component, call.method, call.context]
     for path, leaf in leaves(call.tree, axes.arguments):
         batched = axes.arguments.get(path)
+        is_shared = batched is None and not _is_scalar(leaf)
         if batched is not None:
             if size(leaf, batched) * unit != rows * batched.size:
                 raise Unmergeable(f"{path} has {size(leaf, batched)} rows, {axes.reference} has {rows}")
             parts.append((path, _outline(leaf, batched)))
-        is_free = batched is not None or _is_scalar(leaf)
-        if is_free and batched is None:
+        elif not is_shared:
             parts.append((path, leaf.dtype, leaf.ndim))
-        if not is_free or path in by_value:
+        if is_shared or path in by_value:
             parts.append((path, digests.of(leaf)))
     return hashlib.sha1(repr(parts).encode(), usedforsecurity=False).hexdigest()[:16]
 

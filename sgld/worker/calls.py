@@ -90,7 +90,7 @@ class Call:
         """The arguments as they were given: decorators of models look for some among the keywords only."""
         return self.args, self.kwargs
 
-    @property
+    @functools.cached_property
     def kind(self) -> CallKind:
         if self.method == "decode":
             return "decode"
@@ -98,13 +98,14 @@ class Call:
         is_denoiser = self.method == "forward" and any(base.__module__.startswith("diffusers.") for base in bases)
         return "denoise" if is_denoiser else "encode"
 
-    @property
+    # Cached, as they are asked for before and after the forward: models take things out of the dicts they are given.
+    @functools.cached_property
     def rows(self) -> int:
         """Samples along the batch axis, as far as the first tensor tells."""
         sizes = (leaf.shape[0] for _, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor) and leaf.ndim)
         return next(sizes, 1)
 
-    @property
+    @functools.cached_property
     def cost_key(self) -> str:
         """Calls with an equal one take the same time at the same number of rows."""
         tensors = (leaf for _, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor))

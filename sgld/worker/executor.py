@@ -1,4 +1,4 @@
-"""The one place where components run: single forwards, merged ones, and the proof that merging is right."""
+"""Where the calls of tasks run: single forwards, merged ones, and the proof that merging is right."""
 
 import logging
 import time

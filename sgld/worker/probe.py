@@ -3,13 +3,13 @@
 It uses the arguments of a real request, one step and latent output, so nothing has to be known of the pipeline.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from sgld.worker.arguments import parameters_of
 from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
 from sgld.worker.binding import bind
 from sgld.worker.executor import AxesKey, axes_key, single
@@ -44,7 +44,7 @@ def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambd
 
 def _reduced(pipeline: Any, kwargs: Kwargs, num_steps: int) -> Kwargs:
     """The request with few steps, latent output and noise of its own."""
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters_of(pipeline)
     reduced = {name: value for name, value in kwargs.items() if name not in _LEFT_OUT}
     ours = {
         "num_inference_steps": num_steps,
@@ -64,7 +64,7 @@ def _with_two_prompts(_pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
 
 
 def _with_two_outputs(pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
-    accepted = inspect.signature(pipeline.__call__).parameters
+    accepted = parameters_of(pipeline)
     names = [name for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in accepted]
     return kwargs | dict.fromkeys(names, 2) if names else None
 

@@ -155,7 +155,7 @@ class _Output:
         if can_stream(vae.real) and self._video_processor is not None:
             vae.enter_around("decode", lambda: streamed(vae.real, self._stream))
 
-    def finish(self, _bound: Any, result: Any) -> None:
+    def finish(self, result: Any) -> None:
         """In the task's thread: send the frames that weren't sent while they were decoded."""
         pixels = pixels_of(result)
         sent = torch.cat(self._streamed) if self._streamed else pixels.frames[:0]

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class Job:
     """What a task runs: a pipeline with arguments.
 
-    `prepare` is given the task and its bound pipeline before, `finish` the bound pipeline and what it returned.
+    `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned.
     """
 
     request_id: str
@@ -28,7 +28,7 @@ class Job:
     kwargs: dict[str, Any]
     num_steps: int = 0
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
-    finish: Callable[[Any, Any], Any] = lambda bound, result: result
+    finish: Callable[[Any], Any] = lambda result: result
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Session:
         def body(task: Task) -> Any:
             bound = bind(job.pipeline, task)
             job.prepare(task, bound)
-            return job.finish(bound, bound(**job.kwargs))
+            return job.finish(bound(**job.kwargs))
 
         return Task(job.request_id, body, num_steps=job.num_steps, on_step=self._stepped)
 

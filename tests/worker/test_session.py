@@ -1,7 +1,9 @@
 """The tasks of a rank: what the scheduler's decisions do to them."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, UNet2DConditionModel
 from pipelines import build, clip, tokenizer, vae
@@ -40,23 +42,28 @@ class Log:
         return {reply.call.request_id: reply for reply in self.replies if isinstance(reply, Pending)}
 
 
-def test_lone_request_has_no_merge_key_and_learns_nothing() -> None:
-    log = Log()
+@pytest.fixture
+def log() -> Iterator[Log]:
+    made = Log()
+    yield made
+    # Tasks that still wait are threads that still wait.
+    made.session.close()
+
+
+def test_lone_request_has_no_merge_key_and_learns_nothing(log: Log) -> None:
     log.start("a")
     assert log.waiting()["a"].call.merge_key is None
     assert not log.session.executor.verdicts.axes
 
 
-def test_second_request_gives_both_the_same_key() -> None:
-    log = Log()
+def test_second_request_gives_both_the_same_key(log: Log) -> None:
     log.start("a", "b")
     keys = {reply.call.merge_key for reply in log.waiting().values()}
     assert len(keys) == 1
     assert None not in keys
 
 
-def test_standing_order_goes_on_as_long_as_the_calls_are_alike() -> None:
-    log = Log()
+def test_standing_order_goes_on_as_long_as_the_calls_are_alike(log: Log) -> None:
     log.start("a", num_steps=3)
     kinds = []
     while "a" not in log.ends:
@@ -66,16 +73,14 @@ def test_standing_order_goes_on_as_long_as_the_calls_are_alike() -> None:
     assert isinstance(log.ends["a"], Value)
 
 
-def test_standing_order_ends_when_it_is_interrupted() -> None:
-    log = Log()
+def test_standing_order_ends_when_it_is_interrupted(log: Log) -> None:
     log.start("a")
     log.session.run([log.waiting()["a"].call.id], num_ticks=100, is_interrupted=lambda: True)
     assert sum(isinstance(reply, Ran) for reply in log.replies) == 1
     assert "a" not in log.ends
 
 
-def test_call_that_is_gone_is_no_error() -> None:
-    log = Log()
+def test_call_that_is_gone_is_no_error(log: Log) -> None:
     log.start("a")
     call_id = log.waiting()["a"].call.id
     log.session.cancel("a")
@@ -84,8 +89,7 @@ def test_call_that_is_gone_is_no_error() -> None:
     assert not any(isinstance(reply, Ran) for reply in log.replies)
 
 
-def test_steps_are_told_with_their_total() -> None:
-    log = Log()
+def test_steps_are_told_with_their_total(log: Log) -> None:
     log.start("a", num_steps=4)
     while "a" not in log.ends:
         log.session.run([log.waiting()["a"].call.id], num_ticks=100)
@@ -134,11 +138,10 @@ def pag_calls() -> list[dict[str, Any]]:
     ]
 
 
-def test_exclusive_task_can_be_cancelled_and_leaves_no_trace() -> None:
+def test_exclusive_task_can_be_cancelled_and_leaves_no_trace(log: Log) -> None:
     pipeline = pag_pipeline()
     calls = pag_calls()
     plain = pipeline(**pag_calls()[1]).images
-    log = Log()
     log.session.start(Job("a", pipeline, calls[0]))
     processors = dict(pipeline.unet.attn_processors)
     while pipeline.unet.attn_processors == processors:
@@ -154,10 +157,9 @@ def test_exclusive_task_can_be_cancelled_and_leaves_no_trace() -> None:
     assert torch.equal(end.value.images, plain)
 
 
-def test_request_that_waits_for_an_exclusive_one_can_be_cancelled() -> None:
+def test_request_that_waits_for_an_exclusive_one_can_be_cancelled(log: Log) -> None:
     pipeline = pag_pipeline()
     calls = pag_calls()
-    log = Log()
     log.session.start(Job("a", pipeline, calls[0]))
     while log.session.executor.verdicts.modes.get("unet") != "exclusive":
         log.session.run([log.waiting()["a"].call.id])
