@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image
+from pipelines import BUILDERS
 from torch import nn
 
 from sgld.worker.calls import Call, current_context
@@ -18,16 +18,16 @@ PROMPTS = ("a red cat on the moon", "the blue dog under a hill", "a green lake o
 
 
 def request(name: str, index: int, kwargs: dict[str, Any], **changed: Any) -> dict[str, Any]:
-    """Keyword arguments for the tiny pipeline `name`; each index has a prompt, a seed and steps of its own."""
+    """Keyword arguments for the tiny pipeline `name`; each index has a prompt, seed, steps and guidance of its own."""
+    entry = BUILDERS[name]
     own = {
         "prompt": PROMPTS[index],
         "num_inference_steps": 3 + index,
         "generator": torch.Generator().manual_seed(index),
-        "output_type": "pt",
     }
-    if name == "wan_i2v":
-        own["image"] = Image.new("RGB", (16, 16), (60 * index, 255 - 60 * index, 100))
-    return kwargs | own | changed
+    if entry.guidance is not None:
+        own[entry.guidance] = kwargs.get(entry.guidance, 3.0) + 0.5 * index
+    return {"output_type": "pt"} | kwargs | own | entry.inputs(index, kwargs) | changed
 
 
 def requests(name: str, kwargs: dict[str, Any]) -> list[dict[str, Any]]:

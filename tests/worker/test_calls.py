@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FirstBlockCacheConfig, FluxTransformer2DModel
-from pipelines import build, clip
+from pipelines import build
+from pipelines.parts import clip
 from torch import nn
 from transformers import CLIPTextModel
 

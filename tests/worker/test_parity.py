@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from pipelines import BUILDERS, build
+from pipelines import TEN, build
 
 from sgld.testing import run_together
 from worker.requests import picture, request, requests
@@ -14,7 +14,7 @@ from worker.requests import picture, request, requests
 MERGED_TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TEN)
 def test_interleaved_requests_are_bit_identical_to_plain_calls(name: str) -> None:
     pipeline, kwargs = build(name)
     plain = [picture(pipeline(**call)) for call in requests(name, kwargs)]
@@ -25,7 +25,7 @@ def test_interleaved_requests_are_bit_identical_to_plain_calls(name: str) -> Non
     assert (report.merged_calls, report.largest_batch, report.mode) == (0, 1, "interleave")
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TEN)
 def test_merged_requests_equal_plain_calls(name: str) -> None:
     pipeline, kwargs = build(name)
     plain = [picture(pipeline(**call)) for call in requests(name, kwargs)]
@@ -39,7 +39,7 @@ def test_merged_requests_equal_plain_calls(name: str) -> None:
     assert report.mode == "merge"
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TEN)
 def test_pictures_tell_prompts_and_seeds_apart(name: str) -> None:
     """Else the two tests above would pass with mixed up requests."""
     pipeline, kwargs = build(name)

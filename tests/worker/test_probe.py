@@ -3,14 +3,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from pipelines import BUILDERS, build
+from pipelines import TEN, build
 
 from sgld.worker.axes import Batched
 from sgld.worker.probe import probed_axes
 from worker.requests import Doublings, Sum, request
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TEN)
 def test_axes_of_the_denoiser_are_learned(name: str) -> None:
     pipeline, kwargs = build(name)
     axes = probed_axes(pipeline, request(name, 0, kwargs))

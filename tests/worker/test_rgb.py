@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pipelines import BUILDERS, build
+from pipelines import TEN, build
 from torch import nn
 
 from sgld.worker.rgb import RgbMap
@@ -20,7 +20,7 @@ def test_map_finds_a_linear_vae() -> None:
     torch.testing.assert_close(RgbMap(vae)(latents[0]), colours[0].permute(1, 2, 0), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", TEN)
 def test_map_is_fitted_for_every_vae(name: str) -> None:
     pipeline, _ = build(name)
     channels = pipeline.vae.config.get("latent_channels", pipeline.vae.config.get("z_dim"))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, UNet2DConditionModel
-from pipelines import build, clip, tokenizer, vae
+from pipelines import build
+from pipelines.parts import clip, tokenizer, vae
 
 from sgld.messages import Pending, Ran, Stepped
 from sgld.testing import run_together

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import build, wan_vae
+from pipelines import build
+from pipelines.parts import wan_vae
 
 from sgld.worker.streaming import can_stream, streamed
 

@@ -1,0 +1,66 @@
+"""Tiny random components that pipelines have in common."""
+
+from typing import Any
+
+import diffusers
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = "a an the red green blue cat dog sun moon hill lake on under over of"
+VOCABULARY = ["<pad>", "</s>", "<unk>", *WORDS.split()]
+
+
+def tokenizer(max_length: int = 16) -> transformers.PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length
+    )
+    made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    return made
+
+
+def clip(*, has_projection: bool = False) -> transformers.CLIPTextModel:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return (transformers.CLIPTextModelWithProjection if has_projection else transformers.CLIPTextModel)(config).eval()
+
+
+def t5() -> transformers.T5EncoderModel:
+    config = transformers.T5Config(vocab_size=len(VOCABULARY), d_model=32, d_ff=37, d_kv=8, num_layers=2, num_heads=4)
+    return transformers.T5EncoderModel(config).eval()
+
+
+def vae(latent_channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        **config,
+    ).eval()
+
+
+def wan_vae() -> diffusers.AutoencoderKLWan:
+    return diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+
+
+def picture(index: int, kwargs: Any) -> Image.Image:
+    """An input image of a request's size; each index has its own colours."""
+    plain = Image.new("RGB", (kwargs["width"], kwargs["height"]), (60 * index, 255 - 60 * index, 100))
+    plain.paste((255 - 80 * index, 80 * index, 200), (0, 0, kwargs["width"] // 2, kwargs["height"] // 2))
+    return plain
