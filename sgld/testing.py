@@ -49,7 +49,7 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
     """
     outputs: dict[str, Any] = {}
     denoisers: set[str] = set()
-    scheduler = Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=len(calls) or 1)
+    scheduler = Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=max(2, len(calls)))
 
     def emit(reply: Pending | Ran | Stepped) -> None:
         match reply:
@@ -65,7 +65,7 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
         scheduler.remove(task.request_id)
         outputs[task.request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
 
-    session = Session(Executor(merge=merge), emit, ended)
+    session = Session(Executor(merge=merge), emit, ended, merges_alone=True)
     for index in range(len(calls)):
         scheduler.add(str(index), time.monotonic())
     for request_id in scheduler.admit():

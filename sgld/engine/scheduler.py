@@ -187,9 +187,10 @@ class Scheduler:
         return num_steps_left * calls_per_step * call_s + self._tail_s.get(call.cost_key, 0.0)
 
     def _may_join(self, head: CallInfo, call: CallInfo) -> bool:
-        if not self._suspects.isdisjoint((head.request_id, call.request_id)):
+        is_own = head.request_id == call.request_id
+        if not is_own and not self._suspects.isdisjoint((head.request_id, call.request_id)):
             return False
-        return call.merge_key is not None and call.merge_key == head.merge_key and call.request_id != head.request_id
+        return call.merge_key is not None and call.merge_key == head.merge_key
 
     def _as_many_as_pay(self, group: Sequence[CallInfo], num_waiting: int) -> list[CallInfo]:
         """One more call joins n calls if the delay it costs them, n·Δt, is less than it saves those who wait.

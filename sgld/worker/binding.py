@@ -13,6 +13,7 @@ from torch import nn
 
 from sgld.errors import InvalidRequest
 from sgld.worker.calls import Call, ComponentProxy
+from sgld.worker.deferred import Deferral, forced
 from sgld.worker.snapshot import Snapshot
 from sgld.worker.task import Task
 
@@ -29,21 +30,23 @@ NEEDS_GRADIENTS = frozenset(
 _STATEFUL = {"SchedulerMixin", "BaseGuidance"}
 
 
-def bind(pipeline: Any, task: Task) -> Any:
+def bind(pipeline: Any, task: Task, *, defers: bool = False) -> Any:
     """A copy of the pipeline for one task.
 
+    :param defers: calls of the denoiser may return before they have run.
     :raises InvalidRequest: the pipeline needs gradients inside its `__call__`.
     """
     if NEEDS_GRADIENTS & {base.__name__ for base in type(pipeline).__mro__}:
         raise InvalidRequest(f"{type(pipeline).__name__} needs gradients inside its __call__; sgld can't serve it")
-    return _Binding(task).bound(pipeline, "")
+    return _Binding(task, Deferral(task) if defers else None).bound(pipeline, "")
 
 
 class _Binding:
     """Copies of one task; what appears twice in a pipeline is one copy."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, deferral: Deferral | None) -> None:
         self._task = task
+        self._deferral = deferral
         self._copies: dict[int, Any] = {}
 
     def bound(self, pipeline: Any, prefix: str) -> Any:
@@ -71,10 +74,15 @@ class _Binding:
         return own
 
     def _hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = forced((args, kwargs))
         call: Call = proxy.call(method, args, kwargs, self._task.request_id)
+        if self._deferral is not None and call.kind == "denoise":
+            return self._deferral.result_of(call)
         return self._task.hand_over(call)
 
     def _touched(self, component: nn.Module, what: str) -> None:
+        # What waits was meant for the component as it is.
+        self._task.settle()
         self._task.exclusive_because = self._task.exclusive_because or what
         if all(snapshot.component is not component for snapshot in self._task.snapshots):
             self._task.snapshots.append(Snapshot(component))

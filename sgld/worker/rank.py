@@ -55,11 +55,13 @@ class Rank:
         self._channel = channel
         self._results = Results(channel, tensors)
         self._memory = Memory(model.verdict_file)
-        synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+        is_gpu = model.device.type == "cuda"
+        synchronize = torch.cuda.synchronize if is_gpu else lambda: None
         self._executor = Executor(self._memory.recall(), merge=config.merge, synchronize=synchronize, pulse=self._pulse)
-        self._session = Session(self._executor, channel.send, self._ended)
+        # On a CPU two rows take twice the time of one.
+        self._session = Session(self._executor, channel.send, self._ended, merges_alone=is_gpu)
         self._previewer = Previewer()
-        if model.device.type == "cuda":
+        if is_gpu:
             tensors.pin()
 
     def run(self) -> None:

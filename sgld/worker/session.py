@@ -45,11 +45,14 @@ class Session:
 
     :param emit: told each call that waits, each execution and each step.
     :param ended: told how a task ended; a task's own exception never reaches another.
+    :param merges_alone: two calls of one request may share a forward while no other request is there, too. It costs a
+        probe and a proof, and pays where a forward of two rows takes less than two forwards.
     """
 
     executor: Executor
     emit: Callable[[Pending | Ran | Stepped], None]
     ended: Callable[[Task, Outcome], None]
+    merges_alone: bool = False
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class Session:
         self._probed: set[str] = set()
         self._exclusive: Task | None = None
         # What waits for its end: outcomes that weren't given to their tasks, and jobs that weren't begun.
-        self._held: dict[str, Outcome] = {}
+        self._held: dict[str, list[tuple[Call, Outcome]]] = {}
         self._deferred: dict[str, Job] = {}
 
     def start(self, job: Job) -> None:
@@ -69,13 +72,13 @@ class Session:
         task = self._task_of(job)
         self._tasks[job.request_id], self._jobs[job.request_id] = task, job
         was_alone = len(self._tasks) == 2
-        self._advance(task, None)
+        self._advance(task)
         if was_alone:
             self._announce_again(except_for=task)
 
     def _task_of(self, job: Job) -> Task:
         def body(task: Task) -> Any:
-            bound = bind(job.pipeline, task)
+            bound = bind(job.pipeline, task, defers=self.executor.merges)
             job.prepare(task, bound)
             return job.finish(bound(**job.kwargs))
 
@@ -91,10 +94,9 @@ class Session:
         for tick in range(num_ticks):
             if tick and is_interrupted():
                 return
-            wanted = set(call_ids)
-            tasks = [t for t in self._tasks.values() if t.call is not None and t.call.id in wanted]
             # While a component isn't what the others expect, its task is the one that goes on.
-            call_ids = self._tick([self._exclusive] if self._exclusive is not None else tasks)
+            calls = self._exclusive.calls[:1] if self._exclusive is not None else self._waiting(call_ids)
+            call_ids = self._tick(calls)
             if not call_ids:
                 return
 
@@ -113,9 +115,12 @@ class Session:
         for request_id in [*self._deferred, *self._tasks]:
             self.cancel(request_id)
 
-    def _tick(self, tasks: list[Task]) -> Sequence[int]:
+    def _waiting(self, call_ids: Sequence[int]) -> list[Call]:
+        wanted = set(call_ids)
+        return [call for task in self._tasks.values() for call in task.calls if call.id in wanted]
+
+    def _tick(self, calls: list[Call]) -> Sequence[int]:
         """One forward; returns the calls that follow if they can share the next one."""
-        calls = [task.call for task in tasks if task.call is not None]
         if not calls:
             return ()
         tick = self.executor.run(calls)
@@ -123,8 +128,12 @@ class Session:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
         self._emit_ran(calls, tick)
-        for task, outcome in zip(tasks, tick.outcomes, strict=True):
-            self._advance(task, outcome)
+        answers: dict[str, list[tuple[Call, Outcome]]] = {}
+        for call, outcome in zip(calls, tick.outcomes, strict=True):
+            answers.setdefault(call.request_id, []).append((call, outcome))
+        tasks = [self._tasks[request_id] for request_id in answers]
+        for task in tasks:
+            self._advance(task, answers[task.request_id])
         return self._following(tasks, calls[0])
 
     def _emit_ran(self, calls: Sequence[Call], tick: Tick) -> None:
@@ -140,31 +149,40 @@ class Session:
 
     def _following(self, tasks: list[Task], ran: Call) -> Sequence[int]:
         """The tasks' next calls, if they are like the one that ran and may share a forward."""
-        following = [task.call for task in tasks if task.call is not None]
-        if len(following) < len(tasks) or len({call.cost_key for call in following} | {ran.cost_key}) > 1:
+        if any(not task.calls for task in tasks):
             return ()
-        keys = {self.executor.merge_key(call) for call in following} if len(following) > 1 else {""}
-        return [call.id for call in following] if len(keys) == 1 and None not in keys else ()
+        following = [call for task in tasks for call in task.calls]
+        if len({call.cost_key for call in following} | {ran.cost_key}) > 1:
+            return ()
+        keys = {self._merge_key(task, call) for task in tasks for call in task.calls} if len(following) > 1 else {""}
+        if len(keys) == 1 and None not in keys:
+            return [call.id for call in following]
+        return [following[0].id] if len(tasks) == 1 else ()
 
-    def _advance(self, task: Task, outcome: Outcome | None) -> None:
+    def _advance(self, task: Task, answers: Sequence[tuple[Call, Outcome]] = ()) -> None:
+        """Give a task outcomes of its calls and run it on."""
         if self._exclusive not in (None, task):
-            assert outcome is not None
-            self._held[task.request_id] = outcome
+            self._held.setdefault(task.request_id, []).extend(answers)
             return
-        task.advance(outcome)
+        for call, outcome in answers:
+            task.answer(call, outcome)
+        known = set(task.calls)
+        task.advance()
         if task.end is not None:
             self._finish(task)
-        elif task.call is not None:
-            self._note_exclusive(task, task.call)
-            self._announce(task.request_id, task.call)
+            return
+        self._note_exclusive(task)
+        for call in task.calls:
+            if call not in known:
+                self._announce(task, call)
 
-    def _note_exclusive(self, task: Task, call: Call) -> None:
-        if task.exclusive_because is None:
+    def _note_exclusive(self, task: Task) -> None:
+        if task.exclusive_because is None or task.call is None:
             return
         if self._exclusive is None:
             logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
         self._exclusive = task
-        self.executor.verdicts.modes[call.component] = "exclusive"
+        self.executor.verdicts.modes[task.call.component] = "exclusive"
 
     def _finish(self, task: Task) -> None:
         del self._tasks[task.request_id], self._jobs[task.request_id]
@@ -180,25 +198,29 @@ class Session:
         """What waited for an exclusive task; one of these may be exclusive in turn, then the rest wait again."""
         held, self._held = self._held, {}
         deferred, self._deferred = self._deferred, {}
-        for request_id, outcome in held.items():
-            self._advance(self._tasks[request_id], outcome)
+        for request_id, answers in held.items():
+            self._advance(self._tasks[request_id], answers)
         for job in deferred.values():
             self.start(job)
 
-    def _announce(self, request_id: str, call: Call) -> None:
-        """Tell the scheduler of a call. Keys matter only in company, and only then is anything learned for them."""
-        merge_key = None
-        if len(self._tasks) > 1 and self._exclusive is None:
-            self._learn(self._jobs[request_id], call)
-            merge_key = self.executor.merge_key(call)
+    def _merge_key(self, task: Task, call: Call) -> str | None:
+        """What the call shares with those that it may run with. It matters in company only: digests take time."""
+        is_alone = len(self._tasks) == 1 and not (self.merges_alone and len(task.calls) > 1)
+        if is_alone or self._exclusive is not None:
+            return None
+        self._learn(self._jobs[task.request_id], call)
+        return self.executor.merge_key(call)
+
+    def _announce(self, task: Task, call: Call) -> None:
+        """Tell the scheduler of a call."""
         self.emit(
             Pending(
                 call=CallInfo(
                     id=call.id,
-                    request_id=request_id,
+                    request_id=call.request_id,
                     kind=call.kind,
                     component=call.component,
-                    merge_key=merge_key,
+                    merge_key=self._merge_key(task, call),
                     cost_key=call.cost_key,
                     rows=call.rows,
                     step_index=call.step_index,
@@ -209,8 +231,9 @@ class Session:
 
     def _announce_again(self, except_for: Task) -> None:
         for task in list(self._tasks.values()):
-            if task is not except_for and task.call is not None:
-                self._announce(task.request_id, task.call)
+            if task is not except_for:
+                for call in task.calls:
+                    self._announce(task, call)
 
     def _learn(self, job: Job, call: Call) -> None:
         """Probe each pipeline class once, when a call comes whose axes aren't known."""

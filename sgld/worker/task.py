@@ -1,8 +1,7 @@
-"""A task: the program of one request in a thread of its own, which stops at each of its calls.
+"""A task: the program of one request in a thread of its own, which stops where it needs the outcome of a call.
 
 At most one of the executor and the tasks runs at a time. The baton goes to a task with `advance`, which returns when
-the task has stopped at its next call or has ended: Python threads that run beside an eager forward slow it down
-several times.
+the task has stopped or has ended: Python threads that run beside an eager forward slow it down several times.
 """
 
 import threading
@@ -36,6 +35,9 @@ Outcome = Value | Raised
 class Task:
     """Runs `body(task)` in a thread; inside it, `task.hand_over(call)` waits for the outcome of a call.
 
+    With `post(call)` the body goes on, and waits for the outcome with `wait(call)`, or not at all: so a task may have
+    several calls that can run.
+
     :param on_step: told the number of steps done and their total, in the task's thread.
     """
 
@@ -59,7 +61,8 @@ class Task:
         self._on_step = on_step
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
-        self._outcome: Outcome | None = None
+        self._calls: dict[int, Call] = {}
+        self._outcomes: dict[int, Outcome] = {}
         self._call: Call | None = None
         self._end: Outcome | None = None
         self._is_cancelled = False
@@ -72,15 +75,32 @@ class Task:
         return self._call
 
     @property
+    def calls(self) -> list[Call]:
+        """All calls that have no outcome yet, in order; the task waits for one of them."""
+        return list(self._calls.values())
+
+    @property
     def end(self) -> Outcome | None:
         """What the task returned or raised; None while it goes on."""
         return self._end
 
+    def answer(self, call: Call, outcome: Outcome) -> None:
+        """Give the task the outcome of one of its calls; it takes note when it runs."""
+        del self._calls[call.id]
+        self._outcomes[call.id] = outcome
+
     def advance(self, outcome: Outcome | None = None) -> None:
-        """Give the task the outcome of its call (None to begin), and run it until it stops again or ends."""
+        """Run the task until it stops again or ends, unless what it waits for has no outcome.
+
+        :param outcome: that of the call where it waits; None to begin, or where it was given with `answer`.
+        """
         assert self._end is None, f"task {self.request_id} has ended"
-        assert (outcome is None) == (self._call is None), f"task {self.request_id} waits for {self._call}"
-        self._outcome, self._call = outcome, None
+        if outcome is not None:
+            assert self._call is not None, f"task {self.request_id} hasn't begun"
+            self.answer(self._call, outcome)
+        if self._call is not None and self._call.id in self._calls and not self._is_cancelled:
+            return
+        self._call = None
         self._go.release()
         self._stopped.acquire()
         if self._end is not None:
@@ -90,7 +110,7 @@ class Task:
         """Raise Cancelled at the call where the task waits, and at every further one, until the task has ended."""
         self._is_cancelled = True
         while self._end is None:
-            self.advance(Raised(Cancelled()) if self._call else None)
+            self.advance()
 
     def hand_over(self, call: Call) -> Any:
         """In the task's thread: wait for the executor to run the call.
@@ -98,21 +118,56 @@ class Task:
         :raises Cancelled: the task is cancelled.
         :raises BaseException: what the component raised.
         """
+        self.post(call)
+        return self.wait(call)
+
+    def post(self, call: Call) -> None:
+        """In the task's thread: let the executor run the call whenever the task stops.
+
+        :raises Cancelled: the task is cancelled.
+        """
         if self._is_cancelled:
             raise Cancelled
         call.step_index, call.num_steps = self.step, self.num_steps
         self.num_calls += 1
-        self._call = call
-        self._stopped.release()
-        self._go.acquire()
-        outcome, self._outcome = self._outcome, None
-        match outcome:
+        self._calls[call.id] = call
+
+    def wait(self, call: Call) -> Any:
+        """In the task's thread: the result of a call that was posted, once.
+
+        :raises Cancelled: the task is cancelled.
+        :raises BaseException: what the component raised.
+        """
+        self._stop_for(call)
+        match self._outcomes.pop(call.id):
             case Value(value=value):
                 return value
             case Raised(error=error):
                 raise error
-            case None:
-                raise AssertionError("resumed without an outcome")
+
+    def settle(self) -> None:
+        """In the task's thread: wait until each call has its outcome.
+
+        :raises Cancelled: the task is cancelled.
+        :raises BaseException: what one of the components raised.
+        """
+        for call in self.calls:
+            self._stop_for(call)
+        for outcome in self._outcomes.values():
+            if isinstance(outcome, Raised):
+                raise outcome.error
+
+    def _stop_for(self, call: Call) -> None:
+        if call.id not in self._calls:
+            return
+        if not self._is_cancelled:
+            assert threading.current_thread() is self._thread, "only a task itself may wait for its calls"
+            self._call = call
+            self._stopped.release()
+            self._go.acquire()
+        if self._is_cancelled:
+            self._calls.clear()
+            raise Cancelled
 
     def stepped(self, step: int, num_steps: int) -> None:
         """In the task's thread: `step` of `num_steps` denoising steps are done."""
@@ -124,6 +179,7 @@ class Task:
         self._end = self._run()
         # Nothing of a request outlives it: the body holds the pipeline's arguments, a traceback all that was local.
         self._body = None
+        self._calls.clear()
         if isinstance(self._end, Raised):
             _forget_locals(self._end.error)
         self._stopped.release()
@@ -133,7 +189,10 @@ class Task:
         try:
             if self._is_cancelled:
                 raise Cancelled
-            return Value(self._body(self))
+            result = self._body(self)
+            # It may hold results that nobody has touched yet.
+            self.settle()
+            return Value(result)
         except BaseException as error:  # noqa: BLE001 - the task's boundary: whatever a pipeline raises is its outcome
             return Raised(error)
 
