@@ -146,7 +146,7 @@ class Deferred(torch.Tensor):
         path: Path,
         chain: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...],
     ) -> "Deferred":
-        made: Deferred = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Deferred = torch.Tensor._make_wrapper_subclass(
             cls,
             shadow.size(),
             strides=shadow.stride(),
@@ -176,7 +176,7 @@ class Deferred(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in _VIEWS or func is _CAST:
             deferred = args[0]

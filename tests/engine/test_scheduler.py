@@ -181,11 +181,11 @@ def test_calls_without_a_key_never_share() -> None:
     assert batch_of(running(FlatCost(), a, b)).call_ids == (a.id,)
 
 
-def test_calls_of_one_request_do_not_share() -> None:
+def test_calls_of_one_request_may_share() -> None:
     first, second = call("a"), call("a")
     scheduler = running(FlatCost(), first)
     scheduler.pending(second)
-    assert batch_of(scheduler).call_ids == (first.id,)
+    assert batch_of(scheduler).call_ids == (first.id, second.id)
 
 
 def test_batch_is_limited() -> None:

@@ -255,7 +255,7 @@ def test_cancelled_with_two_waiting_calls() -> None:
 
 
 # Each calls its denoiser twice in a step.
-SEQUENTIAL = {
+SEQUENTIAL: dict[str, dict[str, Any]] = {
     "wan": {},
     "wan_i2v": {},
     "qwen_image": {"negative_prompt": "a dog on the hill lake"},
