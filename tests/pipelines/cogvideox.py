@@ -35,6 +35,9 @@ def cogvideox() -> Any:
 
 PIPELINES = {
     "cogvideox": Entry(
-        cogvideox, {"height": 16, "width": 16, "num_frames": 8, "max_sequence_length": 16}, kind="text to video"
+        cogvideox,
+        {"height": 16, "width": 16, "num_frames": 8, "max_sequence_length": 16},
+        kind="text to video",
+        second={"height": 32, "width": 16},
     ),
 }

@@ -17,7 +17,8 @@ class Entry:
 
     `kwargs` suit it. Requests differ in prompt, seed, steps, in the argument `guidance`, and in what `inputs` makes of
     a request's index and kwargs: pictures, for example. `second`: kwargs of another size; None: half as wide, twice as
-    high; {}: it has one size only. `merges`: whether several requests share forwards of the denoiser, and if not, why.
+    high, so that it has as many tokens; {}: it has one size only. `variant` tells apart what has the same class.
+    `merges`: whether several requests share forwards of the denoiser; `because`: why they don't.
     """
 
     build: Callable[[], Any]
@@ -26,6 +27,7 @@ class Entry:
     guidance: str | None = "guidance_scale"
     inputs: Callable[[int, Kwargs], Kwargs] = _no_inputs
     second: Kwargs | None = None
+    variant: str = ""
     merges: bool = True
     because: str = ""
 

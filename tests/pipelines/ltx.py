@@ -33,5 +33,10 @@ def ltx() -> Any:
 
 
 PIPELINES = {
-    "ltx": Entry(ltx, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}, kind="text to video"),
+    "ltx": Entry(
+        ltx,
+        {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16},
+        kind="text to video",
+        second={"height": 64, "width": 32},
+    ),
 }

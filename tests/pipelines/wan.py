@@ -60,6 +60,17 @@ def _first_frame(index: int, kwargs: Kwargs) -> Kwargs:
 
 
 PIPELINES = {
-    "wan": Entry(wan, {"height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16}, kind="text to video"),
-    "wan_i2v": Entry(wan_i2v, {"height": 16, "width": 16, "num_frames": 9}, kind="image to video", inputs=_first_frame),
+    "wan": Entry(
+        wan,
+        {"height": 16, "width": 16, "num_frames": 9, "max_sequence_length": 16},
+        kind="text to video",
+        second={"height": 32, "width": 16},
+    ),
+    "wan_i2v": Entry(
+        wan_i2v,
+        {"height": 16, "width": 16, "num_frames": 9},
+        kind="image to video",
+        second={"height": 32, "width": 16},
+        inputs=_first_frame,
+    ),
 }

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", action="store_true", help="write docs/pipelines.md from the parity matrix")
+
+
 @pytest.fixture(autouse=True)
 def _one_cpu_thread() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -1,56 +1,89 @@
-"""Ten pipeline classes of diffusers, unmodified: four requests at once give the pictures of four plain calls."""
+"""Pipeline classes of diffusers, unmodified: four requests at once give the pictures of four plain calls."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from pipelines import TEN, build
+from pipelines import BUILDERS, build
 
 from sgld.testing import run_together
+from worker.matrix import TABLE, Case, difference, table, together
 from worker.requests import picture, request, requests
 
 # For float32; the largest difference seen is 1e-6.
 MERGED_TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", TEN)
-def test_interleaved_requests_are_bit_identical_to_plain_calls(name: str) -> None:
-    pipeline, kwargs = build(name)
-    plain = [picture(pipeline(**call)) for call in requests(name, kwargs)]
-
-    report = run_together(pipeline, requests(name, kwargs), merge=False)
-
-    assert [torch.equal(picture(output), p) for output, p in zip(report.outputs, plain, strict=True)] == [True] * 4
-    assert (report.merged_calls, report.largest_batch, report.mode) == (0, 1, "interleave")
+@pytest.fixture(scope="module")
+def cases(request: pytest.FixtureRequest) -> Iterator[list[Case]]:
+    """Those that were run; with --write-table they become the table."""
+    ran: list[Case] = []
+    yield ran
+    if request.config.getoption("--write-table", default=False):
+        TABLE.write_text(table(ran, TABLE.read_text()))
 
 
-@pytest.mark.parametrize("name", TEN)
-def test_merged_requests_equal_plain_calls(name: str) -> None:
-    pipeline, kwargs = build(name)
-    plain = [picture(pipeline(**call)) for call in requests(name, kwargs)]
-
-    report = run_together(pipeline, requests(name, kwargs))
-
-    for output, expected in zip(report.outputs, plain, strict=True):
-        torch.testing.assert_close(picture(output), expected, rtol=0, atol=MERGED_TOLERANCE)
-    assert report.merged_calls > 0
-    assert report.largest_batch == 4
-    assert report.mode == "merge"
+@pytest.fixture(scope="module", params=BUILDERS)
+def case(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
+    cases.append(Case(request.param))
+    return cases[-1]
 
 
-@pytest.mark.parametrize("name", TEN)
-def test_pictures_tell_prompts_and_seeds_apart(name: str) -> None:
-    """Else the two tests above would pass with mixed up requests."""
-    pipeline, kwargs = build(name)
-    first = picture(pipeline(**request(name, 0, kwargs, output_type="latent")))
-    other_prompt = {"prompt": "the blue dog under a hill", "output_type": "latent"}
-    second = picture(pipeline(**request(name, 0, kwargs, **other_prompt)))
-    seed = {"generator": torch.Generator().manual_seed(7), "output_type": "latent"}
-    third = picture(pipeline(**request(name, 0, kwargs, **seed)))
+def test_interleaved_requests_are_bit_identical_to_plain_calls(case: Case) -> None:
+    report, _ = together(case.pipeline, case.requests(), merge=False)
 
-    assert float((first - second).abs().max()) > 5 * MERGED_TOLERANCE
-    assert float((first - third).abs().max()) > 0.1
+    assert difference(report.outputs, case.plain) == 0
+    assert (report.merged_calls, report.largest_batch) == (0, 1)
+    assert report.mode in ("interleave", "exclusive")
+    case.seen["interleaved"] = "identical"
+
+
+def test_merged_requests_equal_plain_calls(case: Case) -> None:
+    report, largest_batch = together(case.pipeline, case.requests())
+
+    error = difference(report.outputs, case.plain)
+    assert error <= MERGED_TOLERANCE
+    assert (report.mode == "merge") == case.entry.merges
+    # The others say why they don't.
+    assert (largest_batch >= 3) == case.entry.merges == (not case.entry.because)
+    case.seen |= {"merged": f"{error:.0e}" if error else "0", "batch": str(largest_batch), "mode": report.mode}
+
+
+def test_requests_of_two_sizes_equal_plain_calls(case: Case) -> None:
+    if not case.entry.other_size:
+        pytest.skip("it has one size only")
+    calls = case.requests(num_other_size=2)[2:]
+    expected = case.plain[:2] + case.run_plain(calls)
+
+    report = run_together(case.pipeline, case.requests(num_other_size=2))
+
+    error = difference(report.outputs, expected)
+    assert error <= MERGED_TOLERANCE
+    case.seen["two sizes"] = f"{error:.0e}" if error else "0"
+
+
+def test_pictures_tell_prompts_and_seeds_apart(case: Case) -> None:
+    """Else the tests above would pass with mixed up requests."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"prompt": "the blue dog under a hill"},
+        {"generator": torch.Generator().manual_seed(7)},
+    ]
+    latent = {"output_type": case.kwargs.get("output_type", "latent")}
+    first, prompt, seed = case.run_plain([request(case.name, 0, case.kwargs, **latent, **c) for c in changes])
+
+    assert float((first - prompt).abs().max()) > 5 * MERGED_TOLERANCE
+    assert float((first - seed).abs().max()) > 0.1
+
+
+def test_pipeline_has_its_row_in_the_docs(case: Case) -> None:
+    assert f"\n| {case.title} | {case.entry.kind} | " in TABLE.read_text()
+
+
+def test_docs_have_no_other_rows() -> None:
+    assert TABLE.read_text().count("\n| `") == len(BUILDERS)
 
 
 def test_merging_is_not_repeated_for_requests_alone() -> None:
