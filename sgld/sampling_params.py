@@ -26,7 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     image_path: Annotated[
         tuple[str, ...],
         Meta(
-            description="input image(s), for image-to-image and image-to-video pipelines",
+            description="input image(s): files, http(s) or data URLs",
             extra={"aliases": ("image_paths",)},
         ),
     ] = ()

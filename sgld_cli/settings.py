@@ -4,7 +4,7 @@ What comes first wins: flags, then the file, then the picture, then the default.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,6 @@ _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _HTTP_GROUP = GROUPS[-1][0]
 # Two spellings of one choice: a source that gives one of them hides both of the sources behind it.
 _PROMPT_SOURCES = frozenset({"prompt", "prompt_path"})
-_REMOTE = ("http://", "https://", "data:")
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def build(merged: Mapping[str, Setting]) -> Settings:
     """
     values = {name: setting.value for name, setting in merged.items()}
     prompts = _prompts(values)
-    _check_images(values["image_path"])
+    _check_images(values["image_path"], values["diffusers_kwargs"])
     engine = EngineConfig(**_of(EngineConfig, values), parallel=ParallelConfig(**_of(ParallelConfig, values)))
     sampling = _of(SamplingParams, values)
     params = tuple(SamplingParams(**{**sampling, "prompt": prompt}) for prompt in prompts)
@@ -219,10 +218,13 @@ def _prompts(values: Mapping[str, Any]) -> tuple[str, ...]:
     return prompts or ("",)
 
 
-def _check_images(paths: Iterable[str]) -> None:
-    for path in paths:
-        from sgld.media.images import check_image  # loads Pillow: only for requests with images
+def _check_images(sources: Sequence[str], kwargs: Mapping[str, Any]) -> None:
+    """See that input images are there, as far as that takes no download."""
+    if not sources and not kwargs:
+        return
+    from sgld.media.images import check_image  # loads Pillow: only for requests with images
+    from sgld.media.inputs import InputPolicy, references, scheme_of
 
-        if path.startswith(_REMOTE):
-            raise UsageError(f"image_path: {path[:80]} isn't a file; download it first and give its path")
-        check_image(Path(path))
+    for source in (*sources, *(reference.source for reference in references(kwargs))):
+        if scheme_of(source, InputPolicy()) == "file":
+            check_image(Path(source))

@@ -33,6 +33,7 @@ from sgld.events import (
     Started,
     Terminal,
 )
+from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import (
     MAX_MESSAGE_BYTES,
     Alive,
@@ -67,6 +68,7 @@ MAX_LOSSES = 2
 _START_BYTES = 1024
 # So many ranks in a row may be lost before they are ready, where one was ready before.
 MAX_LOST_LOADS = 3
+_ANY_INPUT = InputPolicy()
 _ids = count(1)
 
 
@@ -128,38 +130,48 @@ class Engine:
             raise self._load_error or EngineClosed("the engine was closed")
         return self._model
 
-    async def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
+    async def generate(
+        self, params: SamplingParams, *, inputs: InputPolicy = _ANY_INPUT
+    ) -> AsyncGenerator[AnyEvent, None]:
         """Run one request and stream its events; each of its outputs ends with an event of its own.
 
         Leaving the iteration early cancels what still runs.
 
-        :raises InvalidRequest: the params are too large, or hold what JSON doesn't have.
+        :param inputs: where the pictures that the params refer to may come from.
+        :raises InvalidRequest: the params are too large, hold what JSON doesn't have, or a picture can't be had.
         :raises QueueFull: too many requests wait.
         :raises EngineClosed: the engine isn't open.
         :raises ModelError: the model can't be served.
         """
-        entries = self._submit(params)
-        stream = entries[0].stream
-        try:
-            num_open = len(entries)
-            while num_open:
-                event = await stream.get()
-                if event is None:
-                    assert self._load_error is not None, "only a model that can't be served ends a stream early"
-                    raise self._load_error
-                num_open -= isinstance(event, Terminal)
-                yield event
-        finally:
-            for entry in entries:
-                self._cancel(entry)
+        self._check_open(params)
+        async with as_files(params, inputs) as readable:
+            entries = self._submit(readable)
+            stream = entries[0].stream
+            try:
+                num_open = len(entries)
+                while num_open:
+                    event = await stream.get()
+                    if event is None:
+                        assert self._load_error is not None, "only a model that can't be served ends a stream early"
+                        raise self._load_error
+                    num_open -= isinstance(event, Terminal)
+                    yield event
+            finally:
+                for entry in entries:
+                    self._cancel(entry)
 
-    def _submit(self, params: SamplingParams) -> list[Entry]:
+    def _check_open(self, params: SamplingParams) -> None:
+        """See that a request would be taken now; raises what `generate` does."""
         if not self._is_open:
             raise EngineClosed("the engine isn't open; use it in an `async with` block")
         if self._load_error is not None:
             raise self._load_error
-        _check_message(params)
         self._scheduler.check_room(params.num_outputs_per_prompt)
+
+    def _submit(self, params: SamplingParams) -> list[Entry]:
+        # Again: meanwhile its pictures may have been downloaded.
+        self._check_open(params)
+        _check_message(params)
         group, now = f"r{next(_ids)}", time.monotonic()
         entries: list[Entry] = []
         for index in range(params.num_outputs_per_prompt):

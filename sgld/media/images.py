@@ -62,45 +62,48 @@ def _exif(metadata: Mapping[str, Any] | None) -> bytes:
     return b"" if metadata is None else exif_block(metadata)
 
 
-def load_image(path: Path) -> Image.Image:
-    """An input picture in memory: RGB, turned as its EXIF orientation says, transparency dropped.
+def load_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """An input picture in memory, turned as its EXIF orientation says.
 
+    :param mode: Pillow's name of the channels that it gets; RGB drops transparency.
     :raises InvalidRequest: the file is missing, damaged, no picture, or larger than MAX_INPUT_PIXELS.
     """
     with _opened(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image).convert(mode)
 
 
-def check_image(path: Path) -> tuple[int, int]:
+def check_image(source: Path | BytesIO, name: str | None = None) -> tuple[int, int]:
     """Refuse what `load_image` would, as far as the file's header tells, without decoding it.
 
+    :param name: how messages name the source; by default its path.
     :return: width and height in pixels as stored, before the EXIF orientation.
     :raises InvalidRequest: the file is missing, no picture, or larger than MAX_INPUT_PIXELS.
     """
-    with _opened(path) as image:
+    with _opened(source, name) as image:
         return image.size
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: Path | BytesIO, name: str | None = None) -> Iterator[Image.Image]:
     """An image file whose header was read; errors inside the with block are translated, too."""
+    name = name or repr(str(source))
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             width, height = image.size
             if width * height > MAX_INPUT_PIXELS:
                 raise InvalidRequest(
-                    f"The image {str(path)!r} has {width}x{height} pixels; at most {MAX_INPUT_PIXELS} are allowed.",
+                    f"The image {name} has {width}x{height} pixels; at most {MAX_INPUT_PIXELS} are allowed.",
                     "image_path",
                 )
             yield image
     except FileNotFoundError:
-        raise InvalidRequest(f"There is no image {str(path)!r}.", "image_path") from None
+        raise InvalidRequest(f"There is no image {name}.", "image_path") from None
     except UnidentifiedImageError:
-        raise InvalidRequest(f"The file {str(path)!r} isn't an image that can be read.", "image_path") from None
+        raise InvalidRequest(f"The file {name} isn't an image that can be read.", "image_path") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(
-            f"The image {str(path)!r} is too large; at most {MAX_INPUT_PIXELS} pixels are allowed.", "image_path"
+            f"The image {name} is too large; at most {MAX_INPUT_PIXELS} pixels are allowed.", "image_path"
         ) from None
     # Pillow's plugins raise any of these for damaged files.
     except (OSError, ValueError, SyntaxError) as error:
-        raise InvalidRequest(f"The image {str(path)!r} can't be read: {error}.", "image_path") from None
+        raise InvalidRequest(f"The image {name} can't be read: {error}.", "image_path") from None

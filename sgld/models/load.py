@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,11 @@ _LOAD_ERRORS = (
     RuntimeError,
     SafetensorError,
 )
+# What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
+_SIBLINGS = {
+    "mask_image": ("inpainting", "mask", "AUTO_INPAINT_PIPELINES_MAPPING"),
+    "image": ("image-to-image", "input image", "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING"),
+}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -43,16 +49,18 @@ class LoadedModel:
     verdict_file: VerdictFile | None = None
     _siblings: dict[str, Any] = field(default_factory=dict)
 
-    def pipeline_for(self, *, has_image: bool) -> Any:
-        """The pipeline that takes such input; a sibling has the same components, which aren't cast or moved.
+    def pipeline_for(self, given: Collection[str]) -> Any:
+        """The pipeline that takes these arguments; a sibling has the same components, which aren't cast or moved.
 
         :raises InvalidRequest: there is none.
         """
-        if not has_image or "image" in inspect.signature(self.pipeline.__call__).parameters:
+        accepted = inspect.signature(self.pipeline.__call__).parameters
+        needed = next((name for name in _SIBLINGS if name in given), None)
+        if needed is None or needed in accepted:
             return self.pipeline
-        if "image" not in self._siblings:
-            self._siblings["image"] = _image_to_image(self.pipeline)
-        return self._siblings["image"]
+        if needed not in self._siblings:
+            self._siblings[needed] = _sibling(self.pipeline, needed)
+        return self._siblings[needed]
 
     def info(self) -> ModelInfo:
         """What the front says of the model."""
@@ -112,13 +120,14 @@ def _set_up_vae(pipeline: Any, config: EngineConfig) -> None:
             raise ModelError(message) from None
 
 
-def _image_to_image(pipeline: Any) -> Any:
-    """The image-to-image pipeline of the same model, from the same components. `from_pipe` would cast them."""
-    from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, _get_task_class
+def _sibling(pipeline: Any, needed: str) -> Any:
+    """The pipeline of the same model for another input, from the same components. `from_pipe` would cast them."""
+    from diffusers.pipelines import auto_pipeline
 
+    kind, what, mapping = _SIBLINGS[needed]
     name = type(pipeline).__name__
-    sibling = _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, name, throw_error_if_not_exist=False)
+    sibling = auto_pipeline._get_task_class(getattr(auto_pipeline, mapping), name, throw_error_if_not_exist=False)
     if sibling is None:
-        raise InvalidRequest(f"{name} takes no input image, and has no image-to-image sibling", "image_path")
+        raise InvalidRequest(f"{name} takes no {what}, and has no {kind} sibling", "image_path")
     accepted = inspect.signature(sibling.__init__).parameters
     return sibling(**{name: part for name, part in pipeline.components.items() if name in accepted})

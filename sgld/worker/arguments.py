@@ -2,12 +2,16 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sgld.errors import InvalidRequest
+from sgld.media.images import load_image
+from sgld.media.inputs import replaced
 from sgld.sampling_params import SamplingParams
 
 # Fields that the pipeline gets under their own name, if it has such a parameter.
@@ -22,17 +26,8 @@ _NAMED = (
     "guidance_rescale",
     "max_sequence_length",
 )
-_OWNED = (
-    "output_type",
-    "return_dict",
-    "generator",
-    "callback",
-    "callback_steps",
-    "callback_on_step_end",
-    "callback_on_step_end_tensor_inputs",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-)
+# How a result comes back, how many there are, where noise comes from, and functions, which JSON doesn't have.
+_OWNED = re.compile(r"output_type|return_dict|generator|callback\w*|num_\w+_per_prompt")
 
 
 def arguments(
@@ -47,12 +42,22 @@ def arguments(
     chosen = {name: value for name in _NAMED if (value := getattr(params, name)) is not None}
     chosen |= _prompt(params, accepted) | _images(images) | _video(params, accepted)
     chosen |= _extra(params, accepted)
+    if "mask_image" in chosen and "image" in accepted and "image" not in chosen:
+        raise InvalidRequest("there is a mask_image, but no picture that it belongs to; give image_path", "image_path")
     for name in chosen:
         if name not in accepted:
             raise InvalidRequest(f"{type(pipeline).__name__} takes no {name}; it takes {', '.join(accepted)}", name)
     recommended = {name: value for name, value in defaults.items() if name in accepted}
     ours = {"generator": _generator(params), "output_type": "pt"}
     return recommended | chosen | {name: value for name, value in ours.items() if name in accepted}
+
+
+def with_pictures(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with pictures in the place of references to files.
+
+    :raises InvalidRequest: one can't be read.
+    """
+    return {name: replaced(value, lambda r: load_image(Path(r.source), r.mode)) for name, value in kwargs.items()}
 
 
 def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
@@ -89,7 +94,7 @@ def _video(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any
 
 def _extra(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any]:
     for name in params.diffusers_kwargs:
-        if name in _OWNED:
+        if _OWNED.fullmatch(name):
             raise InvalidRequest(f"diffusers_kwargs.{name} is set by sgld itself; leave it out", "diffusers_kwargs")
         if name in params.__struct_fields__:
             raise InvalidRequest(f"diffusers_kwargs.{name}: give {name} itself instead", "diffusers_kwargs")

@@ -24,7 +24,7 @@ from sgld.messages import (
     TaskFailed,
 )
 from sgld.sampling_params import SamplingParams
-from sgld.worker.arguments import arguments, num_steps
+from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.executor import Executor
 from sgld.worker.memory import Memory
 from sgld.worker.pixels import pixels_of, to_uint8
@@ -98,8 +98,8 @@ class Rank:
     def _start(self, request_id: str, params: SamplingParams) -> None:
         try:
             images = [load_image(Path(path)) for path in params.image_path]
-            pipeline = self._model.pipeline_for(has_image=bool(images))
-            kwargs = arguments(pipeline, params, self._model.defaults, images)
+            pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
+            kwargs = with_pictures(arguments(pipeline, params, self._model.defaults, images))
         except Exception as error:  # noqa: BLE001 - the task's boundary: what it can't begin with fails it alone
             self._failed(request_id, translated(error, has_made_calls=False))
             return

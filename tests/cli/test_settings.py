@@ -7,6 +7,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
+from sgld.errors import InvalidRequest
 from sgld.media.images import encode_image
 from sgld_cli.options import UsageError
 from sgld_cli.settings import Setting, accept, build, merge, refuse_unknown, show
@@ -257,3 +258,11 @@ def test_picture_with_deeply_nested_metadata_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=chunks)
     with pytest.raises(UsageError, match="nested too deeply"):
         read_picture(tmp_path / "x.png")
+
+
+def test_pictures_in_further_arguments_are_looked_at_first(tmp_path: Path) -> None:
+    given = {"prompt": ["a cat"], "diffusers_kwargs": '{"mask_image": {"$image": "none.png"}}'}
+    with pytest.raises(InvalidRequest, match=r"There is no image 'none\.png'"):
+        build(merge([accept(given, "flag")]))
+    given["diffusers_kwargs"] = '{"mask_image": {"$image": "https://host/mask.png"}}'
+    assert build(merge([accept(given, "flag")])).params[0].diffusers_kwargs["mask_image"]["$image"].startswith("https")

@@ -115,13 +115,13 @@ def test_tiling_of_a_vae_that_has_none_is_refused(sdxl_folder: Path, monkeypatch
 
 def test_sibling_for_pictures_has_the_very_same_components(sdxl_folder: Path) -> None:
     model = loaded(sdxl_folder, dit_precision="bf16")
-    sibling = model.pipeline_for(has_image=True)
+    sibling = model.pipeline_for(["image"])
     assert isinstance(sibling, StableDiffusionXLImg2ImgPipeline)
     for name, component in model.pipeline.components.items():
         assert getattr(sibling, name) is component
     assert sibling.unet.dtype is torch.bfloat16
-    assert model.pipeline_for(has_image=True) is sibling
-    assert model.pipeline_for(has_image=False) is model.pipeline
+    assert model.pipeline_for(["image"]) is sibling
+    assert model.pipeline_for([]) is model.pipeline
 
 
 def inline(name: str) -> LoadedModel:
@@ -130,10 +130,10 @@ def inline(name: str) -> LoadedModel:
 
 def test_pipeline_that_takes_pictures_itself_has_no_sibling() -> None:
     model = inline("wan_i2v")
-    assert model.pipeline_for(has_image=True) is model.pipeline
+    assert model.pipeline_for(["image"]) is model.pipeline
 
 
 def test_pipeline_without_a_sibling_refuses_pictures() -> None:
     with pytest.raises(InvalidRequest, match="takes no input image, and has no image-to-image sibling") as caught:
-        inline("cogvideox").pipeline_for(has_image=True)
+        inline("cogvideox").pipeline_for(["image"])
     assert caught.value.param == "image_path"
