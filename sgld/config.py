@@ -86,7 +86,8 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     output_path: Annotated[str, _field("folder of the outputs")] = "outputs"
     output_file_name: Annotated[
-        str | None, _field("file name; its ending chooses png, jpg, webp or mp4. Default: prompt, time and hash")
+        str | None,
+        _field("file name; its ending chooses png, jpg, webp, mp4, wav or flac. Default: prompt, time and hash"),
     ] = None
     save_output: Annotated[bool, _field("write files")] = True
     return_frames: Annotated[bool, _field("write each frame of a video as a PNG, too")] = False

@@ -1,7 +1,7 @@
 """What a request streams back, in this order: Queued, Started, then Progress, Preview and Frames as they come
 (Restarted and again from Started if the rank was lost), and at the end one of Completed, Failed, Cancelled.
 
-Pixels are numpy arrays, uint8, RGB.
+Pixels are numpy arrays, uint8, RGB or RGBA; sound is float32.
 """
 
 from typing import TYPE_CHECKING
@@ -61,7 +61,7 @@ class Frames(Event, frozen=True, kw_only=True, tag="frames"):
 
 
 class Completed(Event, frozen=True, kw_only=True, tag="completed"):
-    """The result: `frames` is (F, H, W, 3), F is 1 for a picture."""
+    """The result: `frames` is (F, H, W, 3), or 4 with alpha; a picture has one, a sound none."""
 
     frames: "NDArray[np.uint8]"
     seed: int
@@ -69,6 +69,12 @@ class Completed(Event, frozen=True, kw_only=True, tag="completed"):
     """Frames per second: the client's choice, or what the model's author recommends."""
     elapsed_s: float
     """Seconds since the request arrived."""
+    is_video: bool = False
+    """Whether the frames are those of a video; else there are as many pictures, such as layers."""
+    audio: "NDArray[np.float32] | None" = None
+    """The sound, (channels, samples) in [-1, 1]."""
+    sample_rate: int | None = None
+    """Samples per second."""
 
 
 class Failed(Event, frozen=True, kw_only=True, tag="failed"):

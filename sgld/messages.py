@@ -140,12 +140,22 @@ class Previewed(Reply, frozen=True, kw_only=True, tag="previewed"):
 
 
 class Decoded(Reply, frozen=True, kw_only=True, tag="decoded"):
-    """Frames of the result from `index` on, (F, H, W, 3); they replace what was sent for those before."""
+    """Frames of the result from `index` on, (F, H, W, 3 or 4); they replace what was sent for those before."""
 
     request_id: str
     index: int
     is_video: bool
     pixels: TensorRef
+
+
+class Heard(Reply, frozen=True, kw_only=True, tag="heard"):
+    """Sound of the result from sample `index` on: float32, (samples, channels), as bytes."""
+
+    request_id: str
+    index: int
+    num_channels: int
+    sample_rate: int
+    samples: TensorRef
 
 
 class Finished(Reply, frozen=True, kw_only=True, tag="finished"):
@@ -179,6 +189,7 @@ AnyReply = (
     | Stepped
     | Previewed
     | Decoded
+    | Heard
     | Finished
     | TaskFailed
     | TaskCancelled

@@ -3,12 +3,13 @@
 import os
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 
 from sgld import __version__
 from sgld.events import Completed
+from sgld.media.audio import write_audio
 from sgld.media.files import (
     Content,
     MediaFormat,
@@ -27,6 +28,7 @@ from sgld_cli.progress import Output
 from sgld_cli.settings import Settings
 from sgld_cli.sources import ENGINE_METADATA
 
+IMAGE_FORMATS = ("png", "jpeg", "webp")
 DEFAULT_FPS = 24.0
 """As in SGLang Diffusion."""
 
@@ -70,6 +72,9 @@ def result_of(
 ) -> Result:
     """What is said of an output; `num_steps` as its progress said, where the params leave that to the model."""
     num_frames, height, width, _ = completed.frames.shape
+    size = f"{width}x{height}"
+    if num_frames == 0 and completed.audio is not None and completed.sample_rate:
+        size = f"{completed.audio.shape[1] / completed.sample_rate:.1f} s of sound"
     return Result(
         request_id=completed.request_id,
         output_index=completed.output_index,
@@ -77,7 +82,7 @@ def result_of(
         paths=files.paths,
         frame_paths=files.frame_paths,
         seed=completed.seed,
-        size=f"{width}x{height}",
+        size=size,
         num_frames=num_frames,
         num_inference_steps=num_steps or params.num_inference_steps,
         timings=timings,
@@ -121,42 +126,64 @@ class Files:
         """
         if not self._config.save_output:
             return Written()
-        media_format = self._format(num_frames=len(completed.frames))
+        media_format = self._format(completed)
         metadata = self._metadata(params, completed) if self._config.metadata else None
-        content = self._content(media_format, completed, metadata)
-        path = self._write(output, completed.seed, media_format, content)
-        return Written((str(path),), self._write_frames(path, completed) if media_format == "mp4" else ())
+        contents = self._contents(media_format, completed, metadata)
+        names = [""] if len(contents) == 1 else [f"-picture-{index}" for index in range(len(contents))]
+        paths = [
+            self._write(output, completed.seed, media_format, content, name)
+            for content, name in zip(contents, names, strict=True)
+        ]
+        frame_paths = self._write_frames(paths[0], completed) if media_format == "mp4" else ()
+        return Written(tuple(map(str, paths)), frame_paths)
 
     def _check_name(self, name: str) -> None:
         media_format = format_of(name)
         resolve_output(self._folder, name)
         num_frames = self._settings.params[0].num_frames or 1
-        if num_frames > 1 and media_format != "mp4":
+        if num_frames > 1 and media_format in IMAGE_FORMATS:
             raise UsageError(f"{num_frames} frames don't fit into {name}: a video ends in .mp4")
 
-    def _format(self, *, num_frames: int) -> MediaFormat:
-        """The format that the name asks for; a video is an MP4 in any case, which isn't known before it is there."""
-        if num_frames > 1:
+    def _format(self, completed: Completed) -> MediaFormat:
+        """The format that the name asks for, if it holds such a result: what comes isn't known before it is there."""
+        asked = format_of(self._config.output_file_name) if self._config.output_file_name else None
+        if len(completed.frames) == 0:
+            return asked if asked in ("wav", "flac") else "wav"
+        if completed.is_video and len(completed.frames) > 1:
             return "mp4"
-        return format_of(self._config.output_file_name) if self._config.output_file_name else "png"
+        return asked if asked in IMAGE_FORMATS or asked == "mp4" else "png"
 
-    def _content(self, media_format: MediaFormat, completed: Completed, metadata: dict[str, Any] | None) -> Content:
-        quality = self._config.output_quality
-        if media_format != "mp4":
-            return encode_image(completed.frames[0], media_format, quality=quality, metadata=metadata)
-        fps = completed.fps or DEFAULT_FPS
-        return lambda path: write_video(path, completed.frames, fps=fps, quality=quality, metadata=metadata)
+    def _contents(
+        self, media_format: MediaFormat, completed: Completed, metadata: dict[str, Any] | None
+    ) -> list[Content]:
+        """What goes into the files of an output; there are several where it has several pictures."""
+        quality, audio, rate = self._config.output_quality, completed.audio, completed.sample_rate
+        match media_format:
+            case "mp4":
+                fps = completed.fps or DEFAULT_FPS
+                given: dict[str, Any] = {"fps": fps, "quality": quality, "audio": audio, "sample_rate": rate}
+                return [lambda path: write_video(path, completed.frames, metadata=metadata, **given)]
+            case "wav" | "flac":
+                assert audio is not None, "a result holds frames or sound"
+                assert rate is not None, "sound has a rate"
+                return [lambda path: write_audio(path, audio, rate, media_format, metadata=metadata)]
+            case "png" | "jpeg" | "webp":
+                return [encode_image(f, media_format, quality=quality, metadata=metadata) for f in completed.frames]
+            case _:
+                assert_never(media_format)
 
-    def _write(self, output: Output, seed: int, media_format: MediaFormat, content: Content) -> Path:
+    def _write(self, output: Output, seed: int, media_format: MediaFormat, content: Content, suffix: str) -> Path:
         """Write to the given name, in place of a file that is there, or to a new name of our own."""
         if self._config.output_file_name is None:
             name = file_name(output.prompt, seed, media_format, datetime.now())
-            return write_unique(self._folder / name, content)
+            path = self._folder / name
+            return write_unique(path.with_stem(path.stem + suffix), content)
         path = self._folder / self._config.output_file_name
         if format_of(path.name) != media_format:
             path = path.with_suffix(extension_of(media_format))
         if output.total > 1:
             path = path.with_stem(f"{path.stem}-{output.number - 1}")
+        path = path.with_stem(path.stem + suffix)
         write_atomically(path, content)
         return path
 

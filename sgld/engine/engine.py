@@ -41,6 +41,7 @@ from sgld.messages import (
     Cancel,
     Decoded,
     Finished,
+    Heard,
     Idle,
     LoadFailed,
     ModelInfo,
@@ -272,24 +273,30 @@ class Engine:
                     self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
             case Idle():
                 self._running = None
-            case Previewed() | Decoded():
-                self._take_pixels(rank, reply)
+            case Previewed() | Decoded() | Heard():
+                self._take_result(rank, reply)
             case Stepped() | Finished() | TaskFailed() | TaskCancelled():
                 self._report(reply)
             case unknown:
                 assert_never(unknown)
 
-    def _take_pixels(self, rank: Rank, reply: Previewed | Decoded) -> None:
-        """Copy pixels out of the tensor queue: the consumer may keep them, the rank needs the slots."""
+    def _take_result(self, rank: Rank, reply: Previewed | Decoded | Heard) -> None:
+        """Copy pixels or sound out of the tensor queue: the consumer may keep them, the rank needs the slots."""
         entry = self._entries.get(reply.request_id)
-        with rank.tensors.borrowed(reply.pixels) as view:
+        with rank.tensors.borrowed(reply.samples if isinstance(reply, Heard) else reply.pixels) as view:
             if entry is None:
                 return
-            pixels = view.copy()
-        if isinstance(reply, Previewed):
-            entry.put(entry.event(Preview, step=reply.step, image=pixels))
-        elif (new := entry.keep(reply.index, pixels)) is not None and reply.is_video:
-            entry.put(entry.event(Frames, index=new[0], frames=new[1]))
+            copied = view.copy()
+        match reply:
+            case Previewed(step=step):
+                entry.put(entry.event(Preview, step=step, image=copied))
+            case Decoded(index=index, is_video=is_video):
+                entry.is_video = is_video
+                if (new := entry.keep(index, copied)) is not None and is_video:
+                    entry.put(entry.event(Frames, index=new[0], frames=new[1]))
+            case Heard(sample_rate=sample_rate):
+                entry.sample_rate = sample_rate
+                entry.sound.append(copied.view(np.float32).T)
 
     def _report(self, reply: Stepped | Finished | TaskFailed | TaskCancelled) -> None:
         entry = self._entries.get(reply.request_id)
@@ -312,7 +319,10 @@ class Engine:
         params = entry.request.params
         return entry.event(
             Completed,
-            frames=np.concatenate(entry.frames),
+            frames=np.concatenate(entry.frames) if entry.frames else np.empty((0, 0, 0, 3), np.uint8),
+            is_video=entry.is_video,
+            audio=np.concatenate(entry.sound, axis=1) if entry.sound else None,
+            sample_rate=entry.sample_rate,
             seed=params.seed,
             fps=params.fps or self._model.fps,
             elapsed_s=time.monotonic() - entry.request.arrived_at,

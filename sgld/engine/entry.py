@@ -53,7 +53,7 @@ class EventStream:
 
 
 class Entry:
-    """A request, its state, its frames so far, and where its events go.
+    """A request, its state, its results so far, and where its events go.
 
     :param group: the id of the client's call; its outputs share a stream.
     """
@@ -65,7 +65,11 @@ class Entry:
         self.attempt = 1
         self.num_losses = 0
         self.frames: list[NDArray[np.uint8]] = []
-        """Pieces of the result, (F, H, W, 3) each."""
+        """Pieces of the result, (F, H, W, 3 or 4) each."""
+        self.is_video = False
+        self.sound: list[NDArray[np.float32]] = []
+        """Pieces of the result, (channels, samples) each."""
+        self.sample_rate: int | None = None
         self._group = group
         self._num_delivered = 0
 
@@ -74,7 +78,7 @@ class Entry:
         assert state in TRANSITIONS[self.state], f"{self.request.id}: {self.state} to {state}"
         self.state = state
         if state is RequestState.QUEUED:
-            self.frames = []
+            self.frames, self.sound = [], []
 
     def put(self, event: AnyEvent) -> None:
         """Send an event to the consumer."""

@@ -13,7 +13,7 @@ from typing import Literal
 from sgld.errors import InvalidRequest
 
 ImageFormat = Literal["png", "jpeg", "webp"]
-MediaFormat = Literal["png", "jpeg", "webp", "mp4"]
+MediaFormat = Literal["png", "jpeg", "webp", "mp4", "wav", "flac"]
 Content = bytes | Callable[[Path], None]
 """What a file shall contain, or a function that writes it to a path."""
 
@@ -23,8 +23,17 @@ FORMATS: dict[str, MediaFormat] = {
     ".jpeg": "jpeg",
     ".webp": "webp",
     ".mp4": "mp4",
+    ".wav": "wav",
+    ".flac": "flac",
 }
-_EXTENSIONS: dict[MediaFormat, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "mp4": ".mp4"}
+_EXTENSIONS: dict[MediaFormat, str] = {
+    "png": ".png",
+    "jpeg": ".jpg",
+    "webp": ".webp",
+    "mp4": ".mp4",
+    "wav": ".wav",
+    "flac": ".flac",
+}
 
 _MAX_PROMPT_CHARACTERS = 100
 # File names have at most 255 bytes; 100 characters may be 400. This leaves room for time, hash, number and ending.

@@ -28,14 +28,14 @@ def encode_image(
 ) -> bytes:
     """One picture as the bytes of a file.
 
-    :param frame: (H, W, 3), uint8, RGB.
+    :param frame: (H, W, 3), uint8, RGB, or (H, W, 4) with alpha; a JPEG shows that before white.
     :param quality: 1 to 100, of JPEG and WebP; PNG is lossless.
     :param metadata: the parameters to write into it, see `sgld.media.metadata`.
     :raises ValueError: the frame has another shape or dtype.
     :raises InvalidRequest: the metadata doesn't fit, or the format has no pictures of this size.
     """
-    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        raise ValueError(f"A picture is (H, W, 3) of uint8, got {frame.shape} of {frame.dtype}.")
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] not in (3, 4):
+        raise ValueError(f"A picture is (H, W, 3) of uint8 or has 4 channels, got {frame.shape} of {frame.dtype}.")
     try:
         return _save(Image.fromarray(frame), image_format, quality, metadata)
     except (OSError, ValueError) as error:
@@ -50,6 +50,8 @@ def _save(image: Image.Image, image_format: ImageFormat, quality: int, metadata:
             chunks = None if metadata is None else png_chunks(metadata)
             image.save(buffer, "PNG", compress_level=_PNG_COMPRESS_LEVEL, pnginfo=chunks)
         case "jpeg":
+            if image.mode == "RGBA":
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             image.save(buffer, "JPEG", quality=quality, exif=_exif(metadata))
         case "webp":
             image.save(buffer, "WEBP", quality=quality, exif=_exif(metadata))

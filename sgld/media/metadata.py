@@ -5,7 +5,7 @@ kept whole. Where it is:
 
     PNG         iTXt chunk `sgld`; chunk `parameters` has the text that A1111, Civitai and others read
     JPEG, WebP  EXIF UserComment
-    MP4         tag `comment`
+    MP4, FLAC, WAV  tag `comment`
 """
 
 from collections.abc import Mapping

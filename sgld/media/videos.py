@@ -11,6 +11,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from sgld.media.audio import Samples, add_track, check_samples, encode_track
 from sgld.media.files import write_atomically
 from sgld.media.metadata import mp4_tags
 
@@ -27,23 +28,30 @@ def write_video(
     fps: float,
     quality: int = 90,
     metadata: Mapping[str, Any] | None = None,
+    audio: Samples | None = None,
+    sample_rate: int | None = None,
 ) -> None:
     """Write an MP4 file, atomically; its index comes first, so that it plays while it is downloaded.
 
-    :param frames: (F, H, W, 3), uint8, RGB. H.264 at 4:2:0 needs even sizes: the last row and column of odd ones are
-        repeated once.
+    :param frames: (F, H, W, 3), uint8, RGB, or 4 channels, whose alpha is dropped. H.264 at 4:2:0
+        needs even sizes: the last row and column of odd ones are repeated once.
     :param quality: 1 to 100, see `crf_of`.
     :param metadata: the parameters to write into it, see `sgld.media.metadata`.
-    :raises ValueError: the frames have another shape or dtype, or there are none; the rate isn't positive.
+    :param audio: its sound, (channels, samples) of `sample_rate`, see `sgld.media.audio`.
+    :raises ValueError: the frames or the sound have another shape or dtype, or there are none; the rate isn't positive.
     :raises OSError: the file can't be written; nothing of it is left.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        raise ValueError(f"A video is (F, H, W, 3) of uint8, got {frames.shape} of {frames.dtype}.")
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
+        raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
     rate = Fraction(fps).limit_denominator(_MAX_FPS_DENOMINATOR)
     if rate <= 0:
         raise ValueError(f"The frame rate must be positive, got {fps}.")
     tags = {} if metadata is None else mp4_tags(metadata)
-    write_atomically(path, lambda temporary: _encode(temporary, frames, rate, crf_of(quality), tags))
+    sound = None
+    if audio is not None:
+        check_samples(audio, sample_rate or 0)
+        sound = audio, sample_rate or 0
+    write_atomically(path, lambda temporary: _encode(temporary, frames[..., :3], rate, crf_of(quality), tags, sound))
 
 
 def crf_of(quality: int) -> int:
@@ -51,12 +59,22 @@ def crf_of(quality: int) -> int:
     return round(45 - 0.3 * quality)
 
 
-def _encode(path: Path, frames: NDArray[np.uint8], rate: Fraction, crf: int, tags: Mapping[str, str]) -> None:
+def _encode(
+    path: Path,
+    frames: NDArray[np.uint8],
+    rate: Fraction,
+    crf: int,
+    tags: Mapping[str, str],
+    sound: tuple[Samples, int] | None,
+) -> None:
     # faststart works only as an option of the container (on the stream it does nothing) and with a real path.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata.update(tags)
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": _PRESET})
         _describe(stream, height=frames.shape[1], width=frames.shape[2])
+        if sound is not None:
+            # All of it first: it is small, and the muxer puts packets into the order of their times.
+            encode_track(container, add_track(container, *sound), *sound)
         for frame in frames:
             container.mux(stream.encode(_to_yuv(frame)))
         container.mux(stream.encode(None))

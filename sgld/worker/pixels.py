@@ -1,4 +1,7 @@
-"""From what a pipeline returns to frames: uint8, RGB, (F, H, W, 3), on the device where it was."""
+"""From the pictures that pipelines return to frames: uint8, (F, H, W, 3), or 4 with alpha, on their device.
+
+All pictures of a result belong to its one request: layers of a picture, views, maps.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,35 +9,38 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgld.errors import PipelineFailed
+_CHANNELS = (1, 3, 4)
+_KEPT_MODES = ("RGB", "RGBA", "L")
+_ALPHA_MODES = ("LA", "PA", "La", "RGBa")
+_DEPTH_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Frames, (F, H, W, 3), uint8; a picture has one."""
+    """Frames of a video, or pictures, (F, H, W, 3 or 4), uint8."""
 
     frames: torch.Tensor
     is_video: bool
 
 
-def pixels_of(result: Any) -> Pixels:
-    """The frames of the first sample of a pipeline's result.
+def pixels_of(value: Any, *, is_video: bool | None = None, is_map: bool = False) -> Pixels | None:
+    """The first sample of pictures or videos: tensors, arrays, Pillow's, and lists of these; None if it is neither.
 
-    :raises PipelineFailed: it holds no pictures.
+    :param is_video: whether it is a video; None: its axes tell.
+    :param is_map: measured rather than painted, as depth or normals: its values may need scaling to be seen.
     """
-    value = getattr(result, "images", None)
-    if value is None:
-        value = getattr(result, "frames", None)
-    if value is None and isinstance(result, tuple) and result:
-        value = result[0]
     value = _as_tensor(value)
-    if value is None or value.ndim not in (4, 5) or 3 not in (value.shape[-3], value.shape[-1]):
-        raise PipelineFailed(f"the pipeline returned a {type(result).__name__} without RGB pictures")
-    is_video = value.ndim == 5
-    frames = value[0] if is_video else value[:1]
-    if frames.shape[-1] != 3:
+    if value is None or value.ndim not in (3, 4, 5):
+        return None
+    is_video = value.ndim == 5 if is_video is None else is_video
+    frames = value[0] if value.ndim == 5 else value if value.ndim == 4 else value[None]
+    if frames.shape[-1] not in _CHANNELS:
+        if frames.shape[1] not in _CHANNELS:
+            return None
         frames = frames.permute(0, 2, 3, 1)
-    return Pixels(to_uint8(frames), is_video)
+    if frames.shape[-1] == 1:
+        frames = frames.expand(-1, -1, -1, 3)
+    return Pixels(to_uint8(scaled(frames) if is_map else frames), is_video)
 
 
 def to_uint8(frames: torch.Tensor) -> torch.Tensor:
@@ -44,16 +50,38 @@ def to_uint8(frames: torch.Tensor) -> torch.Tensor:
     return (frames.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def scaled(values: torch.Tensor) -> torch.Tensor:
+    """Values in [0, 1]: those that are stay; those in [-1, 1] are halved and moved; others are spread over it."""
+    if not values.is_floating_point():
+        return values if values.dtype == torch.uint8 else scaled(values.float())
+    values = values.nan_to_num()
+    low, high = values.min(), values.max()
+    if low >= 0 and high <= 1:
+        return values
+    if low >= -1 and high <= 1:
+        return (values + 1) / 2
+    return (values - low) / (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+
+
 def _as_tensor(value: Any) -> torch.Tensor | None:
-    """A tensor from what pipelines return: tensors, arrays, pictures, and lists of these."""
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    if hasattr(value, "convert"):  # a PIL image
-        return torch.from_numpy(np.array(value.convert("RGB")))
+        return torch.from_numpy(value) if value.dtype.kind in "fiub" else None
+    if hasattr(value, "convert"):  # a Pillow image
+        return _from_pillow(value)
     if isinstance(value, list | tuple):
-        parts = [_as_tensor(part) for part in value]
-        tensors = [part for part in parts if part is not None]
-        return torch.stack(tensors) if tensors and len(tensors) == len(parts) else None
+        parts = [part for item in value if (part := _as_tensor(item)) is not None]
+        is_whole = parts and len(parts) == len(value) and len({part.shape for part in parts}) == 1
+        return torch.stack(parts) if is_whole else None
     return None
+
+
+def _from_pillow(image: Any) -> torch.Tensor:
+    """(H, W, C)."""
+    if image.mode in _DEPTH_MODES:
+        return scaled(torch.from_numpy(np.array(image, np.float32)))[..., None]
+    if image.mode not in _KEPT_MODES:
+        image = image.convert("RGBA" if image.mode in _ALPHA_MODES or "transparency" in image.info else "RGB")
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.ndim == 3 else pixels[..., None]

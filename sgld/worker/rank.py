@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, OutOfMemory, PipelineFailed, SgldError
@@ -27,7 +29,8 @@ from sgld.sampling_params import SamplingParams
 from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.executor import Executor
 from sgld.worker.memory import Memory
-from sgld.worker.pixels import pixels_of, to_uint8
+from sgld.worker.outputs import outputs_of, sample_rate_of
+from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.preview import Previewer
 from sgld.worker.results import Results
 from sgld.worker.session import Job, Session, is_cancelled
@@ -141,6 +144,7 @@ class _Output:
         self._previewer = previewer
         self._num_previews = params.num_previews
         self._video_processor: Any = None
+        self._sample_rate: int | None = None
         self._streamed: list[torch.Tensor] = []
 
     def prepare(self, task: Task, bound: Any) -> None:
@@ -149,6 +153,7 @@ class _Output:
         torch.set_num_threads(1)
         if self._model.device.type == "cuda":
             torch.cuda.set_device(self._model.device)
+        self._sample_rate = sample_rate_of(bound)
         vae = getattr(bound, "vae", None)
         if vae is None:
             return
@@ -158,8 +163,19 @@ class _Output:
             vae.enter_around("decode", lambda: streamed(vae.real, self._stream))
 
     def finish(self, result: Any) -> None:
-        """In the task's thread: send the frames that weren't sent while they were decoded."""
-        pixels = pixels_of(result)
+        """In the task's thread: send what wasn't sent while it was decoded."""
+        outputs = outputs_of(result)
+        if outputs.audio is not None:
+            self._send_audio(outputs.audio)
+        if outputs.pixels is not None:
+            self._send_rest(outputs.pixels)
+
+    def _send_audio(self, samples: NDArray[np.float32]) -> None:
+        if self._sample_rate is None:
+            raise PipelineFailed("the pipeline returned sound, but neither it nor its models tell the sample rate")
+        self._results.audio(self._request_id, samples, self._sample_rate)
+
+    def _send_rest(self, pixels: Pixels) -> None:
         sent = torch.cat(self._streamed) if self._streamed else pixels.frames[:0]
         if len(sent) > len(pixels.frames) or not torch.equal(sent, pixels.frames[: len(sent)]):
             # The pipeline did more with what was decoded than its processor does: these are the right frames.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sgld.errors import Cancelled, ChannelClosed, PipelineFailed
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.tensor_queue import TensorWriter
-from sgld.messages import AnyCommand, AnyReply, Decoded, Previewed, TensorRef
+from sgld.messages import AnyCommand, AnyReply, Decoded, Heard, Previewed, TensorRef
 
 MAX_WAITING = 64
 # How long a front that is alive may take to make room for what waits when the rank leaves.
@@ -66,6 +66,24 @@ class Results:
                 _Parcel(
                     piece,
                     lambda ref, at=at: Decoded(request_id=request_id, index=at, is_video=is_video, pixels=ref),  # type: ignore[misc]
+                )
+            )
+
+    def audio(self, request_id: str, samples: NDArray[np.float32], sample_rate: int) -> None:
+        """Send sound, (channels, samples), in pieces that the tensor queue takes."""
+        rows = np.ascontiguousarray(samples.T).view(np.uint8)
+        per_piece = max(1, self._tensors.max_bytes // rows.shape[1])
+        for start in range(0, len(rows), per_piece):
+            self._put(
+                _Parcel(
+                    rows[start : start + per_piece],
+                    lambda ref, at=start: Heard(  # type: ignore[misc]
+                        request_id=request_id,
+                        index=at,
+                        num_channels=len(samples),
+                        sample_rate=sample_rate,
+                        samples=ref,
+                    ),
                 )
             )
 

@@ -23,7 +23,8 @@ class FakeEngine:
     """An engine that paints its seed. Prompts say what else shall happen:
 
     `fail CODE` ends as Failed after a step, `refuse CODE` is refused, `hang` never goes on after its first step;
-    `rate X` is a video of that frame rate, `wide N` one of that width.
+    `rate X` is a video of that frame rate, `wide N` one of that width;
+    `layers N` has so many pictures, `film` is a video with sound, `sound` has no pictures.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -73,8 +74,21 @@ class FakeEngine:
         width = int(code) if verb == "wide" else params.width or 24
         shape = (params.num_frames or 1, params.height or 16, width, 3)
         frames = np.full(shape, params.seed % 256, np.uint8)
+        if verb == "layers":
+            frames = np.full((int(code), 16, 24, 4), params.seed % 256, np.uint8)
+        audio = np.zeros((2, 12_000), np.float32) if verb in ("sound", "film") else None
+        if verb == "sound":
+            frames = frames[:0, :0, :0]
         yield Completed(
-            request_id=request_id, output_index=index, frames=frames, seed=params.seed, fps=fps, elapsed_s=0.5
+            request_id=request_id,
+            output_index=index,
+            frames=frames,
+            seed=params.seed,
+            fps=fps,
+            elapsed_s=0.5,
+            is_video=len(frames) > 1 and verb != "layers",
+            audio=audio,
+            sample_rate=None if audio is None else 24_000,
         )
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import anyio
+import av
 import msgspec
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ SCRIPT = (
     "import sys; from cli.conftest import FakeEngine; from sgld_cli.main import main; "
     "sys.exit(main(sys.argv[1:], engine_class=FakeEngine))"
 )
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+_PATHS = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, _PATHS))}
 
 
 def pixel(path: str | Path) -> int:
@@ -70,6 +72,26 @@ def test_video_and_its_frames(sgld: Sgld, engines: Engines) -> None:
     assert all(Path(path).stat().st_size for path in done.out)
     assert engines.made[0].config.model_path == "sgld/tiny-video"
     assert read_metadata(Path("outputs/v.mp4"))["params"]["num_frames"] == 3
+
+
+def test_video_has_its_sound(sgld: Sgld) -> None:
+    (path,) = sgld("generate", "--prompt", "film", "--num-frames", "12").out
+    with av.open(path) as container:
+        assert container.streams.audio[0].rate == 24_000
+
+
+@pytest.mark.parametrize(("name", "written"), [("x.flac", "x.flac"), ("x.png", "x.wav"), ("x.wav", "x.wav")])
+def test_sound_is_a_file_of_its_own(name: str, written: str, sgld: Sgld) -> None:
+    done = sgld("generate", "--prompt", "sound", "--output-file-name", name)
+    assert done.out == [f"outputs/{written}"]
+    assert "sound: seed 42, 0.5 s of sound, 4 steps, 0.5 s" in done.err
+    assert read_metadata(Path(done.out[0]))["params"]["prompt"] == "sound"
+
+
+def test_layers_are_pictures_of_their_own(sgld: Sgld) -> None:
+    done = sgld("generate", "--prompt", "layers 2", "--output-file-name", "x.png")
+    assert done.out == ["outputs/x-picture-0.png", "outputs/x-picture-1.png"]
+    assert [pixel(path) for path in done.out] == [42, 42]
 
 
 def test_nothing_is_written_without_save_output(sgld: Sgld, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_lossy_formats_are_close_and_quality_counts(image_format: ImageFormat) -
     assert Image.open(BytesIO(good)).format == image_format.upper()
 
 
-@pytest.mark.parametrize("frame", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3))])
+@pytest.mark.parametrize("frame", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))])
 def test_other_arrays_are_refused(frame: NDArray[np.uint8]) -> None:
     with pytest.raises(ValueError, match=r"\(H, W, 3\) of uint8"):
         encode_image(frame, "png")
@@ -100,3 +100,16 @@ def test_decompression_bomb_is_refused(tmp_path: Path) -> None:
     Image.new("1", (20_000, 10_000)).save(path)
     with pytest.raises(InvalidRequest, match="at most 64000000"):
         check_image(path)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_transparency_is_kept(image_format: ImageFormat) -> None:
+    frame = np.dstack([gradient(), np.full((48, 64), 128, np.uint8)])
+    image = Image.open(BytesIO(encode_image(frame, image_format)))
+    assert image.mode == "RGBA"
+    assert abs(int(np.asarray(image)[10, 10, 3]) - 128) <= 2
+
+
+def test_transparency_is_white_where_the_format_has_none() -> None:
+    frame = np.dstack([np.zeros((48, 64, 3), np.uint8), np.full((48, 64), 51, np.uint8)])
+    assert np.abs(decoded(encode_image(frame, "jpeg")).astype(int) - 204).max() <= 2

@@ -1,4 +1,3 @@
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -6,13 +5,19 @@ import pytest
 import torch
 from PIL import Image
 
-from sgld.errors import PipelineFailed
-from sgld.worker.pixels import pixels_of, to_uint8
+from sgld.worker.pixels import Pixels, pixels_of, scaled, to_uint8
 
 RED = torch.tensor([1.0, 0.0, 0.0])
 CHANNELS_FIRST = RED.reshape(1, 3, 1, 1).expand(1, 3, 4, 6)
 VIDEO = CHANNELS_FIRST.reshape(1, 1, 3, 4, 6).expand(1, 5, 3, 4, 6)
 PICTURE = Image.new("RGB", (6, 4), "red")
+
+
+def shown(value: Any, **choices: Any) -> Pixels:
+    pixels = pixels_of(value, **choices)
+    assert pixels is not None
+    assert pixels.frames.dtype == torch.uint8
+    return pixels
 
 
 @pytest.mark.parametrize(
@@ -21,15 +26,17 @@ PICTURE = Image.new("RGB", (6, 4), "red")
         CHANNELS_FIRST,
         CHANNELS_FIRST.permute(0, 2, 3, 1),
         CHANNELS_FIRST.permute(0, 2, 3, 1).numpy(),
+        CHANNELS_FIRST[0],
         [PICTURE],
-        [PICTURE.convert("RGBA")],
+        [[PICTURE]],
+        PICTURE,
+        [PICTURE.convert("P")],
         [CHANNELS_FIRST[0]],
-        CHANNELS_FIRST.repeat(2, 1, 1, 1),
     ],
 )
 def test_a_picture_is_one_frame(images: Any) -> None:
-    pixels = pixels_of(SimpleNamespace(images=images))
-    assert (tuple(pixels.frames.shape), pixels.frames.dtype, pixels.is_video) == ((1, 4, 6, 3), torch.uint8, False)
+    pixels = shown(images, is_video=False)
+    assert (tuple(pixels.frames.shape), pixels.is_video) == ((1, 4, 6, 3), False)
     assert {tuple(colour) for colour in pixels.frames.reshape(-1, 3).tolist()} == {(255, 0, 0)}
 
 
@@ -40,39 +47,73 @@ def test_a_picture_is_one_frame(images: Any) -> None:
         VIDEO.permute(0, 1, 3, 4, 2),
         VIDEO.permute(0, 1, 3, 4, 2).numpy(),
         [[PICTURE] * 5],
+        [PICTURE] * 5,
         [VIDEO[0]],
+        VIDEO[0],
         [VIDEO.permute(0, 1, 3, 4, 2).numpy()[0]],
     ],
 )
 def test_a_video_has_its_frames(frames: Any) -> None:
-    pixels = pixels_of(SimpleNamespace(frames=frames))
-    assert (tuple(pixels.frames.shape), pixels.frames.dtype, pixels.is_video) == ((5, 4, 6, 3), torch.uint8, True)
+    pixels = shown(frames, is_video=True)
+    assert (tuple(pixels.frames.shape), pixels.is_video) == ((5, 4, 6, 3), True)
     assert {tuple(colour) for colour in pixels.frames.reshape(-1, 3).tolist()} == {(255, 0, 0)}
 
 
-def test_the_first_of_a_tuple_is_shown() -> None:
-    assert not pixels_of((CHANNELS_FIRST, "a second result")).is_video
-    assert pixels_of((VIDEO, None)).is_video
+def test_axes_tell_videos_where_no_name_does() -> None:
+    assert not shown(CHANNELS_FIRST).is_video
+    assert shown(VIDEO).is_video
+
+
+def test_all_pictures_of_a_result_are_shown() -> None:
+    assert len(shown(CHANNELS_FIRST.repeat(2, 1, 1, 1), is_video=False).frames) == 2
+    layers = shown([torch.rand(3, 4, 4, 6)], is_video=False)
+    assert (tuple(layers.frames.shape), layers.is_video) == ((3, 4, 6, 4), False)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_kept(mode: str) -> None:
+    picture = Image.new("RGBA", (6, 4), (9, 9, 9, 100)).convert(mode)
+    assert shown([picture], is_video=False).frames[0, 0, 0].tolist() == [9, 9, 9, 100]
+    tensor = torch.tensor([0.2, 0.4, 0.6, 0.8]).reshape(1, 4, 1, 1).expand(1, 4, 4, 6)
+    assert shown(tensor, is_video=False).frames[0, 0, 0].tolist() == [51, 102, 153, 204]
 
 
 @pytest.mark.parametrize(
-    "result",
+    "value", [Image.new("L", (6, 4), 51), torch.full((1, 1, 4, 6), 0.2), np.full((1, 4, 6, 1), 0.2)]
+)
+def test_grey_pictures_have_three_equal_channels(value: Any) -> None:
+    frames = shown(value, is_video=False).frames
+    assert frames.shape == (1, 4, 6, 3)
+    assert (frames == 51).all()
+
+
+def test_depth_pictures_fill_the_range() -> None:
+    depth = Image.fromarray(np.array([[10.0, 20.0], [30.0, 110.0]], np.float32))
+    assert shown(depth, is_video=False).frames[0, ..., 0].tolist() == [[0, 26], [51, 255]]
+    whole = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    assert shown(whole, is_video=False).frames[0, ..., 0].tolist() == [[0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
     [
-        SimpleNamespace(),
-        SimpleNamespace(images=None),
-        SimpleNamespace(images=[]),
-        SimpleNamespace(images=torch.ones(1, 4, 8, 8)),
-        SimpleNamespace(images=torch.ones(3, 8)),
-        SimpleNamespace(images=["a", "b"]),
-        (),
-        (1,),
-        "text",
-        None,
+        ([0.1, 0.5], [0.1, 0.5]),
+        ([-1.0, 0.0, 1.0], [0.0, 0.5, 1.0]),
+        ([-2.0, 0.0, 2.0], [0.0, 0.5, 1.0]),
+        ([3.0, 3.0], [0.0, 0.0]),
+        ([float("nan"), 1.0], [0.0, 1.0]),
     ],
 )
-def test_results_without_pictures_are_refused(result: Any) -> None:
-    with pytest.raises(PipelineFailed, match="without RGB pictures"):
-        pixels_of(result)
+def test_maps_are_scaled_only_where_they_must_be(values: list[float], expected: list[float]) -> None:
+    assert scaled(torch.tensor(values)).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, [], torch.ones(1, 8, 8, 8), torch.ones(3, 8), ["a", "b"], 1, np.array(["a"]), [PICTURE, "a"]],
+)
+def test_what_is_no_picture_is_none(value: Any) -> None:
+    assert pixels_of(value) is None
 
 
 def test_values_are_rounded_and_cut_as_diffusers_does() -> None:

@@ -1,0 +1,89 @@
+"""Results that are no plain pictures, through the engine."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from engine.streams import completed, events_of
+from sgld.config import EngineConfig
+from sgld.engine.engine import Engine
+from sgld.events import Failed
+from sgld.sampling_params import SamplingParams
+from sgld.testing import InlineReplica
+
+CONFIG = EngineConfig(device="cpu")
+
+
+class Vocoder(nn.Module):
+    def __init__(self, rate: int | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 0.5))
+        self.config = SimpleNamespace(sampling_rate=rate)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def forward(self, sound: torch.Tensor) -> torch.Tensor:
+        return self.weight * sound
+
+
+class Output(BaseOutput):  # type: ignore[misc]
+    """What `Sounding` returns."""
+
+    frames: Any = None
+    audio: Any = None
+    texts: Any = None
+
+
+class Sounding(DiffusionPipeline):  # type: ignore[misc]
+    """Returns the parts that its prompt names."""
+
+    def __init__(self, vocoder: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(vocoder=vocoder)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str = "", num_samples: int = 1000, output_type: str = "pt") -> Output:
+        sound = torch.linspace(-2, 2, 2 * num_samples).reshape(1, 2, num_samples)
+        parts = {"frames": torch.ones(1, 4, 3, 8, 8), "audio": self.vocoder(sound), "texts": ["a"]}
+        return Output(**{name: parts[name] for name in prompt.split()})
+
+
+def sound_of(num_samples: int) -> Any:
+    return torch.linspace(-1, 1, 2 * num_samples).reshape(2, num_samples).numpy()
+
+
+@pytest.mark.parametrize("num_samples", [1000, 9_000_000])
+async def test_video_comes_with_its_sound(num_samples: int) -> None:
+    params = SamplingParams(prompt="frames audio", diffusers_kwargs={"num_samples": num_samples})
+    async with Engine(CONFIG, rank_factory=InlineReplica(Sounding(Vocoder(24_000)))) as engine:
+        end = await completed(engine, params)
+    assert (end.frames.shape, end.is_video, end.sample_rate) == ((4, 8, 8, 3), True, 24_000)
+    assert end.audio is not None
+    assert end.audio.dtype == np.float32
+    np.testing.assert_array_equal(end.audio, sound_of(num_samples))
+
+
+async def test_sound_alone_has_no_frames() -> None:
+    async with Engine(CONFIG, rank_factory=InlineReplica(Sounding(Vocoder(16_000)))) as engine:
+        end = await completed(engine, SamplingParams(prompt="audio"))
+    assert (end.frames.shape, end.is_video, end.sample_rate) == ((0, 0, 0, 3), False, 16_000)
+    assert end.audio is not None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("texts", "neither pictures nor sound: it holds texts"), ("audio", "tell the sample rate")]
+)
+async def test_result_that_can_not_be_given_fails_with_the_reason(prompt: str, message: str) -> None:
+    async with Engine(CONFIG, rank_factory=InlineReplica(Sounding(Vocoder(None)))) as engine:
+        event = (await events_of(engine, SamplingParams(prompt=prompt)))[-1]
+    assert isinstance(event, Failed)
+    assert event.code == "pipeline_failed"
+    assert message in event.message
