@@ -5,6 +5,7 @@ Each module is a family and has its pipelines in `PIPELINES`, by name; to add on
 
 import importlib
 import pkgutil
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ BUILDERS = _found()
 def build(name: str) -> tuple[Any, Kwargs]:
     """A pipeline, the same each time, and arguments that suit it."""
     torch.manual_seed(0)
-    pipeline = BUILDERS[name].build()
+    with warnings.catch_warnings():
+        # Models of diffusers that use what it deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        pipeline = BUILDERS[name].build()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, dict(BUILDERS[name].kwargs)

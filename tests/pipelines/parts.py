@@ -1,4 +1,4 @@
-"""Tiny random components that pipelines have in common."""
+"""Tiny random components and input images that pipelines have in common."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import diffusers
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from pipelines.entry import Kwargs
 
 WORDS = "a an the red green blue cat dog sun moon hill lake on under over of"
 VOCABULARY = ["<pad>", "</s>", "<unk>", *WORDS.split()]
@@ -42,6 +44,19 @@ def t5() -> transformers.T5EncoderModel:
     return transformers.T5EncoderModel(config).eval()
 
 
+def qwen3(model: str = "Qwen3Model") -> transformers.Qwen3PreTrainedModel:
+    config = transformers.Qwen3Config(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(VOCABULARY),
+    )
+    return getattr(transformers, model)(config).eval()
+
+
 def vae(latent_channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -59,8 +74,23 @@ def wan_vae() -> diffusers.AutoencoderKLWan:
     ).eval()
 
 
-def picture(index: int, kwargs: Any) -> Image.Image:
+def picture(index: int, kwargs: Kwargs) -> Image.Image:
     """An input image of a request's size; each index has its own colours."""
     plain = Image.new("RGB", (kwargs["width"], kwargs["height"]), (60 * index, 255 - 60 * index, 100))
     plain.paste((255 - 80 * index, 80 * index, 200), (0, 0, kwargs["width"] // 2, kwargs["height"] // 2))
     return plain
+
+
+def image(index: int, kwargs: Kwargs) -> Kwargs:
+    return {"image": picture(index, kwargs)}
+
+
+def image_and_mask(index: int, kwargs: Kwargs) -> Kwargs:
+    """The lower part of the picture is to be painted."""
+    mask = Image.new("L", (kwargs["width"], kwargs["height"]))
+    mask.paste(255, (0, kwargs["height"] // 4 + index, kwargs["width"], kwargs["height"]))
+    return {"image": picture(index, kwargs), "mask_image": mask}
+
+
+def control_image(index: int, kwargs: Kwargs) -> Kwargs:
+    return {"control_image": picture(index, kwargs)}

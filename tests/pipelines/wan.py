@@ -5,8 +5,8 @@ from typing import Any
 import diffusers
 import transformers
 
-from pipelines.entry import Entry, Kwargs
-from pipelines.parts import picture, t5, tokenizer, wan_vae
+from pipelines.entry import Entry
+from pipelines.parts import image, t5, tokenizer, wan_vae
 
 
 def _wan_transformer(**config: Any) -> diffusers.WanTransformer3DModel:
@@ -55,10 +55,6 @@ def wan_i2v() -> Any:
     )
 
 
-def _first_frame(index: int, kwargs: Kwargs) -> Kwargs:
-    return {"image": picture(index, kwargs)}
-
-
 PIPELINES = {
     "wan": Entry(
         wan,
@@ -71,6 +67,6 @@ PIPELINES = {
         {"height": 16, "width": 16, "num_frames": 9},
         kind="image to video",
         second={"height": 32, "width": 16},
-        inputs=_first_frame,
+        inputs=image,
     ),
 }

@@ -1,16 +1,16 @@
 """Z-Image."""
 
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 
 from pipelines.entry import Entry
-from pipelines.parts import VOCABULARY, tokenizer, vae
+from pipelines.parts import image, qwen3, tokenizer, vae
 
 
-def z_image() -> Any:
+def z_image(pipeline: str = "ZImagePipeline") -> Any:
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=16,
         dim=32,
@@ -25,22 +25,20 @@ def z_image() -> Any:
     # Padding rows are trained from an uninitialised tensor.
     for parameter in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(parameter)
-    config = transformers.Qwen3Config(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=len(VOCABULARY),
-    )
-    return diffusers.ZImagePipeline(
+    return getattr(diffusers, pipeline)(
         diffusers.FlowMatchEulerDiscreteScheduler(),
         vae(16, scaling_factor=0.36, shift_factor=0.1),
-        transformers.Qwen3Model(config).eval(),
+        qwen3(),
         tokenizer(),
         transformer,
     )
 
 
-PIPELINES = {"z_image": Entry(z_image, {"height": 32, "width": 32, "guidance_scale": 3.0, "max_sequence_length": 16})}
+_KWARGS = {"height": 32, "width": 32, "guidance_scale": 3.0, "max_sequence_length": 16}
+
+PIPELINES = {
+    "z_image": Entry(z_image, _KWARGS),
+    "z_image_img2img": Entry(
+        partial(z_image, "ZImageImg2ImgPipeline"), _KWARGS | {"strength": 0.9}, "image to image", inputs=image
+    ),
+}
