@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -72,6 +73,13 @@ def wan_vae() -> diffusers.AutoencoderKLWan:
     return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     ).eval()
+
+
+def redrawn(module: torch.nn.Module, part: str, std: float = 1.0) -> None:
+    """Draw parameters with `part` in their names anew: untrained they are zeros, small or not initialised."""
+    for name, parameter in module.named_parameters():
+        if part in name:
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def picture(index: int, kwargs: Kwargs) -> Image.Image:

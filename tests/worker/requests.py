@@ -16,6 +16,8 @@ from sgld.worker.task import Outcome, Raised, Task
 # As many tokens each: some encoders pad to the longest prompt of a batch only.
 PROMPTS = ("a red cat on the moon", "the blue dog under a hill", "a green lake over the sun", "the sun on a red hill")
 
+_OUTPUTS = ("images", "image", "frames", "audio", "audios")
+
 
 def request(name: str, index: int, kwargs: dict[str, Any], **changed: Any) -> dict[str, Any]:
     """Keyword arguments for the tiny pipeline `name`; each index has a prompt, seed, steps and guidance of its own."""
@@ -36,11 +38,15 @@ def requests(name: str, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def picture(output: Any) -> torch.Tensor:
-    """What a pipeline returned, pictures or frames."""
+    """What a pipeline returned: pictures or frames, and sound if it has any, behind each other."""
     if isinstance(output, BaseException):
         raise output
-    shown = output.images if hasattr(output, "images") else output.frames
-    return torch.as_tensor(shown)
+    if isinstance(output, torch.Tensor):
+        return output
+    made = [value for name in _OUTPUTS if (value := getattr(output, name, None)) is not None]
+    return (
+        torch.as_tensor(made[0]) if len(made) == 1 else torch.cat([torch.as_tensor(value).flatten() for value in made])
+    )
 
 
 def call_of(
