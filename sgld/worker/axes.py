@@ -5,11 +5,13 @@ can't be asked so, axis 0 is a hypothesis that only a proof accepts.
 """
 
 from dataclasses import dataclass, replace
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
 
-from sgld.worker.trees import Path, is_sequence, leaves, rebuilt
+from sgld.worker.trees import Opened, Path, is_sequence, leaves, opened, rebuilt
 
 
 class Unmergeable(Exception):
@@ -74,6 +76,8 @@ def _compare(one: Any, two: Any, path: Path, found: dict[Path, Batched]) -> None
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         if one.shape != two.shape:
             found[path] = _doubled_axis(one.shape, two.shape, path)
+    elif isinstance(one, Opened) and isinstance(two, Opened):
+        _compare(one.attributes, two.attributes, path, found)
     elif isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         for key in one:
             _compare(one[key], two[key], (*path, key), found)
@@ -116,7 +120,7 @@ def with_results(axes: CallAxes, tree: Any, result: Any) -> CallAxes:
     rows = num_rows(tree, axes)
     unit = axes.arguments[axes.reference].size
     found = {}
-    for path, leaf in leaves(result):
+    for path, leaf in leaves(opened(result)):
         if isinstance(leaf, torch.Tensor):
             if not leaf.ndim or leaf.shape[0] * unit % rows:
                 raise Unmergeable(f"result {path} of shape {tuple(leaf.shape)} doesn't count {rows} rows")
@@ -143,4 +147,4 @@ def size(value: Any, batched: Batched) -> int:
 
 def is_constant(value: Any) -> bool:
     """Whether two such values may be compared, and hashed by their repr."""
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | torch.Size)
+    return value is None or isinstance(value, Number | str | type | Enum | torch.dtype | torch.device | torch.Size)

@@ -1,81 +1,62 @@
 """Merging calls into one forward, and splitting its result: pure functions of the calls and their axes."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from sgld.worker.axes import Batched, CallAxes, Unmergeable, is_constant, num_rows, size
 from sgld.worker.calls import Call
-from sgld.worker.trees import Path, at, leaves, rebuilt
+from sgld.worker.digests import Digests
+from sgld.worker.trees import Path, at, closed, leaves, opened, rebuilt
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Digests:
-    """Digests of values, kept for each tensor as long as it lives and isn't written to."""
-
-    def __init__(self) -> None:
-        self._known: Any = WeakTensorKeyDictionary()
-
-    def of(self, value: Any) -> str:
-        """Equal for equal values; what can't be compared is equal to itself only."""
-        return "|".join(f"{path}={self._of_leaf(leaf)}" for path, leaf in leaves(value))
-
-    def _of_leaf(self, leaf: Any) -> str:
-        if not isinstance(leaf, torch.Tensor):
-            return repr(leaf) if is_constant(leaf) else f"object {id(leaf)}"
-        if leaf.is_inference():  # it doesn't count what is written to it
-            return _digest(leaf)
-        version = leaf._version
-        known = self._known.get(leaf)
-        if known is None or known[0] != version:
-            known = self._known[leaf] = (version, _digest(leaf))
-        return str(known[1])
+Trait = tuple[Path, str]
+"""An argument, and what of it may differ between the calls of a forward: see `_traits`."""
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    # As integers of the same size, since numpy has no bfloat16.
-    data = real.detach().view(_INTEGERS[real.element_size()]).cpu().numpy().tobytes()
-    return f"{tensor.dtype}{tuple(tensor.shape)}{hashlib.sha1(data, usedforsecurity=False).hexdigest()}"
-
-
-def merge_key(call: Call, axes: CallAxes, by_value: Collection[Path], digests: Digests) -> str:
+def merge_key(call: Call, axes: CallAxes, pinned: Collection[Trait], digests: Digests) -> str:
     """What must be equal for two calls to share a forward.
 
-    :param by_value: batched arguments that a model was seen to read from one row only.
-    :raises Unmergeable: the arguments don't fit the axes.
+    :param pinned: traits in which calls were seen not to be independent of each other.
+    :raises Unmergeable: the arguments don't fit the axes, or hold an object that may have a state.
     """
     rows, unit = num_rows(call.tree, axes), axes.arguments[axes.reference].size
     parts: list[Any] = [call.component, call.method, call.context]
+    shared = []
     for path, leaf in leaves(call.tree, axes.arguments):
+        _check_values(path, leaf)
         batched = axes.arguments.get(path)
-        is_shared = batched is None and not _is_scalar(leaf)
         if batched is not None:
             if size(leaf, batched) * unit != rows * batched.size:
                 raise Unmergeable(f"{path} has {size(leaf, batched)} rows, {axes.reference} has {rows}")
             parts.append((path, _outline(leaf, batched)))
-        elif not is_shared:
-            parts.append((path, leaf.dtype, leaf.ndim))
-        if is_shared or path in by_value:
-            parts.append((path, digests.of(leaf)))
+        elif _is_scalar(leaf):
+            parts.append((path, leaf.dtype, leaf.device, leaf.ndim))
+        else:
+            shared.append((path, leaf))
+    parts += zip([path for path, _ in shared], digests.of(*(leaf for _, leaf in shared)), strict=True)
+    parts += [(t, _trait(call, t, digests)) for t in _traits(call, axes) if t in pinned]
     return hashlib.sha1(repr(parts).encode(), usedforsecurity=False).hexdigest()[:16]
+
+
+def _check_values(path: Path, value: Any) -> None:
+    for inside, leaf in leaves(value):
+        if not isinstance(leaf, torch.Tensor) and not is_constant(leaf):
+            raise Unmergeable(f"argument {(*path, *inside)} is a {type(leaf).__name__}, which may have a state")
 
 
 def _outline(value: Any, batched: Batched) -> Any:
     """The part of a batched argument that all rows of a forward must have in common."""
     if batched.axis is None:
-        return [(path, _outline_leaf(leaf)) for path, leaf in leaves(value)]
+        return sorted({repr([(path, _outline_leaf(leaf)) for path, leaf in leaves(row)]) for row in value})
     shape = list(value.shape)
     del shape[batched.axis]
     return value.dtype, value.device, shape
 
 
 def _outline_leaf(leaf: Any) -> Any:
-    return (leaf.dtype, leaf.device, tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+    return (leaf.dtype, leaf.device, leaf.ndim) if isinstance(leaf, torch.Tensor) else type(leaf).__name__
 
 
 def _is_scalar(value: Any) -> bool:
@@ -83,15 +64,46 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() == 1 and value.ndim <= 1
 
 
-def differing(calls: Sequence[Call], axes: CallAxes, digests: Digests, skip: Collection[Path] = ()) -> set[Path]:
-    """The batched and scalar arguments whose values differ between the calls, apart from those in `skip`."""
-    found = set()
-    for path, leaf in leaves(calls[0].tree, axes.arguments):
-        if path not in skip and (path in axes.arguments or _is_scalar(leaf)):
-            first = digests.of(leaf)
-            if any(digests.of(at(call.tree, path)) != first for call in calls[1:]):
-                found.add(path)
-    return found
+def _traits(call: Call, axes: CallAxes) -> Iterator[Trait]:
+    """In what such calls may differ.
+
+    1. The value of a batched argument or a scalar.
+    2. Whether a batched argument is zero everywhere: models ask that of a whole batch, to see if it is given at all.
+       Not of the first one, which is what the model works on, nor of one number for each row.
+    3. The shapes of the tensors in a list of rows.
+    """
+    rows = num_rows(call.tree, axes)
+    for path, leaf in leaves(call.tree, axes.arguments):
+        batched = axes.arguments.get(path)
+        if batched is not None or _is_scalar(leaf):
+            yield path, "value"
+        if batched is not None and batched.axis is None:
+            yield path, "shapes"
+        elif batched is not None and path != axes.reference and leaf.numel() > rows:
+            yield path, "zero"
+
+
+def _trait(call: Call, trait: Trait, digests: Digests) -> Any:
+    path, what = trait
+    value = at(call.tree, path)
+    if what == "value":
+        return digests.of(value)
+    if what == "zero":
+        return digests.are_zero(value)
+    return sorted({repr([(path, tuple(x.shape)) for path, x in leaves(row) if _has_shape(x)]) for row in value})
+
+
+def _has_shape(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def differing(calls: Sequence[Call], axes: CallAxes, digests: Digests, skip: Collection[Trait] = ()) -> set[Trait]:
+    """In what the calls differ, apart from `skip`."""
+    traits = [trait for trait in _traits(calls[0], axes) if trait not in skip]
+    # Read at once: what isn't known of them yet comes from the device in two transfers.
+    digests.of(*(at(call.tree, path) for call in calls for path, what in traits if what == "value"))
+    digests.are_zero(*(at(call.tree, path) for call in calls for path, what in traits if what == "zero"))
+    return {t for t in traits if any(_trait(c, t, digests) != _trait(calls[0], t, digests) for c in calls[1:])}
 
 
 def merged_tree(calls: Sequence[Call], axes: CallAxes, expanded: Collection[Path]) -> Any:
@@ -121,13 +133,14 @@ def split(result: Any, calls: Sequence[Call], axes: CallAxes) -> list[Any]:
     :raises Unmergeable: the result holds an object that can't be split.
     """
     assert axes.results is not None
+    result = opened(result)
     for path, leaf in leaves(result, axes.results):
         if path not in axes.results and not is_constant(leaf) and not isinstance(leaf, torch.Tensor):
             raise Unmergeable(f"result {path} is a {type(leaf).__name__}, which can't be split")
     results, start, unit = [], 0, axes.arguments[axes.reference].size
     for call in calls:
         stop = start + num_rows(call.tree, axes)
-        results.append(_rows_of(result, axes.results, start, stop, unit))
+        results.append(closed(_rows_of(result, axes.results, start, stop, unit)))
         start = stop
     return results
 
@@ -151,13 +164,22 @@ def clone(tree: Any) -> Any:
 
 
 def relative_error(result: Any, expected: Any) -> float:
-    """Largest ‖result - expected‖ / ‖expected‖ over the tensors; NaN if one is not a number."""
+    """Largest ‖result - expected‖ / ‖expected‖ over the tensors.
+
+    NaN if one is not a number; infinite if something else than the values of tensors differs.
+    """
     errors = [0.0]
-    for (_, value), (_, reference) in zip(leaves(result), leaves(expected), strict=True):
+    for (path, value), (other, reference) in zip(leaves(opened(result)), leaves(opened(expected)), strict=True):
+        if path != other or not _is_alike(value, reference):
+            return float("inf")
         if isinstance(value, torch.Tensor):
-            if value.shape != reference.shape:
-                return float("inf")
             wide = torch.complex128 if reference.is_complex() else torch.float64
             norm = reference.to(wide).norm()
             errors.append(float((value.to(wide) - reference.to(wide)).norm() / norm.clamp_min(1e-30)))
     return max(errors, key=lambda error: (error != error, error))
+
+
+def _is_alike(value: Any, reference: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return isinstance(reference, torch.Tensor) and value.shape == reference.shape
+    return value is reference or bool(is_constant(value) and value == reference)

@@ -1,56 +1,34 @@
 """Where the calls of tasks run: single forwards, merged ones, and the proof that merging is right."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from sgld.worker import batch
-from sgld.worker.axes import CallAxes, Unmergeable, form, hypothesis, with_results
+from sgld.worker import batch, proof
+from sgld.worker.axes import CallAxes, Unmergeable, num_rows
+from sgld.worker.batch import Trait
 from sgld.worker.calls import Call
+from sgld.worker.digests import Digests
 from sgld.worker.task import Outcome, Raised, Value
-from sgld.worker.trees import Path, leaves, rebuilt
-
-logger = logging.getLogger(__name__)
-# A mixed batch may be this much further from single forwards than a batch of one row repeated: batching alone changes
-# the order of summation.
-PROOF_FACTOR = 4.0
-# Below these relative errors a difference is rounding: 16 units in the last place of float32, half a unit otherwise.
-_FLOORS = {torch.float64: 1e-12, torch.float32: 16 * torch.finfo(torch.float32).eps}
-
-AxesKey = tuple[str, str, str]
-"""Component, method and form of a call."""
+from sgld.worker.trees import Path, leaves
+from sgld.worker.verdicts import Recent, Verdicts, axes_key
 
 
 @dataclass(frozen=True)
 class Tick:
     """One execution: the outcome of each call and what it took.
 
-    `is_merged`: the calls shared a forward. `is_timed`: the time is that of the forward alone.
+    `is_merged`: the calls shared a forward. `is_timed`: the time is that of the calls alone. `cost_key`: that of the
+    largest call, for where calls of different sizes share a forward, each row takes as long as the largest one.
     """
 
     outcomes: list[Outcome]
     elapsed_s: float
     is_merged: bool
     is_timed: bool
-
-
-@dataclass
-class Verdicts:
-    """What is known of merging: axes by the form of calls, proofs and refusals by merge key."""
-
-    axes: dict[AxesKey, CallAxes] = field(default_factory=dict)
-    proved: dict[str, set[Path]] = field(default_factory=dict)
-    """Merge key to the arguments that differed in a proof."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Merge key to the reason."""
-    by_value: dict[AxesKey, set[Path]] = field(default_factory=dict)
-    """Batched arguments that the model reads from one row only."""
-    modes: dict[str, str] = field(default_factory=dict)
-    """Component name to merge, interleave or exclusive, as last seen."""
+    cost_key: str
 
 
 class Executor:
@@ -73,8 +51,9 @@ class Executor:
         self.verdicts = verdicts or Verdicts()
         self.merges = merge
         self._synchronize = synchronize
-        self._digests = batch.Digests()
-        self._proof_sizes: dict[str, int] = {}
+        self._digests = Digests()
+        self._max_rows: Recent[int] = Recent()
+        """Merge key to the rows that memory has room for, where it was too small for more."""
 
     def knows(self, call: Call) -> bool:
         """Whether the axes of such calls are known."""
@@ -87,24 +66,15 @@ class Executor:
         """
         if not self.merges or call.kind == "decode":
             return None
-        known = len(self.verdicts.axes), sum(map(len, self.verdicts.by_value.values()))
-        if call.known_key is None or call.known_key[0] != known:
-            call.known_key = known, self._computed_key(call)
-        key = call.known_key[1]
-        return None if key in self.verdicts.refused else key
-
-    def _computed_key(self, call: Call) -> str | None:
-        try:
-            return batch.merge_key(call, self._axes(call), self._by_value(call), self._digests)
-        except Unmergeable:
-            return None
+        return self.verdicts.merge_key(call, self._digests)
 
     def run(self, calls: Sequence[Call]) -> Tick:
         """Run calls with equal merge keys, as one forward if that is proved right."""
+        cost_key = max(calls, key=_num_elements).cost_key
         start = time.perf_counter()
         outcomes, is_merged, is_timed = self._run(calls)
         self._synchronize()
-        return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed)
+        return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed, cost_key)
 
     def _run(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
         if len(calls) == 1:
@@ -113,13 +83,16 @@ class Executor:
         if key is None or any(self.merge_key(call) != key for call in calls[1:]):
             # What is known of merging changed since these calls were put together.
             return self._singly(calls), False, False
-        axes = self._axes(calls[0])
-        seen = self.verdicts.proved.get(key)
-        new = batch.differing(calls, axes, self._digests, skip=seen or ())
-        if seen is None or new:
+        axes = self.verdicts.axes_of(calls[0])
+        known = self.verdicts.proved.recall(key)
+        new = batch.differing(calls, axes, self._digests, skip=known.covers if known is not None else ())
+        if known is None or new:
             return self._prove(key, calls, axes, new), False, False
-        outcomes = self._merged(key, calls, axes, seen)
-        return outcomes, True, True
+        if known.is_due():
+            self._max_rows.pop(key, None)  # what others took of the memory may be free again
+            return self._prove(key, calls, axes, new), False, False
+        outcomes, is_timed = self._merged(key, calls, axes, {path for path, _ in known.covers})
+        return outcomes, True, is_timed
 
     def _singly(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes = []
@@ -128,114 +101,105 @@ class Executor:
             self.pulse()
         return outcomes
 
-    def _merged(self, key: str, calls: Sequence[Call], axes: CallAxes, expanded: set[Path]) -> list[Outcome]:
-        """One forward; when it fails in Python, call by call, so that only the culprit fails."""
+    def _merged(
+        self, key: str, calls: Sequence[Call], axes: CallAxes, expanded: set[Path]
+    ) -> tuple[list[Outcome], bool]:
+        """One forward, or as many as memory needs; call by call when it fails in Python: only the culprit fails.
+
+        :return: the outcomes, and whether all went as it goes the next time.
+        """
+        parts = self._parts(key, calls, axes)
+        if len(parts) > 1:
+            done = [self._merged(key, part, axes, expanded) for part in parts]
+            return [outcome for outcomes, _ in done for outcome in outcomes], all(is_usual for _, is_usual in done)
         if len(calls) == 1:
-            return self._singly(calls)
+            return self._singly(calls), True
         # What follows a failure comes after its `except`: until there its traceback holds what the forward allocated.
         problem = None
         try:
-            result = _forward(calls[0], batch.merged_tree(calls, axes, expanded))
-            return [Value(value) for value in batch.split(result, calls, axes)]
+            result = proof.forward(calls[0], batch.merged_tree(calls, axes, expanded))
+            return [Value(value) for value in batch.split(result, calls, axes)], True
         except torch.OutOfMemoryError:
             pass
         except Exception as error:  # noqa: BLE001 - whatever a model raises on a merged batch, the calls run singly
             problem = f"the merged forward raised {error!r}"
         self.pulse()
         if problem is None:
-            half = len(calls) // 2
-            return [o for part in (calls[:half], calls[half:]) for o in self._merged(key, part, axes, expanded)]
+            self._halve(key, calls, axes)
+            return self._merged(key, calls, axes, expanded)[0], False
         outcomes = self._singly(calls)
         if all(isinstance(outcome, Value) for outcome in outcomes):
-            self._refuse(key, calls[0], problem)
-        return outcomes
+            self.verdicts.refuse(key, calls[0], problem)
+        return outcomes, False
 
-    def _prove(self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Path]) -> list[Outcome]:
+    def _parts(self, key: str, calls: Sequence[Call], axes: CallAxes) -> list[list[Call]]:
+        """The calls in parts for which memory has room, as far as that is known."""
+        max_rows = self._max_rows.recall(key)
+        parts: list[list[Call]] = [[]]
+        for call in calls:
+            if max_rows is not None and parts[-1] and _num_rows([*parts[-1], call], axes) > max_rows:
+                parts.append([])
+            parts[-1].append(call)
+        return parts
+
+    def _halve(self, key: str, calls: Sequence[Call], axes: CallAxes) -> None:
+        """Remember that so many calls were too many, so that not each of their forwards fails first."""
+        self._max_rows[key] = (_num_rows(calls, axes) + 1) // 2
+
+    def _prove(self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Trait]) -> list[Outcome]:
         """Answer from single forwards, and see whether merged ones agree.
 
-        A proof covers only the arguments that differed in it. Where only those added since an earlier proof can be to
-        blame, they are compared by value from now on. Where memory is too small for it, the next has half of the calls.
+        A proof covers only what differed in it. Where memory is too small for it, the next has half of the calls.
         """
-        seen = self.verdicts.proved.get(key, set())
-        part = calls[: self._proof_sizes.get(key, len(calls))]
+        part = self._parts(key, calls, axes)[0]
+        part = part if len(part) > 1 else list(calls[:2])
         if len(part) < len(calls):
-            new = batch.differing(part, axes, self._digests, skip=seen)
-        outcomes = []
+            new = batch.differing(part, axes, self._digests, skip=self.verdicts.covered(key))
+        expanded = {path for path, _ in self.verdicts.covered(key) | new}
+        outcomes: list[Outcome] = []
         try:
             # Before the single forwards: models take things out of the dicts that they are given.
-            mixed = batch.merged_tree(part, axes, seen | new)
-            repeated = batch.merged_tree([part[0]] * len(part), axes, seen | new)
+            mixed = batch.merged_tree(part, axes, expanded)
+            repeated = batch.merged_tree([part[0]] * len(part), axes, expanded)
+            random_state = proof.random_state()
             outcomes = self._singly(calls)
-            values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
-            if len(values) < len(calls):
+            if not all(isinstance(outcome, Value) for outcome in outcomes):
                 return outcomes
-            problem = self._problem(part, axes, values[: len(part)], mixed, repeated)
+            if proof.random_state() != random_state:
+                self.verdicts.refuse(key, calls[0], "it draws from the global random number generator")
+                return outcomes
+            values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
+            axes = self.verdicts.completed(calls[0], axes, values[0])
+            problem = proof.problem(part, axes, values[: len(part)], mixed, repeated, self.pulse)
+            self._judge(key, part, axes, new, problem)
         except torch.OutOfMemoryError as error:
-            problem = f"the merged forward raised {error!r}"
-            if len(part) > 2:
-                self._proof_sizes[key] = (len(part) + 1) // 2
-                return outcomes or self._singly(calls)
-        self._judge(key, calls[0], new, problem)
+            self._halve(key, part, axes)
+            if len(part) == 2 and key not in self.verdicts.proved:
+                self.verdicts.refuse(key, calls[0], f"the merged forward raised {error!r}")
+        except (Unmergeable, RuntimeError) as error:
+            self.verdicts.refuse(key, calls[0], str(error))
         return outcomes or self._singly(calls)
 
-    def _judge(self, key: str, call: Call, new: set[Path], problem: str | None) -> None:
-        """Keep what came of a proof."""
-        if problem is None:
-            self.verdicts.proved[key] = self.verdicts.proved.get(key, set()) | new
-            self.verdicts.modes[call.component] = "merge"
-        elif key in self.verdicts.proved:
-            logger.warning("%s is compared by value from now on: %s", sorted(map(str, new)), problem)
-            self.verdicts.by_value.setdefault(axes_key(call), set()).update(new)
-        else:
-            self._refuse(key, call, problem)
+    def _judge(self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Trait], problem: str | None) -> None:
+        """Keep what came of a proof.
 
-    def _problem(
-        self, calls: Sequence[Call], axes: CallAxes, values: Sequence[Any], mixed: Any, repeated: Any
-    ) -> str | None:
-        """Why the merged forward isn't right, or None.
-
-        :raises torch.OutOfMemoryError: the device has too little memory for so many calls.
+        1. It was right: calls may differ in that.
+        2. They differed in more than values: that must be equal from now on.
+        3. Or in values that were equal in an earlier proof: these must.
+        4. Or in several values at once: those must that make a forward wrong by themselves.
+        5. Else such calls don't merge.
         """
-        try:
-            axes = self._complete(calls[0], axes, values[0])
-            merged = batch.split(_forward(calls[0], mixed), calls, axes)
-            self.pulse()
-            same = batch.split(_forward(calls[0], repeated), [calls[0]] * len(calls), axes)
-            errors = [batch.relative_error(m, v) for m, v in zip(merged, values, strict=True)]
-            repeated_error = batch.relative_error(same[0], values[0])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as raised:  # noqa: BLE001 - whatever a model raises on a merged batch, it isn't merged
-            return f"the merged forward raised {raised!r}"
-        bound = max(PROOF_FACTOR * repeated_error, _floor(values[0]))
-        # Not their maximum, which may overlook one that isn't a number.
-        too_large = [error for error in errors if not error <= bound]
-        if not too_large:
-            return None
-        return f"merged results differ by {too_large[0]:.2g} (relative) from single ones, {bound:.2g} is allowed"
-
-    def _refuse(self, key: str, call: Call, reason: str) -> None:
-        logger.warning("%s.%s is interleaved, not merged: %s", call.component, call.method, reason)
-        self.verdicts.refused[key] = reason
-        if self.verdicts.modes.get(call.component) != "merge":
-            self.verdicts.modes[call.component] = "interleave"
-
-    def _axes(self, call: Call) -> CallAxes:
-        return self.verdicts.axes.get(axes_key(call)) or hypothesis(call.tree)
-
-    def _by_value(self, call: Call) -> set[Path]:
-        return self.verdicts.by_value.get(axes_key(call), set())
-
-    def _complete(self, call: Call, axes: CallAxes, result: Any) -> CallAxes:
-        """The axes with those of the results, kept if they were a hypothesis."""
-        if axes.results is None:
-            axes = self.verdicts.axes[axes_key(call)] = with_results(axes, call.tree, result)
-        return axes
-
-
-def axes_key(call: Call) -> AxesKey:
-    """Calls with an equal one have equal axes."""
-    return call.component, call.method, form(call.tree)
+        verdicts, call = self.verdicts, calls[0]
+        if problem is None:
+            verdicts.accept(key, call, new)
+        elif beyond_values := {trait for trait in new if trait[1] != "value"}:
+            verdicts.pin(call, beyond_values, problem)
+        elif new and key in verdicts.proved and (axes.reference, "value") not in new:
+            verdicts.pin(call, new, problem)
+        elif guilty := proof.culprits(call, calls[1], axes, new):
+            verdicts.pin(call, guilty, problem)
+        else:
+            verdicts.refuse(key, call, problem)
 
 
 def single(call: Call) -> Outcome:
@@ -246,13 +210,9 @@ def single(call: Call) -> Outcome:
         return Raised(error)
 
 
-def _forward(call: Call, tree: Any) -> Any:
-    """Run the component on a tree of its own: models take things out of the dicts that they are given."""
-    args, kwargs = rebuilt(tree, lambda _path, value: value)
-    return call.run(args, kwargs)
+def _num_rows(calls: Sequence[Call], axes: CallAxes) -> int:
+    return sum(num_rows(call.tree, axes) for call in calls)
 
 
-def _floor(result: Any) -> float:
-    dtypes = {leaf.dtype for _, leaf in leaves(result) if isinstance(leaf, torch.Tensor)}
-    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
-    return max((_FLOORS.get(dtype, torch.finfo(dtype).eps / 2) for dtype in floats), default=0.0)
+def _num_elements(call: Call) -> int:
+    return sum(leaf.numel() for _, leaf in leaves(call.tree) if isinstance(leaf, torch.Tensor))

@@ -2,8 +2,8 @@
 
 from sgld.models.verdicts import Kept, KeptAxes, KeptLeaf, VerdictFile
 from sgld.worker.axes import Batched, CallAxes
-from sgld.worker.executor import Verdicts
 from sgld.worker.trees import Path
+from sgld.worker.verdicts import Verdicts
 
 
 class Memory:

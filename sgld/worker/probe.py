@@ -12,8 +12,10 @@ import torch
 from sgld.worker.arguments import parameters_of
 from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
 from sgld.worker.binding import bind
-from sgld.worker.executor import AxesKey, axes_key, single
+from sgld.worker.executor import single
 from sgld.worker.task import Raised, Task, Value
+from sgld.worker.trees import opened
+from sgld.worker.verdicts import AxesKey, axes_key
 
 logger = logging.getLogger(__name__)
 Kwargs = dict[str, Any]
@@ -78,7 +80,7 @@ def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recor
         key, arguments, outcome = axes_key(call), skeleton(call.tree), single(call)
         pulse()
         if isinstance(outcome, Value):
-            recording.append((key, arguments, skeleton(outcome.value)))
+            recording.append((key, arguments, skeleton(opened(outcome.value))))
         task.advance(outcome)
     for snapshot in task.snapshots:
         snapshot.restore()

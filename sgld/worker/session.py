@@ -140,7 +140,7 @@ class Session:
         self.emit(
             Ran(
                 call_ids=tuple(call.id for call in calls),
-                cost_key=calls[0].cost_key,
+                cost_key=tick.cost_key,
                 rows=sum(call.rows for call in calls),
                 elapsed_s=tick.elapsed_s,
                 is_timed=tick.is_timed,

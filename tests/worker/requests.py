@@ -93,6 +93,17 @@ def calls_until_end(task: Task) -> Iterator[Call]:
         task.advance(single(task.call))
 
 
+class Function(nn.Module):
+    """A component that is a function of its arguments."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
 class Doubling(nn.Module):
     """A denoiser as diffusers has them: twice its input."""
 

@@ -2,18 +2,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils import BaseOutput
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from sgld.worker.axes import Batched, CallAxes, Unmergeable
-from sgld.worker.batch import Digests, clone, differing, merge_key, merged_tree, relative_error, split
+from sgld.worker.axes import Batched, CallAxes, Unmergeable, with_results
+from sgld.worker.batch import clone, differing, merge_key, merged_tree, relative_error, split
 from sgld.worker.calls import Call
+from sgld.worker.digests import Digests
 from worker.requests import Doubling, call_of
 
 ROWS = CallAxes({(0, 0): Batched(0, 1)}, {(): Batched(0, 1)})
 
 
-def key(call: Call, axes: CallAxes = ROWS, by_value: Any = ()) -> str:
-    return merge_key(call, axes, by_value, Digests())
+def key(call: Call, axes: CallAxes = ROWS, pinned: Any = ()) -> str:
+    return merge_key(call, axes, pinned, Digests())
 
 
 def call(*args: Any, **kwargs: Any) -> Call:
@@ -53,7 +59,6 @@ def test_such_calls_may_share_a_forward(one: Call, other: Call) -> None:
         (call(X, scale=0.5), call(X, scale=0.6)),
         (call(X, scale=None), call(X, scale=torch.ones(2))),
         (call(X, a=1), call(X, b=1)),
-        (call(X, o=object()), call(X, o=object())),
         (call(X, n=[1, 2]), call(X, n=[1, 2, 3])),
         (call(X, n=1), call(X, n="1")),
         (call(X, n=True), call(X, n=1)),
@@ -75,13 +80,67 @@ def test_batched_argument_that_is_read_from_one_row_is_compared_by_value() -> No
     axes = CallAxes({(0, 0): Batched(0, 1), (1, "ids"): Batched(0, 1)}, {})
     one, other = (call(X, ids=torch.full((1, 3), value)) for value in (1, 2))
     assert key(one, axes) == key(other, axes)
-    assert key(one, axes, {(1, "ids")}) != key(other, axes, {(1, "ids")})
+    assert key(one, axes, {((1, "ids"), "value")}) != key(other, axes, {(1, "ids")})
 
 
-def test_lists_of_rows_share_a_forward_where_their_shapes_are_equal() -> None:
-    axes = CallAxes({(0, 0): Batched(None, 1)}, {})
-    assert key(call([torch.ones(2)]), axes) == key(call([torch.zeros(2)]), axes)
-    assert key(call([torch.ones(2)]), axes) != key(call([torch.ones(3)]), axes)
+@pytest.mark.parametrize(
+    "state", [object(), torch.Generator(), [object()], {"cache": nn.Identity()}, lambda x: x, torch.nn.functional.relu]
+)
+def test_call_with_an_object_among_its_arguments_never_shares_a_forward(state: Any) -> None:
+    with pytest.raises(Unmergeable, match=r"argument \(1, 'o'.* is a .*, which may have a state"):
+        key(call(X, o=state))
+    axes = CallAxes({(0, 0): Batched(0, 1), (1, "o"): Batched(None, 1)}, {})
+    with pytest.raises(Unmergeable, match="which may have a state"):
+        key(call(X, o=[state]), axes)
+
+
+LIST = CallAxes({(0, 0): Batched(None, 1)}, {})
+
+
+@pytest.mark.parametrize(
+    "other", [[torch.zeros(2, 3)], [torch.ones(5, 7)], [torch.ones(2, 3)] * 3, (torch.ones(2, 3),)]
+)
+def test_lists_of_rows_share_a_forward_whatever_their_shapes_and_number(other: Any) -> None:
+    assert key(call([torch.ones(2, 3)]), LIST) == key(call(other), LIST)
+
+
+@pytest.mark.parametrize(
+    "other", [[torch.ones(2)], [torch.ones(2, 3).double()], [[torch.ones(2, 3)]], [torch.ones(2, 3), torch.ones(1)]]
+)
+def test_lists_of_other_rows_share_no_forward(other: Any) -> None:
+    assert key(call([torch.ones(2, 3)]), LIST) != key(call(other), LIST)
+
+
+def test_shapes_in_lists_are_in_the_key_once_they_must_be_equal() -> None:
+    pinned = {((0, 0), "shapes")}
+    one = call([torch.ones(2), torch.ones(3)])
+    assert key(one, LIST, pinned) == key(call([torch.zeros(3), torch.zeros(2), torch.ones(3)]), LIST, pinned)
+    assert key(one, LIST, pinned) != key(call([torch.ones(2), torch.ones(2)]), LIST, pinned)
+
+
+def test_different_shapes_in_lists_are_a_difference_of_their_own() -> None:
+    one, same, other = (call([torch.full((n,), 1.0)]) for n in (2, 2, 3))
+    assert differing([one, same], LIST, Digests()) == set()
+    assert differing([one, other], LIST, Digests()) == {((0, 0), "value"), ((0, 0), "shapes")}
+
+
+GIVEN = CallAxes({(0, 0): Batched(0, 1), (1, "image"): Batched(0, 1)}, {})
+
+
+def test_an_argument_of_zeros_beside_another_is_a_difference_of_its_own() -> None:
+    nothing, one, other = (call(X, image=torch.full((1, 3), v)) for v in (0.0, 1.0, 2.0))
+    image = (1, "image")
+    assert differing([one, other], GIVEN, Digests()) == {(image, "value")}
+    assert differing([one, nothing], GIVEN, Digests()) == {(image, "value"), (image, "zero")}
+    assert key(one, GIVEN) == key(nothing, GIVEN)
+    assert key(one, GIVEN, {(image, "zero")}) != key(nothing, GIVEN, {(image, "zero")})
+    assert key(one, GIVEN, {(image, "zero")}) == key(other, GIVEN, {(image, "zero")})
+
+
+def test_one_number_for_each_row_may_be_zero() -> None:
+    axes = CallAxes({(0, 0): Batched(0, 1), (0, 1): Batched(0, 1)}, {})
+    calls = [call(X, torch.tensor([t])) for t in (0.0, 1.0)]
+    assert differing(calls, axes, Digests()) == {((0, 1), "value")}
 
 
 def test_arguments_that_count_other_rows_than_the_reference_do_not_fit() -> None:
@@ -89,44 +148,6 @@ def test_arguments_that_count_other_rows_than_the_reference_do_not_fit() -> None
     key(call(torch.ones(2, 4), e=torch.ones(4, 1)), axes)
     with pytest.raises(Unmergeable, match="has 3 rows"):
         key(call(torch.ones(2, 4), e=torch.ones(3, 1)), axes)
-
-
-class TestDigests:
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.int64])
-    def test_every_dtype_has_one(self, dtype: torch.dtype) -> None:
-        one, other = torch.tensor([0, 1, 1]).to(dtype), torch.tensor([0, 1, 0]).to(dtype)
-        digests = Digests()
-        assert digests.of(one) == digests.of(one.clone()) != digests.of(other)
-
-    def test_complex_values_have_one(self) -> None:
-        freqs = torch.polar(torch.ones(3), torch.arange(3.0))
-        digests = Digests()
-        assert digests.of(freqs) == digests.of(freqs.clone()) != digests.of(freqs.conj())
-
-    def test_strides_do_not_matter(self) -> None:
-        x = torch.arange(6.0).reshape(2, 3)
-        assert Digests().of(x.T) == Digests().of(x.T.contiguous())
-
-    @pytest.mark.parametrize("empty", [torch.ones(0), torch.ones(2, 0)])
-    def test_empty_tensors_have_one(self, empty: torch.Tensor) -> None:
-        assert Digests().of(empty) == Digests().of(empty.clone())
-
-    def test_tensor_that_was_written_to_has_another(self) -> None:
-        digests, x = Digests(), torch.zeros(3)
-        before = digests.of(x)
-        x[1] = 1
-        assert digests.of(x) != before
-
-    def test_tensor_of_inference_mode_that_was_written_to_has_another(self) -> None:
-        with torch.inference_mode():
-            digests, x = Digests(), torch.zeros(3)
-            before = digests.of(x)
-            x[1] = 1
-            assert digests.of(x) != before
-
-    def test_objects_are_equal_to_themselves_only(self) -> None:
-        digests, one, other = Digests(), object(), object()
-        assert digests.of(one) == digests.of(one) != digests.of(other)
 
 
 def test_batch_axis_1_is_concatenated_and_split_again() -> None:
@@ -151,20 +172,20 @@ def test_lists_of_rows_are_joined_and_split_again() -> None:
 
 def test_scalars_that_differ_become_one_element_per_row() -> None:
     calls = [call(torch.ones(2, 4), torch.tensor(0.1)), call(torch.ones(1, 4), torch.tensor(0.7))]
-    assert (0, 1) in differing(calls, ROWS, Digests())
+    assert ((0, 1), "value") in differing(calls, ROWS, Digests())
     args, _ = merged_tree(calls, ROWS, {(0, 1)})
     assert args[1].tolist() == pytest.approx([0.1, 0.1, 0.7])
 
 
 def test_scalars_that_are_equal_stay_as_they_are() -> None:
     calls = [call(X, torch.tensor(0.5)), call(2 * X, torch.tensor(0.5))]
-    assert differing(calls, ROWS, Digests()) == {(0, 0)}
+    assert differing(calls, ROWS, Digests()) == {((0, 0), "value")}
     args, _ = merged_tree(calls, ROWS, ())
     assert args[1].shape == ()
 
 
 def test_what_is_known_to_differ_is_not_looked_at() -> None:
-    assert differing([call(X), call(2 * X)], ROWS, Digests(), skip={(0, 0)}) == set()
+    assert differing([call(X), call(2 * X)], ROWS, Digests(), skip={((0, 0), "value")}) == set()
 
 
 class Output(BaseOutput):  # type: ignore[misc]
@@ -205,6 +226,39 @@ def test_results_have_storage_of_their_own() -> None:
     assert float(whole["x"].sum()) == 0.0
 
 
+def rows_of(result: Any) -> list[Any]:
+    """The results of calls of one row and of two, in a forward of three."""
+    axes = CallAxes({(0, 0): Batched(0, 1)}, None)
+    calls = [call(torch.ones(n, 4)) for n in (1, 2)]
+    return split(result, calls, with_results(axes, call(torch.ones(3, 4)).tree, result))
+
+
+def test_cache_of_keys_and_values_is_split() -> None:
+    cache, keys = DynamicCache(), torch.rand(3, 2, 5, 4)
+    cache.update(keys, 2 * keys, 0)
+    cache.update(3 * keys, 4 * keys, 1)
+    result = BaseModelOutputWithPast(torch.rand(3, 5, 8), past_key_values=cache, hidden_states=(keys, keys))
+    one, two = rows_of(result)
+    assert type(one) is BaseModelOutputWithPast
+    assert type(one.past_key_values) is DynamicCache
+    assert torch.equal(two.past_key_values.layers[1].values, 4 * keys[1:])
+    assert one.past_key_values.get_seq_length() == 5
+    # It is a cache of its own.
+    one.past_key_values.update(keys[:1], keys[:1], 0)
+    assert (one.past_key_values.get_seq_length(), cache.get_seq_length()) == (10, 5)
+    assert torch.equal(one.hidden_states[1], keys[:1])
+
+
+def test_distribution_of_latents_is_split() -> None:
+    parameters = torch.rand(3, 8, 2, 2)
+    one, two = rows_of(AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters)))
+    assert type(two.latent_dist) is DiagonalGaussianDistribution
+    alone = DiagonalGaussianDistribution(parameters[1:])
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    assert torch.equal(two.latent_dist.sample(generators[0]), alone.sample(generators[1]))
+    assert torch.equal(one.latent_dist.mode(), parameters[:1, :4])
+
+
 def test_result_with_an_object_can_not_be_split() -> None:
     with pytest.raises(Unmergeable, match="is a object"):
         split((torch.ones(2), object()), [call(X), call(X)], CallAxes(ROWS.arguments, {(0,): Batched(0, 1)}))
@@ -232,6 +286,13 @@ class TestRelativeError:
 
     def test_is_infinite_for_another_shape(self) -> None:
         assert relative_error(torch.ones(2), torch.ones(3)) == float("inf")
+
+    @pytest.mark.parametrize(
+        "other", [(torch.ones(1), 3), (torch.ones(1), "2"), (2, torch.ones(1)), (torch.ones(1), None)]
+    )
+    def test_is_infinite_where_more_than_tensors_differs(self, other: Any) -> None:
+        assert relative_error(other, (torch.ones(1), 2)) == float("inf")
+        assert relative_error((torch.ones(1), 2), (torch.ones(1), 2)) == 0.0
 
     def test_of_zeros_is_zero_or_huge(self) -> None:
         assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0

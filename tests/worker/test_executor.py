@@ -7,9 +7,11 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from sgld.worker.axes import Batched, CallAxes
 from sgld.worker.calls import Call
-from sgld.worker.executor import Executor, Tick, axes_key
+from sgld.worker.executor import Executor, Tick
 from sgld.worker.task import Outcome, Raised, Value
+from sgld.worker.verdicts import RECHECK_EVERY, axes_key
 from worker.requests import call_of, values
 
 NAN = float("nan")
@@ -148,6 +150,10 @@ class Output(BaseOutput):  # type: ignore[misc]
     sample: torch.Tensor
 
 
+def plain(value: Any) -> Any:
+    return plain(value.x) if isinstance(value, Plain) else value
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -157,6 +163,8 @@ class Output(BaseOutput):  # type: ignore[misc]
         lambda y: {"sample": y, "none": None},
         lambda y: Output(sample=y),
         lambda y: (y, (2 * y, None)),
+        Plain,
+        lambda y: Plain(Plain(y)),  # type: ignore[arg-type]
     ],
 )
 def test_results_of_every_form_are_merged(wrap: Callable[[torch.Tensor], Any]) -> None:
@@ -166,11 +174,13 @@ def test_results_of_every_form_are_merged(wrap: Callable[[torch.Tensor], Any]) -
         tick = together(executor, calls)
         for value, wanted in zip(values(tick.outcomes), singly(model, calls), strict=True):
             assert type(value) is type(wanted)
-            torch.testing.assert_close(value, wanted)
+            torch.testing.assert_close(plain(value), plain(wanted))
     assert tick.is_merged
 
 
-@pytest.mark.parametrize("wrap", [Plain, lambda y: (y, object()), lambda y: (y, y.mean()), lambda y: [*y]])
+@pytest.mark.parametrize(
+    "wrap", [lambda y: (y, iter([])), lambda y: (y, y.mean()), lambda y: [*y], lambda y: (y, len(y))]
+)
 def test_results_that_can_not_be_split_are_interleaved(wrap: Callable[[torch.Tensor], Any]) -> None:
     executor, model = Executor(), Model(lambda x: wrap(linear(x)))
     calls = [call_of(model, x) for x in rows(3)]
@@ -236,12 +246,16 @@ class TestRowZero:
         xs = rows(len(ids), start)
         return [call_of(model, x, torch.full((1, 4), i)) for x, i in zip(xs, ids, strict=True)]
 
-    def test_different_ids_are_never_merged(self) -> None:
+    def test_different_ids_are_compared_by_value_from_the_first(self, caplog: pytest.LogCaptureFixture) -> None:
         executor, model = Executor(), Model(self.model)
         calls = self.calls(model, [1.0, 2.0, 3.0])
         check(executor, calls, singly(model, calls))
-        assert executor.verdicts.modes == {"transformer": "interleave"}
-        assert executor.merge_key(calls[0]) is None
+        assert "transformer.forward is merged only with equal value of 1: merged results differ" in caplog.text
+
+        one, two, three = self.calls(model, [1.0, 2.0, 1.0], 4)
+        assert executor.merge_key(one) == executor.merge_key(three) != executor.merge_key(two)
+        for is_merged in (False, True):
+            assert check(executor, [one, three], singly(model, [one, three])).is_merged is is_merged
 
     def test_equal_ids_merge_and_different_ones_are_compared_by_value_then(self) -> None:
         executor, model = Executor(), Model(self.model)
@@ -268,7 +282,7 @@ class TestRowZero:
         stale = self.calls(model, [3.0, 4.0])
         for value, wanted in zip(values(executor.run(stale).outcomes), singly(model, stale), strict=True):
             torch.testing.assert_close(value, wanted)
-        assert executor.verdicts.refused == {}
+        assert not executor.verdicts.refused
 
 
 def test_model_that_mixes_rows_is_interleaved_with_right_results() -> None:
@@ -394,16 +408,29 @@ class Cramped:
         return linear(x)
 
 
-def test_out_of_memory_splits_the_batch() -> None:
+def test_out_of_memory_splits_the_batch_and_the_next_are_split_before() -> None:
     executor, model = Executor(), Model(Cramped(2))
     proved(executor, model, num_calls=2)
-    for num_calls, batches in ((4, [4, 2, 2]), (3, [3, 1, 2])):
+    for batches, is_timed in (([4, 2, 2], False), ([2, 2], True), ([2, 2], True)):
         model.batches.clear()
-        calls = [call_of(model, x) for x in rows(num_calls, start=10)]
+        calls = [call_of(model, x) for x in rows(4, start=10)]
         expected = [linear(call.args[0]) for call in calls]
-        check(executor, calls, expected)
+        tick = check(executor, calls, expected)
+        assert (tick.is_merged, tick.is_timed) == (True, is_timed)
         assert model.batches == batches
-    assert executor.verdicts.refused == {}
+    assert not executor.verdicts.refused
+
+
+def test_memory_that_is_free_again_is_used_after_a_while() -> None:
+    function = Cramped(2)
+    executor, model = Executor(), Model(function)
+    proved(executor, model, num_calls=2)
+    calls = [call_of(model, x) for x in rows(4)]
+    together(executor, calls)
+    function.max_rows = 4
+    for _ in range(RECHECK_EVERY):
+        together(executor, calls)
+    assert model.batches[-1] == 4
 
 
 def test_after_too_little_memory_for_a_proof_the_next_has_half_of_the_calls() -> None:
@@ -414,7 +441,16 @@ def test_after_too_little_memory_for_a_proof_the_next_has_half_of_the_calls() ->
         assert not check(executor, calls, expected).is_merged
     assert executor.verdicts.modes == {"transformer": "merge"}
     assert check(executor, calls, expected).is_merged
-    assert model.batches[-3:] == [4, 2, 2]
+    assert model.batches[-2:] == [2, 2]
+
+
+def test_calls_that_memory_has_no_room_for_two_of_are_interleaved() -> None:
+    executor, model = Executor(), Model(Cramped(1))
+    calls = [call_of(model, x) for x in rows(3)]
+    for _ in range(2):
+        outcomes = executor.run(calls).outcomes
+        torch.testing.assert_close(values(outcomes), singly(model, calls))
+    assert executor.merge_key(calls[0]) is None
 
 
 def test_out_of_memory_with_one_row_fails_its_call_only() -> None:
@@ -428,6 +464,140 @@ def test_out_of_memory_with_one_row_fails_its_call_only() -> None:
     outcomes = together(executor, [big, small]).outcomes
     assert isinstance(raised(outcomes[0]), torch.OutOfMemoryError)
     torch.testing.assert_close(values([outcomes[1]]), [linear(rows(1)[0])])
+
+
+class TestRagged:
+    """A model that takes a list of samples and pads them itself."""
+
+    @staticmethod
+    def model(xs: list[torch.Tensor]) -> list[torch.Tensor]:
+        padded = torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
+        return [y[: len(x)] for x, y in zip(xs, linear(padded), strict=True)]
+
+    def calls(self, model: Model, *lengths: int) -> list[Call]:
+        return [call_of(model, [torch.linspace(n, n + 1, 4 * n).reshape(n, 4)]) for n in lengths]
+
+    @pytest.fixture
+    def executor(self) -> Executor:
+        executor = Executor()
+        arguments: Any = {(0, 0): Batched(None, 1)}
+        key = axes_key(self.calls(Model(self.model), 1)[0])
+        executor.verdicts.axes[key] = CallAxes(arguments, {(): Batched(None, 1)})
+        return executor
+
+    def test_samples_of_different_sizes_share_a_forward(self, executor: Executor) -> None:
+        model = Model(self.model)
+        for lengths, is_merged in (((2, 3, 5), False), ((7, 2, 1), True)):
+            calls = self.calls(model, *lengths)
+            assert check(executor, calls, singly(model, calls)).is_merged is is_merged
+
+    def test_proof_with_equal_sizes_does_not_cover_different_ones(self, executor: Executor) -> None:
+        model = Model(self.model)
+        for lengths, is_merged in (((2, 2), False), ((3, 3), True), ((2, 3), False), ((5, 3), True)):
+            calls = self.calls(model, *lengths)
+            assert check(executor, calls, singly(model, calls)).is_merged is is_merged
+
+    def test_model_that_needs_equal_sizes_gets_them(self, executor: Executor, caplog: pytest.LogCaptureFixture) -> None:
+        model = Model(lambda xs: list(linear(torch.stack(xs))))
+        calls = self.calls(model, 2, 3, 2)
+        check(executor, calls, singly(model, calls))
+        assert "merged only with equal shapes of 0: the merged forward raised RuntimeError" in caplog.text
+        assert executor.merge_key(calls[0]) == executor.merge_key(calls[2]) != executor.merge_key(calls[1])
+        for is_merged in (False, True):
+            calls = self.calls(model, 2, 2)
+            assert check(executor, calls, singly(model, calls)).is_merged is is_merged
+
+    def test_time_is_that_of_the_largest(self, executor: Executor) -> None:
+        def model(xs: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [x * 2 for x in xs]
+
+        calls = [call_of(Model(model), [torch.ones(1, n)]) for n in (2, 9, 4)]
+        assert together(executor, calls).cost_key == calls[1].cost_key
+
+
+class TestBatchGlobalBranches:
+    """A model that asks of a whole batch whether it was given an image, as HunyuanVideo 1.5 does."""
+
+    @staticmethod
+    def model(x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return linear(x) if torch.all(image == 0) else linear(x) + 1
+
+    def calls(self, model: Model, *images: float) -> list[Call]:
+        xs = rows(len(images))
+        return [call_of(model, x, torch.full((1, 3), image)) for x, image in zip(xs, images, strict=True)]
+
+    def test_first_mixture_is_split_by_it(self) -> None:
+        executor, model = Executor(), Model(self.model)
+        calls = self.calls(model, 0.0, 1.0, 2.0, 0.0)
+        check(executor, calls, singly(model, calls))
+        without, one, two, also_without = (executor.merge_key(call) for call in calls)
+        assert without == also_without != one == two
+
+    def test_proof_without_zeros_does_not_cover_them(self) -> None:
+        executor, model = Executor(), Model(self.model)
+        for images in ((1.0, 2.0), (3.0, 4.0), (5.0, 0.0), (0.0, 0.0), (0.0, 0.0), (6.0, 0.0)):
+            calls = self.calls(model, *images)
+            torch.testing.assert_close(values(executor.run(calls).outcomes), singly(model, calls))
+        assert executor.verdicts.modes == {"transformer": "merge"}
+
+    def test_model_that_does_not_ask_merges_them(self) -> None:
+        executor, model = Executor(), Model(lambda x, image: linear(x) + image.mean(1, keepdim=True))
+        for is_merged in (False, True):
+            calls = self.calls(model, 0.0, 1.0, 0.0)
+            assert check(executor, calls, singly(model, calls)).is_merged is is_merged
+
+
+class TestRandomNumbers:
+    def calls(self, model: nn.Module) -> list[Call]:
+        return [call_of(model, x) for x in rows(2)]
+
+    def test_model_that_draws_from_the_global_generator_is_interleaved(self, caplog: pytest.LogCaptureFixture) -> None:
+        executor, calls = Executor(), self.calls(nn.Dropout(0.5))
+        torch.manual_seed(0)
+        expected = singly(Model(nn.Dropout(0.5)), calls)
+        torch.manual_seed(0)
+        assert values(together(executor, calls).outcomes)[1].equal(expected[1])
+        assert executor.merge_key(calls[0]) is None
+        assert "it draws from the global random number generator" in caplog.text
+
+    def test_model_with_a_generator_of_its_own_is_not_taken_for_one(self) -> None:
+        executor, model = Executor(), Model(lambda x: linear(x) + torch.rand(4, generator=torch.Generator()))
+        proved(executor, model)
+
+
+class TestRecheck:
+    def test_one_merged_tick_in_a_thousand_is_checked(self) -> None:
+        executor, model = Executor(), Model(linear)
+        proved(executor, model, num_calls=2)
+        calls = [call_of(model, x) for x in rows(2)]
+        for _ in range(2 * RECHECK_EVERY):
+            together(executor, calls)
+        assert len(model.batches) == 2 * (RECHECK_EVERY - 1) + 2 * 4
+        assert model.batches[RECHECK_EVERY - 1 :][:4] == [1, 1, 2, 2]
+
+    def test_single_forwards_win_and_merging_ends_with_one_line(self, caplog: pytest.LogCaptureFixture) -> None:
+        is_broken = [False]
+        executor = Executor()
+        model = Model(lambda x: linear(x) + 1.0 * (is_broken[0] and len(x) > 1))
+        proved(executor, model, num_calls=2)
+        calls = [call_of(model, x) for x in rows(2)]
+        for _ in range(RECHECK_EVERY - 1):
+            together(executor, calls)
+        is_broken[0] = True
+        tick = check(executor, calls, singly(model, calls))
+        assert not tick.is_merged
+        assert executor.merge_key(calls[0]) is None
+        assert len(caplog.records) == 1
+        assert "interleaved, not merged: merged results differ by" in caplog.text
+
+
+def test_form_that_never_merges_is_not_tried_with_every_new_size(caplog: pytest.LogCaptureFixture) -> None:
+    executor, model = Executor(), Model(lambda x: x - x.mean(0))
+    for size in range(2, 9):
+        calls = [call_of(model, torch.rand(1, size)) for _ in range(2)]
+        executor.run(calls)
+    assert max(index for index, rows in enumerate(model.batches) if rows > 1) < 3 * 6
+    assert len(caplog.records) == 1
 
 
 def test_a_call_with_several_rows_merges_with_one_of_one_row() -> None:

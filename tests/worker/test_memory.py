@@ -7,8 +7,8 @@ import pytest
 from sgld.models.resolve import model_index, resolve
 from sgld.models.verdicts import VerdictFile
 from sgld.worker.axes import Batched, CallAxes
-from sgld.worker.executor import Verdicts
 from sgld.worker.memory import Memory
+from sgld.worker.verdicts import Proof, Recent, Verdicts
 
 KEY = ("transformer", "forward", "hidden_states:T3")
 AXES = CallAxes({(1, "hidden_states"): Batched(0, 2), (1, "rows"): Batched(None, 1)}, {(0,): Batched(1, 2)})
@@ -22,14 +22,14 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VerdictFile:
 
 
 def test_next_start_knows_axes_and_modes(file: VerdictFile) -> None:
-    Memory(file).keep(Verdicts(axes={KEY: AXES}, modes={"transformer": "merge"}, proved={"key": set()}))
+    Memory(file).keep(Verdicts(axes={KEY: AXES}, modes={"transformer": "merge"}, proved=Recent(key=Proof(set()))))
     recalled = Memory(file).recall()
     assert recalled.axes == {KEY: AXES}
     assert recalled.modes == {"transformer": "merge"}
 
 
 def test_proofs_are_made_anew(file: VerdictFile) -> None:
-    Memory(file).keep(Verdicts(axes={KEY: AXES}, proved={"key": set()}, refused={"other": "it differs"}))
+    Memory(file).keep(Verdicts(axes={KEY: AXES}, proved=Recent(key=Proof(set())), refused=Recent(other="it differs")))
     recalled = Memory(file).recall()
     assert not recalled.proved
     assert not recalled.refused

@@ -1,12 +1,14 @@
 from collections import namedtuple
+from enum import Enum
 from typing import Any
 
 import pytest
 import torch
 from diffusers.utils import BaseOutput
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from sgld.worker.trees import at, is_sequence, leaves, rebuilt
+from sgld.worker.trees import at, closed, is_sequence, leaves, opened, rebuilt
 
 Pair = namedtuple("Pair", "left right")
 TREE = ((1, [2, {"a": 3}]), {"b": None, "c": (4,)})
@@ -90,3 +92,45 @@ def test_at_finds_nodes_and_leaves() -> None:
 def test_at_raises_lookup_error_where_nothing_is(path: Any) -> None:
     with pytest.raises(LookupError):
         at(TREE, path)
+
+
+class Colour(Enum):
+    RED = 1
+
+
+class Thing:
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+def test_objects_are_opened_and_closed_again() -> None:
+    x = torch.ones(2)
+    inner = Thing(n=2, x=x)
+    tree = {"a": [Thing(inner=inner, kind=Thing, none=None)], "b": torch.zeros(1)}
+    node = opened(tree)
+    assert [path for path, _ in leaves(node)] == [
+        ("a", 0, "inner", "n"),
+        ("a", 0, "inner", "x"),
+        ("a", 0, "kind"),
+        ("a", 0, "none"),
+        ("b",),
+    ]
+    assert at(node, ("a", 0, "inner", "n")) == 2
+    doubled = closed(rebuilt(node, lambda _path, value: value * 2 if isinstance(value, int | torch.Tensor) else value))
+    outer = doubled["a"][0]
+    assert (type(outer), type(outer.inner), outer.inner.n, outer.kind) == (Thing, Thing, 4, Thing)
+    assert outer.inner.x.tolist() == [2.0, 2.0]
+    assert (vars(inner)["n"], x.tolist()) == (2, [1.0, 1.0])
+
+
+def test_object_that_holds_itself_is_a_leaf_inside() -> None:
+    thing = Thing(n=1)
+    thing.me = thing  # type: ignore[attr-defined]
+    node = opened([thing])
+    assert [path for path, _ in leaves(node)] == [(0, "n"), (0, "me")]
+    assert at(node, (0, "me")) is thing
+
+
+@pytest.mark.parametrize("leaf", [nn.Identity(), len, Thing, Colour.RED, torch.Size([2]), 1.5, torch.ones(1)])
+def test_what_has_no_attributes_of_its_own_is_not_opened(leaf: Any) -> None:
+    assert opened((leaf,))[0] is leaf

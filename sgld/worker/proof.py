@@ -1,0 +1,104 @@
+"""Is a merged forward right? Single forwards say so."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sgld.worker import batch
+from sgld.worker.axes import CallAxes, num_rows
+from sgld.worker.batch import Trait
+from sgld.worker.calls import Call
+from sgld.worker.trees import Path, at, leaves, opened, rebuilt
+
+# A mixed batch may be this much further from single forwards than a batch of one row repeated: batching alone changes
+# the order of summation.
+PROOF_FACTOR = 4.0
+# Below these relative errors a difference is rounding: 16 units in the last place of float32, half a unit otherwise.
+_FLOORS = {torch.float64: 1e-12, torch.float32: 16 * torch.finfo(torch.float32).eps}
+# But where half of the digits are lost, batching does more than change the order.
+_MAX_LOSS = 0.5
+
+
+def forward(call: Call, tree: Any) -> Any:
+    """Run the component on a tree of its own: models take things out of the dicts that they are given."""
+    args, kwargs = rebuilt(tree, lambda _path, value: value)
+    return call.run(args, kwargs)
+
+
+def problem(
+    calls: Sequence[Call],
+    axes: CallAxes,
+    values: Sequence[Any],
+    mixed: Any,
+    repeated: Any,
+    pulse: Callable[[], None] = lambda: None,
+) -> str | None:
+    """Why a merged forward isn't right, or None.
+
+    :param values: what the calls returned singly.
+    :param mixed: the arguments of all calls in one forward; `repeated`: of the first one as often.
+    :raises torch.OutOfMemoryError: the device has too little memory for so many calls.
+    """
+    try:
+        merged = batch.split(forward(calls[0], mixed), calls, axes)
+        pulse()
+        same = batch.split(forward(calls[0], repeated), [calls[0]] * len(calls), axes)
+        errors = [batch.relative_error(m, v) for m, v in zip(merged, values, strict=True)]
+        repeated_error = batch.relative_error(same[0], values[0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # noqa: BLE001 - whatever a model raises on a merged batch, it isn't merged
+        return f"the merged forward raised {raised!r}"
+    bound = _bound(values[0], repeated_error)
+    # Not their maximum, which may overlook one that isn't a number.
+    too_large = [error for error in errors if not error <= bound]
+    if not too_large:
+        return None
+    return f"merged results differ by {too_large[0]:.2g} (relative) from single ones, {bound:.2g} is allowed"
+
+
+def _bound(result: Any, repeated_error: float) -> float:
+    """The relative error that a merged result may have."""
+    dtypes = {leaf.dtype for _, leaf in leaves(opened(result)) if isinstance(leaf, torch.Tensor)}
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    floor = max((_FLOORS.get(dtype, torch.finfo(dtype).eps / 2) for dtype in floats), default=0.0)
+    ceiling = max((torch.finfo(dtype).eps ** _MAX_LOSS for dtype in floats), default=0.0)
+    return min(max(PROOF_FACTOR * repeated_error, floor), ceiling)
+
+
+def culprits(one: Call, other: Call, axes: CallAxes, traits: set[Trait]) -> set[Trait]:
+    """Which of the traits make a merged forward wrong by themselves.
+
+    Each argument of `other` is put into `one` alone. Never the first one: nothing could merge if that had to be equal.
+    """
+    if num_rows(one.tree, axes) != num_rows(other.tree, axes):
+        return set()
+    suspects = {trait for trait in traits if trait[0] != axes.reference}
+    return {trait for trait in suspects if _is_wrong_with(one, _with_argument(one, other, trait[0]), axes, trait[0])}
+
+
+def _with_argument(one: Call, other: Call, path: Path) -> Call:
+    args, kwargs = rebuilt(one.tree, lambda at_, value: at(other.tree, path) if at_ == path else value)
+    return replace(one, args=args, kwargs=kwargs)
+
+
+def _is_wrong_with(one: Call, other: Call, axes: CallAxes, path: Path) -> bool:
+    calls = [one, other]
+    mixed = batch.merged_tree(calls, axes, {path})
+    repeated = batch.merged_tree([one, one], axes, {path})
+    try:
+        values = [forward(call, call.tree) for call in calls]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - a model may refuse such a mixture of two calls; that says nothing of merging
+        return False
+    return problem(calls, axes, values, mixed, repeated) is not None
+
+
+def random_state() -> Any:
+    """The state of the default generators; another one after a forward tells that it drew from them."""
+    on_gpus = torch.cuda.default_generators  # none before CUDA is used
+    # Their offset is known to the host; their whole state would have to be copied from the device.
+    return torch.get_rng_state().numpy().tobytes(), [(g.initial_seed(), g.get_offset()) for g in on_gpus]
