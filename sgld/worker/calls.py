@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sgld.messages import CallKind
+from sgld.worker.randomness import OwnRandom
 from sgld.worker.trees import leaves
 
 INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
@@ -82,6 +83,8 @@ class Call:
     around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Entered around the invocation, in the executor's thread."""
     id: int = field(default_factory=lambda: next(_ids))
+    random: OwnRandom = field(default_factory=OwnRandom)
+    """What the component draws from where it is given no generator."""
     known_key: tuple[object, str | None] | None = None
     """The merge key, and what was known of merging when it was computed."""
 

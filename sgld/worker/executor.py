@@ -50,7 +50,6 @@ class Executor:
         self.pulse = pulse
         self.verdicts = verdicts or Verdicts()
         self.merges = merge
-        self.num_proofs = 0
         self._synchronize = synchronize
         self._digests = Digests()
         self._max_rows: Recent[int] = Recent()
@@ -152,7 +151,6 @@ class Executor:
 
         A proof covers only what differed in it. Where memory is too small for it, the next has half of the calls.
         """
-        self.num_proofs += 1
         part = self._parts(key, calls, axes)[0]
         part = part if len(part) > 1 else list(calls[:2])
         if len(part) < len(calls):
@@ -163,11 +161,11 @@ class Executor:
             # Before the single forwards: models take things out of the dicts that they are given.
             mixed = batch.merged_tree(part, axes, expanded)
             repeated = batch.merged_tree([part[0]] * len(part), axes, expanded)
-            random_state = proof.random_state()
+            num_draws = sum(call.random.num_draws for call in calls)
             outcomes = self._singly(calls)
             if not all(isinstance(outcome, Value) for outcome in outcomes):
                 return outcomes
-            if proof.random_state() != random_state:
+            if sum(call.random.num_draws for call in calls) != num_draws:
                 self.verdicts.refuse(key, calls[0], "it draws from the global random number generator")
                 return outcomes
             values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
@@ -207,7 +205,8 @@ class Executor:
 def single(call: Call) -> Outcome:
     """Run one call with the very arguments that the task gave."""
     try:
-        return Value(call.run(call.args, call.kwargs))
+        with call.random.entered():
+            return Value(call.run(call.args, call.kwargs))
     except Exception as error:  # noqa: BLE001 - whatever a component raises is the outcome of the call
         return Raised(error)
 

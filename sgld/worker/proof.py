@@ -95,10 +95,3 @@ def _is_wrong_with(one: Call, other: Call, axes: CallAxes, path: Path) -> bool:
     except Exception:  # noqa: BLE001 - a model may refuse such a mixture of two calls; that says nothing of merging
         return False
     return problem(calls, axes, values, mixed, repeated) is not None
-
-
-def random_state() -> Any:
-    """The state of the default generators; another one after a forward tells that it drew from them."""
-    on_gpus = torch.cuda.default_generators  # none before CUDA is used
-    # Their offset is known to the host; their whole state would have to be copied from the device.
-    return torch.get_rng_state().numpy().tobytes(), [(g.initial_seed(), g.get_offset()) for g in on_gpus]

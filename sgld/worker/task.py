@@ -12,6 +12,7 @@ from typing import Any
 
 from sgld.errors import Cancelled
 from sgld.worker.calls import Call
+from sgld.worker.randomness import OwnRandom
 from sgld.worker.snapshot import Snapshot
 
 
@@ -38,6 +39,7 @@ class Task:
     With `post(call)` the body goes on, and waits for the outcome with `wait(call)`, or not at all: so a task may have
     several calls that can run.
 
+    :param seed: where the task's default generators begin.
     :param on_step: told the number of steps done and their total, in the task's thread.
     """
 
@@ -47,6 +49,7 @@ class Task:
         body: Callable[["Task"], Any],
         *,
         num_steps: int = 0,
+        seed: int = 0,
         on_step: Callable[["Task"], None] = lambda task: None,
     ) -> None:
         self.request_id = request_id
@@ -58,6 +61,7 @@ class Task:
         self.snapshots: list[Snapshot] = []
         """The components that it changes, as they were before."""
         self._body: Callable[[Task], Any] | None = body
+        self._random = OwnRandom(seed)
         self._on_step = on_step
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
@@ -101,8 +105,9 @@ class Task:
         if self._call is not None and self._call.id in self._calls and not self._is_cancelled:
             return
         self._call = None
-        self._go.release()
-        self._stopped.acquire()
+        with self._random.entered():
+            self._go.release()
+            self._stopped.acquire()
         if self._end is not None:
             self._thread.join()
 
@@ -128,7 +133,7 @@ class Task:
         """
         if self._is_cancelled:
             raise Cancelled
-        call.step_index, call.num_steps = self.step, self.num_steps
+        call.step_index, call.num_steps, call.random = self.step, self.num_steps, self._random
         self.num_calls += 1
         self._calls[call.id] = call
 

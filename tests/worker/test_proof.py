@@ -7,7 +7,7 @@ import torch
 from sgld.worker.axes import Batched, CallAxes
 from sgld.worker.batch import merged_tree
 from sgld.worker.calls import Call
-from sgld.worker.proof import culprits, problem, random_state
+from sgld.worker.proof import culprits, problem
 from worker.requests import Function, call_of
 
 AXES = CallAxes({(0, 0): Batched(0, 1), (0, 1): Batched(0, 1), (0, 2): Batched(0, 1)}, {(): Batched(0, 1)})
@@ -74,11 +74,3 @@ def test_mixture_that_a_model_refuses_blames_nobody() -> None:
         raise ValueError("no such mixture")
 
     assert culprits(*two(picky), AXES, {A, B}) == set()
-
-
-def test_draws_from_the_default_generator_are_seen() -> None:
-    before = random_state()
-    torch.rand(2, generator=torch.Generator())
-    assert random_state() == before
-    torch.rand(2)
-    assert random_state() != before

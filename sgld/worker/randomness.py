@@ -1,0 +1,48 @@
+"""What a task draws from torch's default generators, which belong to the process: each task has a state of its own.
+
+So a pipeline that draws without a generator, and a model that draws inside a forward, get the same numbers in company
+as alone.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+class OwnRandom:
+    """The states of the default generators as one task sees them.
+
+    :param seed: where they begin.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._states: list[torch.Tensor] = []
+        self.num_draws = 0
+        """How many blocks drew anything."""
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Draw from here as long as the block lasts."""
+        generators = _default_generators()
+        outer = [generator.get_state() for generator in generators]
+        before = self._states or [_seeded(generator.device, self._seed) for generator in generators]
+        for generator, state in zip(generators, before, strict=False):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            self._states = [generator.get_state() for generator in generators]
+            self.num_draws += any(not torch.equal(*pair) for pair in zip(self._states, before, strict=False))
+            for generator, state in zip(generators, outer, strict=True):
+                generator.set_state(state)
+
+
+def _default_generators() -> list[torch.Generator]:
+    on_gpu = torch.cuda.is_initialized()
+    return [torch.default_generator, *([torch.cuda.default_generators[torch.cuda.current_device()]] if on_gpu else [])]
+
+
+def _seeded(device: torch.device, seed: int) -> torch.Tensor:
+    return torch.Generator(device).manual_seed(seed).get_state()
