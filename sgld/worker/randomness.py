@@ -40,7 +40,7 @@ class OwnRandom:
 
 
 def _default_generators() -> list[torch.Generator]:
-    on_gpu = torch.cuda.is_initialized()
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.default_generator, *([torch.cuda.default_generators[torch.cuda.current_device()]] if on_gpu else [])]
 
 
