@@ -23,12 +23,22 @@ class KeptLeaf(msgspec.Struct, frozen=True, array_like=True):
     size: int
 
 
+class KeptMask(msgspec.Struct, frozen=True, array_like=True):
+    """An argument that says where another one is padded: where both are, and its dtype."""
+
+    path: tuple[str | int, ...]
+    like: tuple[str | int, ...]
+    dtype: str
+
+
 class KeptAxes(msgspec.Struct, frozen=True, array_like=True):
-    """The axes of one kind of call: component, method and form, and what is batched."""
+    """The axes of one kind of call: component, method and form, what is batched, and what can be padded."""
 
     key: tuple[str, str, str]
     arguments: tuple[KeptLeaf, ...]
     results: tuple[KeptLeaf, ...]
+    lengths: tuple[tuple[tuple[str | int, ...], int], ...]
+    masks: tuple[KeptMask, ...]
 
 
 class Kept(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ The pipeline runs with one sample and with two; what doubled is batched, what st
 can't be asked so, axis 0 is a hypothesis that only a proof accepts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from numbers import Number
 from typing import Any
@@ -27,14 +27,25 @@ class Batched:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """An argument that is None where all tokens of the argument `like` count: else (rows, tokens), zero for padding."""
+
+    like: Path
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class CallAxes:
     """The batched leaves of a call; a leaf that isn't named is shared by all samples.
 
-    `results` is None while no result was seen.
+    `results` is None while no result was seen. `lengths`: the axis of batched arguments that counts tokens of text,
+    and can be padded. `masks`: what says then where the padding is.
     """
 
     arguments: dict[Path, Batched]
     results: dict[Path, Batched] | None
+    lengths: dict[Path, int] = field(default_factory=dict)
+    masks: dict[Path, Mask] = field(default_factory=dict)
 
     @property
     def reference(self) -> Path:
@@ -113,7 +124,7 @@ def hypothesis(tree: Any) -> CallAxes:
 
 
 def with_results(axes: CallAxes, tree: Any, result: Any) -> CallAxes:
-    """The axes completed by a call's result: axis 0 of each tensor.
+    """The axes completed by a call's result: axis 0 of each tensor; one without an axis is shared.
 
     :raises Unmergeable: the result holds an object that can't be split.
     """
@@ -121,8 +132,8 @@ def with_results(axes: CallAxes, tree: Any, result: Any) -> CallAxes:
     unit = axes.arguments[axes.reference].size
     found = {}
     for path, leaf in leaves(opened(result)):
-        if isinstance(leaf, torch.Tensor):
-            if not leaf.ndim or leaf.shape[0] * unit % rows:
+        if isinstance(leaf, torch.Tensor) and leaf.ndim:
+            if leaf.shape[0] * unit % rows:
                 raise Unmergeable(f"result {path} of shape {tuple(leaf.shape)} doesn't count {rows} rows")
             found[path] = Batched(0, leaf.shape[0] * unit // rows)
     return replace(axes, results=found)

@@ -9,6 +9,7 @@ import torch
 from sgld.worker.axes import Batched, CallAxes, Unmergeable, is_constant, num_rows, size
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
+from sgld.worker.padding import mask_of, padded
 from sgld.worker.trees import Path, at, closed, leaves, opened, rebuilt
 
 Trait = tuple[Path, str]
@@ -30,13 +31,13 @@ def merge_key(call: Call, axes: CallAxes, pinned: Collection[Trait], digests: Di
         if batched is not None:
             if size(leaf, batched) * unit != rows * batched.size:
                 raise Unmergeable(f"{path} has {size(leaf, batched)} rows, {axes.reference} has {rows}")
-            parts.append((path, _outline(leaf, batched)))
+            parts.append((path, _outline(leaf, batched, axes.lengths.get(path))))
         elif _is_scalar(leaf):
             parts.append((path, leaf.dtype, leaf.device, leaf.ndim))
         else:
             shared.append((path, leaf))
     parts += zip([path for path, _ in shared], digests.of(*(leaf for _, leaf in shared)), strict=True)
-    parts += [(t, _trait(call, t, digests)) for t in _traits(call, axes) if t in pinned]
+    parts += [(t, _trait(call, axes, t, digests)) for t in _traits(call, axes) if t in pinned]
     return hashlib.sha1(repr(parts).encode(), usedforsecurity=False).hexdigest()[:16]
 
 
@@ -46,12 +47,11 @@ def _check_values(path: Path, value: Any) -> None:
             raise Unmergeable(f"argument {(*path, *inside)} is a {type(leaf).__name__}, which may have a state")
 
 
-def _outline(value: Any, batched: Batched) -> Any:
+def _outline(value: Any, batched: Batched, length_axis: int | None) -> Any:
     """The part of a batched argument that all rows of a forward must have in common."""
     if batched.axis is None:
         return sorted({repr([(path, _outline_leaf(leaf)) for path, leaf in leaves(row)]) for row in value})
-    shape = list(value.shape)
-    del shape[batched.axis]
+    shape = [n for axis, n in enumerate(value.shape) if axis not in (batched.axis, length_axis)]
     return value.dtype, value.device, shape
 
 
@@ -71,6 +71,7 @@ def _traits(call: Call, axes: CallAxes) -> Iterator[Trait]:
     2. Whether a batched argument is zero everywhere: models ask that of a whole batch, to see if it is given at all.
        Not of the first one, which is what the model works on, nor of one number for each row.
     3. The shapes of the tensors in a list of rows.
+    4. The number of tokens of a text.
     """
     rows = num_rows(call.tree, axes)
     for path, leaf in leaves(call.tree, axes.arguments):
@@ -81,11 +82,15 @@ def _traits(call: Call, axes: CallAxes) -> Iterator[Trait]:
             yield path, "shapes"
         elif batched is not None and path != axes.reference and leaf.numel() > rows:
             yield path, "zero"
+        if path in axes.lengths:
+            yield path, "length"
 
 
-def _trait(call: Call, trait: Trait, digests: Digests) -> Any:
+def _trait(call: Call, axes: CallAxes, trait: Trait, digests: Digests) -> Any:
     path, what = trait
     value = at(call.tree, path)
+    if what == "length":
+        return value.shape[axes.lengths[path]]
     if what == "value":
         return digests.of(value)
     if what == "zero":
@@ -103,7 +108,8 @@ def differing(calls: Sequence[Call], axes: CallAxes, digests: Digests, skip: Col
     # Read at once: what isn't known of them yet comes from the device in two transfers.
     digests.of(*(at(call.tree, path) for call in calls for path, what in traits if what == "value"))
     digests.are_zero(*(at(call.tree, path) for call in calls for path, what in traits if what == "zero"))
-    return {t for t in traits if any(_trait(c, t, digests) != _trait(calls[0], t, digests) for c in calls[1:])}
+    values = {trait: [_trait(call, axes, trait, digests) for call in calls] for trait in traits}
+    return {trait for trait, (first, *others) in values.items() if any(other != first for other in others)}
 
 
 def merged_tree(calls: Sequence[Call], axes: CallAxes, expanded: Collection[Path]) -> Any:
@@ -115,6 +121,8 @@ def merged_tree(calls: Sequence[Call], axes: CallAxes, expanded: Collection[Path
 
     def merge(path: Path, value: Any) -> Any:
         batched = axes.arguments.get(path)
+        if value is None and (mask := axes.masks.get(path)) is not None:
+            return mask_of([at(call.tree, mask.like) for call in calls], axes.lengths[mask.like], mask.dtype)
         if batched is None and path not in expanded:
             return value
         values = [at(call.tree, path) for call in calls]
@@ -122,6 +130,8 @@ def merged_tree(calls: Sequence[Call], axes: CallAxes, expanded: Collection[Path
             return torch.cat([v.reshape(1).expand(n) for v, n in zip(values, rows, strict=True)])
         if batched.axis is None:
             return type(value)(item for v in values for item in v)
+        if path in axes.lengths:
+            values = padded(values, axes.lengths[path])
         return torch.cat(values, dim=batched.axis)
 
     return rebuilt(calls[0].tree, merge)

@@ -1,7 +1,9 @@
 """What an executor learned, kept between starts: axes and modes. Proofs are made anew, they depend on the device."""
 
-from sgld.models.verdicts import Kept, KeptAxes, KeptLeaf, VerdictFile
-from sgld.worker.axes import Batched, CallAxes
+import torch
+
+from sgld.models.verdicts import Kept, KeptAxes, KeptLeaf, KeptMask, VerdictFile
+from sgld.worker.axes import Batched, CallAxes, Mask
 from sgld.worker.trees import Path
 from sgld.worker.verdicts import Verdicts
 
@@ -15,15 +17,20 @@ class Memory:
 
     def recall(self) -> Verdicts:
         """What earlier starts learned."""
-        axes = {a.key: CallAxes(_leaves(a.arguments), _leaves(a.results)) for a in self._kept.axes}
-        return Verdicts(axes=axes, modes=dict(self._kept.modes))
+        return Verdicts(axes={kept.key: _axes(kept) for kept in self._kept.axes}, modes=dict(self._kept.modes))
 
     def keep(self, verdicts: Verdicts) -> None:
         """Write what is known now, if it is news."""
         if self._file is None or (len(verdicts.axes) == len(self._kept.axes) and verdicts.modes == self._kept.modes):
             return
         axes = (
-            KeptAxes(key, _kept(call.arguments), _kept(call.results or {}))
+            KeptAxes(
+                key,
+                _kept(call.arguments),
+                _kept(call.results),
+                tuple(call.lengths.items()),
+                tuple(KeptMask(path, mask.like, str(mask.dtype)) for path, mask in call.masks.items()),
+            )
             for key, call in verdicts.axes.items()
             if call.results is not None
         )
@@ -33,6 +40,11 @@ class Memory:
 
 def _kept(leaves: dict[Path, Batched]) -> tuple[KeptLeaf, ...]:
     return tuple(KeptLeaf(path, batched.axis, batched.size) for path, batched in leaves.items())
+
+
+def _axes(kept: KeptAxes) -> CallAxes:
+    masks = {mask.path: Mask(mask.like, getattr(torch, mask.dtype.removeprefix("torch."))) for mask in kept.masks}
+    return CallAxes(_leaves(kept.arguments), _leaves(kept.results), dict(kept.lengths), masks)
 
 
 def _leaves(kept: tuple[KeptLeaf, ...]) -> dict[Path, Batched]:

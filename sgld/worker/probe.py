@@ -5,6 +5,7 @@ It uses the arguments of a real request, one step and latent output, so nothing 
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch
 from sgld.worker.arguments import parameters_of
 from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
 from sgld.worker.binding import bind
+from sgld.worker.calls import Call
 from sgld.worker.executor import single
-from sgld.worker.task import Raised, Task, Value
+from sgld.worker.padding import with_padding
+from sgld.worker.task import Outcome, Raised, Task, Value
 from sgld.worker.trees import opened
 from sgld.worker.verdicts import AxesKey, axes_key
 
@@ -38,7 +41,9 @@ def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambd
             continue
         try:
             with torch.random.fork_rng():
-                return _compared(_recorded(pipeline, one, pulse), _recorded(pipeline, two, pulse))
+                recording = _recorded(pipeline, one, pulse)
+                axes = _compared(recording, _recorded(pipeline, two, pulse))
+                return _with_padding(pipeline, one, recording, axes, pulse)
         except Exception as error:  # noqa: BLE001 - a pipeline may refuse a probe in any way; then the next is tried
             logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, error)
     return {}
@@ -59,9 +64,14 @@ def _reduced(pipeline: Any, kwargs: Kwargs, num_steps: int) -> Kwargs:
     return reduced | {name: value for name, value in ours.items() if name in accepted}
 
 
+def _prompts(kwargs: Kwargs) -> Kwargs:
+    """The arguments that each sample has its own of; there are others, such as a system prompt."""
+    return {name: value for name, value in kwargs.items() if name.startswith(("prompt", "negative_prompt"))}
+
+
 def _with_two_prompts(_pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
-    doubled = {name: [value, value] for name, value in kwargs.items() if "prompt" in name and isinstance(value, str)}
-    doubled |= {name: value * 2 for name, value in kwargs.items() if "prompt" in name and isinstance(value, list)}
+    doubled = {name: [value, value] for name, value in _prompts(kwargs).items() if isinstance(value, str)}
+    doubled |= {name: value * 2 for name, value in _prompts(kwargs).items() if isinstance(value, list)}
     return kwargs | doubled if doubled else None
 
 
@@ -74,19 +84,66 @@ def _with_two_outputs(pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
 def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recording:
     """Run the pipeline alone and note its calls."""
     recording = []
-    task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
-    task.advance()
-    while (call := task.call) is not None:
+
+    def answer(call: Call) -> Outcome:
         key, arguments, outcome = axes_key(call), skeleton(call.tree), single(call)
         pulse()
         if isinstance(outcome, Value):
             recording.append((key, arguments, skeleton(opened(outcome.value))))
-        task.advance(outcome)
+        return outcome
+
+    _run_alone(pipeline, kwargs, answer)
+    return recording
+
+
+def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome]) -> None:
+    """Run the pipeline to its end; `answer` gets its calls."""
+    task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
+    task.advance()
+    while (call := task.call) is not None:
+        task.advance(answer(call))
     for snapshot in task.snapshots:
         snapshot.restore()
     if isinstance(task.end, Raised):
         raise task.end.error
-    return recording
+
+
+class _NothingPadded(Exception):
+    """Ends a probe of padding."""
+
+
+def _with_padding(
+    pipeline: Any, kwargs: Kwargs, one: Recording, axes: dict[AxesKey, CallAxes], pulse: Callable[[], None]
+) -> dict[AxesKey, CallAxes]:
+    """The axes completed by what the pipeline pads where it gets two prompts of different lengths.
+
+    It ends before the first forward of the denoiser where nothing is padded, as most pipelines pad to one length.
+    """
+    longer = {name: [text, f"{text} {text}"] for name, text in _prompts(kwargs).items() if isinstance(text, str)}
+    seen: set[tuple[str, str]] = set()
+    found: dict[AxesKey, CallAxes] = {}
+
+    def answer(call: Call) -> Outcome:
+        named = call.component, call.method
+        first = next(((key, tree) for key, tree, _ in one if key[:2] == named and key in axes), None)
+        if call.kind == "denoise" and named not in seen and first is not None:
+            seen.add(named)
+            padded = with_padding(axes[first[0]], first[1], call.tree)
+            if not padded.lengths:
+                return Raised(_NothingPadded())
+            alike = {key: known for key, known in axes.items() if key[:2] == named}
+            found.update(
+                {key: replace(known, lengths=padded.lengths, masks=padded.masks) for key, known in alike.items()}
+            )
+        outcome = single(call)
+        pulse()
+        return outcome
+
+    try:
+        _run_alone(pipeline, kwargs | longer, answer)
+    except Exception as error:  # noqa: BLE001 - a pipeline may refuse it in any way; then nothing is padded
+        logger.debug("%s pads nothing: %r", type(pipeline).__name__, error)
+    return axes | found
 
 
 def _compared(one: Recording, two: Recording) -> dict[AxesKey, CallAxes]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sgld.models.resolve import ModelSource
-from sgld.models.verdicts import Kept, KeptAxes, KeptLeaf, VerdictFile
+from sgld.models.verdicts import Kept, KeptAxes, KeptLeaf, KeptMask, VerdictFile
 
 KEPT = Kept(
     axes=(
@@ -13,6 +13,8 @@ KEPT = Kept(
             key=("transformer", "forward", "x:T3"),
             arguments=(KeptLeaf((1, "x"), 0, 1), KeptLeaf((1, "rows", 0), None, 2)),
             results=(KeptLeaf((0,), 0, 1),),
+            lengths=(((1, "x"), 1),),
+            masks=(KeptMask((1, "mask"), (1, "x"), "torch.bool"),),
         ),
     ),
     modes={"transformer": "merge"},

@@ -92,12 +92,12 @@ def test_without_a_tensor_there_is_no_hypothesis(tree: Any) -> None:
 def test_results_are_completed_from_what_a_call_returned() -> None:
     axes = CallAxes({(0, 0): Batched(1, 1)}, None)
     tree: Any = (t(5, 3),), {}
-    completed = with_results(axes, tree, {"sample": t(3, 4), "pair": (t(6, 1), None)})
+    completed = with_results(axes, tree, {"sample": t(3, 4), "pair": (t(6, 1), None), "scalar": t()})
     assert completed.results == {("sample",): Batched(0, 1), ("pair", 0): Batched(0, 2)}
     assert completed.arguments == axes.arguments
 
 
-@pytest.mark.parametrize("result", [t(), t(4, 3), [t(3), t(2, 2)]])
+@pytest.mark.parametrize("result", [t(4, 3), [t(3), t(2, 2)]])
 def test_result_that_does_not_count_the_rows_can_not_be_split(result: Any) -> None:
     with pytest.raises(Unmergeable, match="doesn't count 3 rows"):
         with_results(CallAxes({(0, 0): Batched(0, 1)}, None), ((t(3, 2),), {}), result)

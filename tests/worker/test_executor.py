@@ -179,7 +179,7 @@ def test_results_of_every_form_are_merged(wrap: Callable[[torch.Tensor], Any]) -
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda y: (y, iter([])), lambda y: (y, y.mean()), lambda y: [*y], lambda y: (y, len(y))]
+    "wrap", [lambda y: (y, iter([])), lambda y: (y, y.square().mean()), lambda y: [*y], lambda y: (y, len(y))]
 )
 def test_results_that_can_not_be_split_are_interleaved(wrap: Callable[[torch.Tensor], Any]) -> None:
     executor, model = Executor(), Model(lambda x: wrap(linear(x)))

@@ -3,15 +3,21 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from sgld.models.resolve import model_index, resolve
 from sgld.models.verdicts import VerdictFile
-from sgld.worker.axes import Batched, CallAxes
+from sgld.worker.axes import Batched, CallAxes, Mask
 from sgld.worker.memory import Memory
 from sgld.worker.verdicts import Proof, Recent, Verdicts
 
 KEY = ("transformer", "forward", "hidden_states:T3")
-AXES = CallAxes({(1, "hidden_states"): Batched(0, 2), (1, "rows"): Batched(None, 1)}, {(0,): Batched(1, 2)})
+AXES = CallAxes(
+    {(1, "hidden_states"): Batched(0, 2), (1, "rows"): Batched(None, 1), (1, "text"): Batched(0, 1)},
+    {(0,): Batched(1, 2)},
+    {(1, "text"): 1},
+    {(1, "mask"): Mask((1, "text"), torch.int64)},
+)
 
 
 @pytest.fixture
