@@ -71,6 +71,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     )
     enable_torch_compile: Annotated[bool, _field("compile the denoiser", later="compilation")] = False
     vae_sp: Annotated[bool, _field("decode on all GPUs of a replica; with one GPU it changes nothing")] = False
+    trace: Annotated[
+        str | None, _field("write a trace of every tick and request to this file, for Perfetto or chrome://tracing")
+    ] = None
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ import msgspec
 from sgld.sampling_params import SamplingParams
 
 CallKind = Literal["encode", "denoise", "decode"]
+TickMode = Literal["single", "merged", "proof"]
+"""One forward for each call; one for all; or both, to compare them."""
 MAX_MESSAGE_BYTES = 64 * 1024
 
 
@@ -110,13 +112,24 @@ class Pending(Reply, frozen=True, kw_only=True, tag="pending"):
 
 
 class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
-    """These calls ran in one forward; `is_timed` is False where a proof or a retry went into the time."""
+    """A tick: these calls ran; `is_timed` is False where a proof or a retry went into the time."""
 
     call_ids: tuple[int, ...]
     cost_key: str
     rows: int
     elapsed_s: float
     is_timed: bool
+    started_ns: int = 0
+    """On the clock of `time.monotonic_ns`, which the processes of a host share."""
+    mode: TickMode = "single"
+
+
+class Judged(Reply, frozen=True, kw_only=True, tag="judged"):
+    """How the calls of components merge, sent when it has changed: everything that is known."""
+
+    modes: dict[str, str]
+    reasons: dict[str, str]
+    """Component to why some of its calls don't merge, as last found out."""
 
 
 class Idle(Reply, frozen=True, tag="idle"):
@@ -185,6 +198,7 @@ AnyReply = (
     | LoadFailed
     | Pending
     | Ran
+    | Judged
     | Idle
     | Stepped
     | Previewed

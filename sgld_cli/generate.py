@@ -31,6 +31,9 @@ class Generates(Protocol):
     def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
         """Stream the events of all outputs of a request."""
 
+    def record(self, event: AnyEvent, label: str, start_s: float, end_s: float) -> None:
+        """Show in the trace, if there is one, what was done with an event."""
+
 
 EngineFactory = Callable[[EngineConfig], AbstractAsyncContextManager[Generates]]
 
@@ -138,7 +141,7 @@ class Job:
                 async for event in events:
                     state = states[event.output_index]
                     if isinstance(event, Completed):
-                        writers.start_soon(self._write, state, params.output(event.output_index), event)
+                        writers.start_soon(self._write, engine, state, params.output(event.output_index), event)
                     else:
                         self._on(state, event)
         except ModelError as error:
@@ -172,7 +175,7 @@ class Job:
             case unknown:
                 assert_never(unknown)
 
-    async def _write(self, state: _State, params: SamplingParams, completed: Completed) -> None:
+    async def _write(self, engine: Generates, state: _State, params: SamplingParams, completed: Completed) -> None:
         before = self._clock()
         try:
             files = await run_sync(self._files.write, state.output, params, completed)
@@ -184,6 +187,7 @@ class Job:
             self._fail(state.output, "write_failed", f"the output can't be written: {error}")
             return
         queued_s = None if state.started_at is None else state.started_at - state.arrived_at
+        engine.record(completed, "write", before, self._clock())
         timings = Timings(queued_s, completed.elapsed_s, self._clock() - before)
         self._report(state.output, result_of(params, completed, files, state.num_steps, timings))
 

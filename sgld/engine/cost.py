@@ -38,6 +38,10 @@ class CostModel:
             return known[max(smaller)]
         return min(known.values(), default=None)
 
+    def learned(self) -> list[tuple[str, int, float]]:
+        """All that is known: cost key, rows, seconds."""
+        return [(key, n, min(s)) for key, by_rows in self._samples.items() for n, s in by_rows.items()]
+
 
 class FlatCost:
     """Every forward takes a second: merging always pays."""

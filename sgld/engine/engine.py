@@ -7,18 +7,22 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Self, assert_never
 
 import anyio
 import msgspec
 import numpy as np
+from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.cost import CostModel
 from sgld.engine.entry import Entry
 from sgld.engine.replica import Rank, RankFactory, rank_process
 from sgld.engine.scheduler import Batch, Scheduler
+from sgld.engine.statistics import CostStatistics, Statistics, Tally
+from sgld.engine.trace import Trace
 from sgld.errors import EngineClosed, InvalidRequest, ModelError, RankLost
 from sgld.events import (
     AnyEvent,
@@ -33,6 +37,7 @@ from sgld.events import (
     Started,
     Terminal,
 )
+from sgld.fields import FieldError
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import (
     MAX_MESSAGE_BYTES,
@@ -43,6 +48,7 @@ from sgld.messages import (
     Finished,
     Heard,
     Idle,
+    Judged,
     LoadFailed,
     ModelInfo,
     Pending,
@@ -102,9 +108,12 @@ class Engine:
         """The model is loaded, or can't be."""
         self._is_open = False
         self._stack = AsyncExitStack()
+        self._tally = Tally(None)
+        self._opened_at = time.monotonic()
 
     async def __aenter__(self) -> Self:
         _refuse_unguarded_spawn()
+        self._tally.trace = await to_thread.run_sync(_open_trace, self._config.trace)
         tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._stack.callback(tasks.cancel_scope.cancel)
         self._is_open = True
@@ -119,6 +128,9 @@ class Engine:
             self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
         self._is_decided.set()
         await self._stack.aclose()
+        if self._tally.trace is not None:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(self._tally.trace.close)
 
     async def ready(self) -> ModelInfo:
         """Wait until the model is loaded.
@@ -130,6 +142,31 @@ class Engine:
         if self._model is None:
             raise self._load_error or EngineClosed("the engine was closed")
         return self._model
+
+    def statistics(self) -> Statistics:
+        """What the engine has done and knows."""
+        states = [entry.state for entry in self._entries.values()]
+        tensor_queue, channel = self._rank.statistics() if self._rank is not None else (None, None)
+        ended = self._tally.num_ended
+        return Statistics(
+            uptime_s=time.monotonic() - self._opened_at,
+            num_queued=states.count(RequestState.QUEUED),
+            num_running=states.count(RequestState.RUNNING),
+            num_completed=ended[RequestState.COMPLETED],
+            num_failed=ended[RequestState.FAILED],
+            num_cancelled=ended[RequestState.CANCELLED],
+            num_restarts=self._tally.num_restarts,
+            calls=self._tally.calls,
+            merging=dict(self._tally.merging),
+            costs=tuple(CostStatistics(key=k, num_rows=n, elapsed_s=s) for k, n, s in self._cost.learned()),
+            tensor_queue=tensor_queue,
+            channel=channel,
+        )
+
+    def record(self, event: AnyEvent, label: str, start_s: float, end_s: float) -> None:
+        """Show in the trace what was done with an event, as writing a file; on the clock of `time.monotonic`."""
+        if self._tally.trace is not None:
+            self._tally.trace.span(output_id(event.request_id, event.output_index), label, start_s, end_s)
 
     async def generate(
         self, params: SamplingParams, *, inputs: InputPolicy = _ANY_INPUT
@@ -176,7 +213,9 @@ class Engine:
         group, now = f"r{next(_ids)}", time.monotonic()
         entries: list[Entry] = []
         for index in range(params.num_outputs_per_prompt):
-            request = Request(id=f"{group}-{index}", output_index=index, params=params.output(index), arrived_at=now)
+            request = Request(
+                id=output_id(group, index), output_index=index, params=params.output(index), arrived_at=now
+            )
             entry = Entry(request, group, entries[0].stream if entries else None)
             self._entries[request.id] = entry
             self._scheduler.add(request.id, now)
@@ -232,6 +271,7 @@ class Engine:
         for request_id in self._scheduler.admit():
             entry = self._entries[request_id]
             entry.change(RequestState.RUNNING)
+            self._tally.started(entry.request, time.monotonic())
             self._send(Start(request_id=request_id, params=entry.request.params))
             entry.put(entry.event(Started))
         if self._running is None and (batch := self._scheduler.next_batch(time.monotonic())) is not None:
@@ -266,8 +306,14 @@ class Engine:
             case LoadFailed(message=message):
                 self._fail_load(message)
             case Pending(call=call):
+                # Of requests that have ended meanwhile nobody would forget it.
+                if call.request_id in self._entries:
+                    self._tally.pending(call)
                 self._scheduler.pending(call)
+            case Judged():
+                self._tally.judged(reply)
             case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
+                self._tally.ran(reply)
                 self._scheduler.ran(call_ids, elapsed_s)
                 if reply.is_timed:
                     self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
@@ -331,12 +377,14 @@ class Engine:
     def _end(self, entry: Entry, state: RequestState, event: Terminal) -> None:
         self._entries.pop(entry.request.id)
         self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
+        self._tally.ended(entry.request, state, time.monotonic())
         entry.change(state)
         entry.put(event)
 
     def _recover(self, problem: str) -> None:
         """The rank is lost: its requests run again, but one that was running when two ranks were lost fails."""
         logger.warning("%s; it is started again", problem)
+        self._tally.num_restarts += 1
         blamed = set(self._running.request_ids) if self._running else None
         self._running = None
         for entry in [e for e in self._entries.values() if e.state is RequestState.RUNNING]:
@@ -347,6 +395,7 @@ class Engine:
                 message = f"{problem}, for the second time while it worked on this request"
                 self._end(entry, RequestState.FAILED, entry.event(Failed, code=RankLost.code, message=message))
                 continue
+            self._tally.restarted(entry.request, time.monotonic())
             entry.change(RequestState.QUEUED)
             self._scheduler.requeue(entry.request.id, is_suspect=is_blamed)
             entry.put(entry.event(Restarted, attempt=entry.attempt))
@@ -358,6 +407,7 @@ class Engine:
         self._is_decided.set()
         for entry in list(self._entries.values()):
             self._entries.pop(entry.request.id)
+            self._tally.ended(entry.request, RequestState.FAILED, time.monotonic())
             entry.change(RequestState.FAILED)
             entry.stream.close()
 
@@ -374,6 +424,19 @@ def _check_message(params: SamplingParams) -> None:
     if size > MAX_MESSAGE_BYTES - _START_BYTES:
         limit = MAX_MESSAGE_BYTES - _START_BYTES
         raise InvalidRequest(f"the request takes {size} bytes, the limit is {limit}; shorten its prompts")
+
+
+def output_id(group: str, index: int) -> str:
+    """The id of one output of a client's call."""
+    return f"{group}-{index}"
+
+
+def _open_trace(path: str | None) -> Trace | None:
+    """:raises FieldError: the file can't be written."""
+    try:
+        return Trace(Path(path)) if path is not None else None
+    except OSError as error:
+        raise FieldError("trace", path, error.strerror or str(error)) from None
 
 
 def _refuse_unguarded_spawn() -> None:

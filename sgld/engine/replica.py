@@ -12,8 +12,8 @@ from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.errors import ChannelClosed, RankLost
-from sgld.ipc.channel import FrontEnd, RankEnd, channel_pair
-from sgld.ipc.tensor_queue import TensorReader, TensorWriter, tensor_queue
+from sgld.ipc.channel import ChannelStatistics, FrontEnd, RankEnd, channel_pair
+from sgld.ipc.tensor_queue import TensorQueueStatistics, TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Exit
 from sgld.worker.main import rank_main
 
@@ -85,6 +85,10 @@ class Rank:
             return self._front.receive_nowait()
         except (anyio.WouldBlock, ChannelClosed):
             return None
+
+    def statistics(self) -> tuple[TensorQueueStatistics, ChannelStatistics]:
+        """How full the queues to and from the rank are."""
+        return self.tensors.statistics(), self._front.statistics()
 
     async def _how(self) -> str:
         """How the process ended, in parentheses; it closed its end a moment before."""

@@ -50,6 +50,7 @@ class Executor:
         self.pulse = pulse
         self.verdicts = verdicts or Verdicts()
         self.merges = merge
+        self.num_proofs = 0
         self._synchronize = synchronize
         self._digests = Digests()
         self._max_rows: Recent[int] = Recent()
@@ -151,6 +152,7 @@ class Executor:
 
         A proof covers only what differed in it. Where memory is too small for it, the next has half of the calls.
         """
+        self.num_proofs += 1
         part = self._parts(key, calls, axes)[0]
         part = part if len(part) > 1 else list(calls[:2])
         if len(part) < len(calls):

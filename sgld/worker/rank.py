@@ -20,6 +20,7 @@ from sgld.messages import (
     Exit,
     Finished,
     Idle,
+    Judged,
     Run,
     Start,
     TaskCancelled,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # Some errors quote the whole of an argument; a message between processes has a limit.
 MAX_ERROR_CHARS = 4000
+MAX_REASON_CHARS = 500
 
 
 class Rank:
@@ -64,6 +66,7 @@ class Rank:
         # On a CPU two rows take twice the time of one.
         self._session = Session(self._executor, channel.send, self._ended, merges_alone=is_gpu)
         self._previewer = Previewer()
+        self._told = Judged(modes={}, reasons={})
         if is_gpu:
             tensors.pin()
 
@@ -80,6 +83,7 @@ class Rank:
                         self._start(request_id, params)
                     case Run(call_ids=call_ids, num_ticks=num_ticks):
                         self._session.run(call_ids, num_ticks, self._channel.is_readable)
+                        self._tell_verdicts()
                         self._channel.send(Idle())
                         self._memory.keep(self._executor.verdicts)
                     case Cancel(request_id=request_id):
@@ -93,6 +97,15 @@ class Rank:
         finally:
             self._session.close()
             self._results.close()
+
+    def _tell_verdicts(self) -> None:
+        """Tell how components merge, if that is news."""
+        verdicts = self._executor.verdicts
+        reasons = {name: reason[:MAX_REASON_CHARS] for name, reason in verdicts.reasons.items()}
+        told = Judged(modes=dict(verdicts.modes), reasons=reasons)
+        if told != self._told:
+            self._told = told
+            self._channel.send(told)
 
     def _pulse(self) -> None:
         """Say that the rank lives while one command takes several forwards."""

@@ -1,6 +1,7 @@
 """The tasks of one rank, and what the scheduler's decisions do to them. Synchronous: whoever calls owns the device."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from sgld.errors import Cancelled
-from sgld.messages import CallInfo, Pending, Ran, Stepped
+from sgld.messages import CallInfo, Pending, Ran, Stepped, TickMode
 from sgld.worker.binding import bind
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, Tick
@@ -125,11 +126,13 @@ class Session:
         """One forward; returns the calls that follow if they can share the next one."""
         if not calls:
             return ()
+        started_ns, num_proofs = time.monotonic_ns(), self.executor.num_proofs
         tick = self.executor.run(calls)
+        is_proof = self.executor.num_proofs > num_proofs
         if tick.is_merged:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
-        self._emit_ran(calls, tick)
+        self._emit_ran(calls, tick, started_ns, "proof" if is_proof else "merged" if tick.is_merged else "single")
         answers: dict[str, list[tuple[Call, Outcome]]] = {}
         for call, outcome in zip(calls, tick.outcomes, strict=True):
             answers.setdefault(call.request_id, []).append((call, outcome))
@@ -138,7 +141,7 @@ class Session:
             self._advance(task, answers[task.request_id])
         return self._following(tasks, calls[0])
 
-    def _emit_ran(self, calls: Sequence[Call], tick: Tick) -> None:
+    def _emit_ran(self, calls: Sequence[Call], tick: Tick, started_ns: int, mode: TickMode) -> None:
         self.emit(
             Ran(
                 call_ids=tuple(call.id for call in calls),
@@ -146,6 +149,8 @@ class Session:
                 rows=sum(call.rows for call in calls),
                 elapsed_s=tick.elapsed_s,
                 is_timed=tick.is_timed,
+                started_ns=started_ns,
+                mode=mode,
             )
         )
 
@@ -184,7 +189,9 @@ class Session:
         if self._exclusive is None:
             logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
         self._exclusive = task
-        self.executor.verdicts.modes[task.call.component] = "exclusive"
+        verdicts = self.executor.verdicts
+        verdicts.modes[task.call.component] = "exclusive"
+        verdicts.reasons[task.call.component] = f"the pipeline uses {task.exclusive_because}"
 
     def _finish(self, task: Task) -> None:
         del self._tasks[task.request_id], self._jobs[task.request_id]

@@ -81,6 +81,8 @@ class Verdicts:
     """Merge key to the reason."""
     modes: dict[str, str] = field(default_factory=dict)
     """Component name to merge, interleave or exclusive, as last seen."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Component name to why some of its calls don't merge, as last found out."""
 
     def form_of(self, call: Call) -> Form:
         """What was seen of such calls."""
@@ -148,6 +150,7 @@ class Verdicts:
         if not of_form.is_reported:
             logger.warning("%s.%s is interleaved, not merged: %s", call.component, call.method, reason)
         of_form.is_reported = True
+        self.reasons[call.component] = reason
         if self.modes.get(call.component) not in ("merge", "exclusive"):
             self.modes[call.component] = "interleave"
 

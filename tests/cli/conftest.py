@@ -33,6 +33,7 @@ class FakeEngine:
         self.config = config
         self.params: list[SamplingParams] = []
         self.ended: list[str] = []
+        self.recorded: list[str] = []
         self.hanging = anyio.Event()
         self.is_closed = False
 
@@ -43,6 +44,11 @@ class FakeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.is_closed = True
+
+    def record(self, event: AnyEvent, label: str, start_s: float, end_s: float) -> None:
+        """Notes what was written."""
+        assert start_s <= end_s
+        self.recorded.append(f"{event.request_id} {event.output_index} {label}")
 
     async def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request, as sgld.engine.engine.Engine.generate gives them."""

@@ -1,0 +1,132 @@
+"""What the engine has done and knows: counted as it goes, read as one frozen value."""
+
+import msgspec
+
+from sgld.engine.trace import Trace
+from sgld.ipc.channel import ChannelStatistics
+from sgld.ipc.tensor_queue import TensorQueueStatistics
+from sgld.messages import CallInfo, CallKind, Judged, Ran
+from sgld.request import Request, RequestState
+
+
+class CallStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """The ticks of one method of a component: forwards, or proofs, which take several."""
+
+    name: str
+    """Component and method."""
+    kind: CallKind
+    num_ticks: int = 0
+    num_calls: int = 0
+    num_rows: int = 0
+    elapsed_s: float = 0.0
+    num_merged: int = 0
+    """Ticks in which calls shared a forward."""
+    num_proofs: int = 0
+    largest_batch: int = 0
+    """The most calls that shared a forward."""
+
+
+class MergeStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the calls of a component share forwards; `reason` says why some don't, where that was found out."""
+
+    mode: str
+    """merge, interleave or exclusive."""
+    reason: str | None = None
+
+
+class CostStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A forward of so many rows takes so long, as far as was learned."""
+
+    key: str
+    num_rows: int
+    elapsed_s: float
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine at one moment; the queues to the rank are None while there is none."""
+
+    uptime_s: float
+    num_queued: int
+    num_running: int
+    num_completed: int
+    num_failed: int
+    num_cancelled: int
+    num_restarts: int
+    """Ranks that were lost and started again."""
+    calls: tuple[CallStatistics, ...]
+    merging: dict[str, MergeStatistics]
+    """By component."""
+    costs: tuple[CostStatistics, ...]
+    tensor_queue: TensorQueueStatistics | None
+    channel: ChannelStatistics | None
+
+
+class Tally:
+    """Counts what happens, and tells the trace of it if there is one."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self.trace = trace
+        self.num_restarts = 0
+        self.num_ended = dict.fromkeys((state for state in RequestState if state.is_terminal), 0)
+        self.merging: dict[str, MergeStatistics] = {}
+        self._calls: dict[str, CallStatistics] = {}
+        self._pending: dict[int, CallInfo] = {}
+
+    @property
+    def calls(self) -> tuple[CallStatistics, ...]:
+        """What ran so far, by component and method."""
+        return tuple(self._calls.values())
+
+    def started(self, request: Request, now: float) -> None:
+        """A request begins to run."""
+        if self.trace is not None:
+            self.trace.span(request.id, "queued", request.arrived_at, now)
+
+    def pending(self, call: CallInfo) -> None:
+        """A call waits."""
+        self._pending[call.id] = call
+
+    def ran(self, reply: Ran) -> None:
+        """A tick is over."""
+        calls = [call for call_id in reply.call_ids if (call := self._pending.pop(call_id, None)) is not None]
+        if not calls:
+            return  # of requests that were cancelled meanwhile
+        name = reply.cost_key.partition("(")[0]
+        before = self._calls.get(name) or CallStatistics(name=name, kind=calls[0].kind)
+        is_merged = reply.mode == "merged"
+        self._calls[name] = CallStatistics(
+            name=name,
+            kind=before.kind,
+            num_ticks=before.num_ticks + 1,
+            num_calls=before.num_calls + len(reply.call_ids),
+            num_rows=before.num_rows + reply.rows,
+            elapsed_s=before.elapsed_s + reply.elapsed_s,
+            num_merged=before.num_merged + is_merged,
+            num_proofs=before.num_proofs + (reply.mode == "proof"),
+            largest_batch=max(before.largest_batch, len(reply.call_ids) if is_merged else 1),
+        )
+        if self.trace is not None:
+            self.trace.ran(reply, calls)
+
+    def judged(self, reply: Judged) -> None:
+        """The rank found out how components merge."""
+        self.merging = {
+            name: MergeStatistics(mode=mode, reason=reply.reasons.get(name)) for name, mode in reply.modes.items()
+        }
+
+    def ended(self, request: Request, state: RequestState, now: float) -> None:
+        """A request is over; calls of it that wait never run."""
+        self.num_ended[state] += 1
+        self._forget(request.id)
+        if self.trace is not None:
+            self.trace.ended(request.id, state.value, now)
+
+    def restarted(self, request: Request, now: float) -> None:
+        """The rank was lost, and the request goes back to the queue."""
+        self._forget(request.id)
+        if self.trace is not None:
+            self.trace.ended(request.id, "rank lost", now)
+
+    def _forget(self, request_id: str) -> None:
+        for call in [call for call in self._pending.values() if call.request_id == request_id]:
+            del self._pending[call.id]

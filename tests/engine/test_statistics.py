@@ -1,0 +1,100 @@
+from typing import Any
+
+import msgspec
+from pipelines import build
+
+from engine.streams import completed, ends_of, events_of, leave_at, params_of
+from sgld.config import EngineConfig
+from sgld.engine.engine import Engine
+from sgld.engine.statistics import Statistics, Tally
+from sgld.messages import CallInfo, Judged, Ran, TickMode
+from sgld.request import Request, RequestState
+from sgld.sampling_params import SamplingParams
+from sgld.testing import InlineReplica
+
+CONFIG = EngineConfig(device="cpu")
+
+
+def call(number: int, request_id: str = "r1-0", **changed: Any) -> CallInfo:
+    fields: dict[str, Any] = {"kind": "denoise", "component": "unet", "merge_key": "k", "cost_key": "unet.forward(4)"}
+    return CallInfo(id=number, request_id=request_id, rows=2, step_index=0, num_steps=4, **{**fields, **changed})
+
+
+def ran(*call_ids: int, mode: TickMode = "single") -> Ran:
+    rows = 2 * len(call_ids)
+    return Ran(call_ids=call_ids, cost_key="unet.forward(4)", rows=rows, elapsed_s=0.5, is_timed=True, mode=mode)
+
+
+def request(request_id: str = "r1-0") -> Request:
+    return Request(id=request_id, output_index=0, params=SamplingParams(), arrived_at=0.0)
+
+
+def test_ticks_are_counted_by_what_ran() -> None:
+    tally = Tally(None)
+    for number in range(6):
+        tally.pending(call(number, f"r{number}-0"))
+    for reply in (ran(0), ran(1, 2, mode="proof"), ran(3, 4, 5, mode="merged")):
+        tally.ran(reply)
+    tally.pending(call(9, cost_key="vae.decode(8)", kind="decode", component="vae"))
+    tally.ran(msgspec.structs.replace(ran(9), cost_key="vae.decode(8)"))
+    denoise, decode = tally.calls
+    assert (denoise.name, denoise.kind, decode.name, decode.kind) == ("unet.forward", "denoise", "vae.decode", "decode")
+    assert (denoise.num_ticks, denoise.num_calls, denoise.num_rows, denoise.elapsed_s) == (3, 6, 12, 1.5)
+    assert (denoise.num_merged, denoise.num_proofs, denoise.largest_batch) == (1, 1, 3)
+
+
+def test_calls_of_requests_that_ended_are_forgotten() -> None:
+    tally = Tally(None)
+    for number in range(3):
+        tally.pending(call(number, f"r{number}-0"))
+    tally.ended(request("r0-0"), RequestState.CANCELLED, 1.0)
+    tally.restarted(request("r1-0"), 1.0)
+    assert list(tally._pending) == [2]
+    assert tally.num_ended[RequestState.CANCELLED] == 1
+    tally.ran(ran(0))
+    assert tally.calls == ()
+
+
+def test_verdicts_are_the_last_told() -> None:
+    tally = Tally(None)
+    tally.judged(Judged(modes={"unet": "interleave"}, reasons={"unet": "it differs"}))
+    tally.judged(Judged(modes={"unet": "merge", "vae": "exclusive"}, reasons={"vae": "it is changed"}))
+    assert {name: (m.mode, m.reason) for name, m in tally.merging.items()} == {
+        "unet": ("merge", None),
+        "vae": ("exclusive", "it is changed"),
+    }
+
+
+async def test_statistics_tell_what_the_engine_did() -> None:
+    pipeline, kwargs = build("pixart")
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        before = engine.statistics()
+        await ends_of(engine, *(params_of(kwargs, num_inference_steps=6, seed=seed) for seed in range(3)))
+        await leave_at(engine, params_of(kwargs, num_inference_steps=50), num_events=4)
+        await events_of(engine, params_of(kwargs, guidance_rescale=0.5))
+        await completed(engine, params_of(kwargs))
+        after = engine.statistics()
+    assert (before.num_completed, before.calls, before.tensor_queue) == (0, (), None)
+    assert (after.num_completed, after.num_cancelled, after.num_failed, after.num_restarts) == (4, 1, 1, 0)
+    assert (after.num_queued, after.num_running) == (0, 0)
+    assert after.tensor_queue is not None
+    assert after.tensor_queue.num_free == after.tensor_queue.num_slots
+    assert after.channel is not None
+    assert after.channel.num_outgoing == 0
+    by_name = {c.name: c for c in after.calls}
+    transformer = by_name["transformer.forward"]
+    assert transformer.num_calls >= 3 * 6 + 3
+    assert transformer.num_ticks < transformer.num_calls
+    assert transformer.largest_batch >= 2
+    assert 0 < transformer.elapsed_s < after.uptime_s
+    assert by_name["vae.decode"].num_calls == 4
+    assert after.merging["transformer"].mode == "merge"
+    assert {cost.key.partition("(")[0] for cost in after.costs} >= {"transformer.forward", "vae.decode"}
+
+
+async def test_statistics_are_json() -> None:
+    pipeline, kwargs = build("pixart")
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        await completed(engine, params_of(kwargs))
+        statistics = engine.statistics()
+    assert msgspec.json.decode(msgspec.json.encode(statistics), type=Statistics) == statistics
