@@ -6,7 +6,7 @@ from typing import Any
 import diffusers
 
 from pipelines.entry import Entry
-from pipelines.parts import clip, control_image, image, image_and_mask, t5, tokenizer, vae
+from pipelines.parts import clip, control_image, image, image_and_mask, redrawn, t5, tokenizer, vae
 
 _SIZES: dict[str, Any] = {
     "num_layers": 1,
@@ -35,10 +35,7 @@ def flux(pipeline: str = "FluxPipeline", in_channels: int = 4, **components: Any
 
 def flux_controlnet() -> Any:
     controlnet = diffusers.FluxControlNetModel(in_channels=4, **_SIZES)
-    for name, parameter in controlnet.named_parameters():
-        if "controlnet_" in name:
-            # Untrained they are zeros.
-            parameter.data.normal_(std=0.1)
+    redrawn(controlnet, "controlnet_", std=0.1)
     return flux("FluxControlNetPipeline", controlnet=controlnet)
 
 

@@ -82,6 +82,28 @@ def redrawn(module: torch.nn.Module, part: str, std: float = 1.0) -> None:
             torch.nn.init.normal_(parameter, std=std)
 
 
+def controlnet_of(unet: diffusers.UNet2DConditionModel) -> diffusers.ControlNetModel:
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    redrawn(controlnet, "controlnet_", std=0.1)
+    return controlnet
+
+
+def ip_adapter(unet: diffusers.UNet2DConditionModel) -> None:
+    """Add a random IP-Adapter for embeddings of 32 numbers, with four tokens for a picture."""
+    width, num_tokens = unet.config.cross_attention_dim, 4
+    image_proj = {
+        "proj.weight": torch.randn(num_tokens * width, 32),
+        "proj.bias": torch.zeros(num_tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    names = [name for name in unet.attn_processors if "attn2" in name]
+    hidden = [unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0] for name in names]
+    keys = [(2 * index + 1, matrix) for index in range(len(names)) for matrix in ("to_k_ip", "to_v_ip")]
+    layers = {f"{key}.{matrix}.weight": torch.randn(hidden[key // 2], width) for key, matrix in keys}
+    unet._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": layers}])
+
+
 def picture(index: int, kwargs: Kwargs) -> Image.Image:
     """An input image of a request's size; each index has its own colours."""
     plain = Image.new("RGB", (kwargs["width"], kwargs["height"]), (60 * index, 255 - 60 * index, 100))
@@ -102,3 +124,9 @@ def image_and_mask(index: int, kwargs: Kwargs) -> Kwargs:
 
 def control_image(index: int, kwargs: Kwargs) -> Kwargs:
     return {"control_image": picture(index, kwargs)}
+
+
+def image_embeds(index: int, _kwargs: Kwargs) -> Kwargs:
+    """What the encoder of an IP-Adapter would make of a picture, and of none."""
+    embeds = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(index))
+    return {"ip_adapter_image_embeds": [torch.cat([torch.zeros_like(embeds), embeds])]}

@@ -1,5 +1,6 @@
 """PixArt."""
 
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -9,7 +10,7 @@ from pipelines.entry import Entry
 from pipelines.parts import t5, tokenizer, vae
 
 
-def pixart() -> Any:
+def pixart(pipeline: str = "PixArtSigmaPipeline", **options: Any) -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -25,12 +26,24 @@ def pixart() -> Any:
     )
     # An untrained one predicts zeros: the noise of a step would be all that a picture depends on.
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    return diffusers.PixArtSigmaPipeline(tokenizer(), t5(), vae(), transformer, diffusers.DPMSolverMultistepScheduler())
+    parts = tokenizer(), t5(), vae(), transformer, diffusers.DPMSolverMultistepScheduler()
+    return getattr(diffusers, pipeline)(*parts, **options)
 
+
+_KWARGS = {
+    "clean_caption": False,
+    "height": 32,
+    "width": 32,
+    "use_resolution_binning": False,
+    "max_sequence_length": 16,
+}
 
 PIPELINES = {
-    "pixart": Entry(
-        pixart,
-        {"clean_caption": False, "height": 32, "width": 32, "use_resolution_binning": False, "max_sequence_length": 16},
+    "pixart": Entry(pixart, _KWARGS),
+    "pixart_pag": Entry(
+        partial(pixart, "PixArtSigmaPAGPipeline", pag_applied_layers=["blocks.1"]),
+        _KWARGS | {"pag_scale": 2.0},
+        merges=False,
+        because="swaps attention processors while it runs, so each request runs alone",
     ),
 }

@@ -5,11 +5,10 @@ from functools import partial
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
 from pipelines.entry import Entry
-from pipelines.parts import VOCABULARY, control_image, image, image_and_mask, tokenizer
+from pipelines.parts import VOCABULARY, control_image, image, image_and_mask, redrawn, tokenizer
 
 _VISION_WORDS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
 _SIZES: dict[str, Any] = {
@@ -61,10 +60,7 @@ def qwen_image(pipeline: str = "QwenImagePipeline", **components: Any) -> Any:
 
 def qwen_image_controlnet() -> Any:
     controlnet = diffusers.QwenImageControlNetModel(**_SIZES)
-    for name, parameter in controlnet.named_parameters():
-        if "controlnet_" in name:
-            # Untrained they are zeros.
-            torch.nn.init.normal_(parameter, std=0.1)
+    redrawn(controlnet, "controlnet_", std=0.1)
     return qwen_image("QwenImageControlNetPipeline", controlnet=controlnet)
 
 

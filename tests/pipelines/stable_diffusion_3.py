@@ -1,14 +1,15 @@
 """Stable Diffusion 3."""
 
+from functools import partial
 from typing import Any
 
 import diffusers
 
 from pipelines.entry import Entry
-from pipelines.parts import clip, t5, tokenizer, vae
+from pipelines.parts import clip, image, t5, tokenizer, vae
 
 
-def sd3() -> Any:
+def sd3(pipeline: str = "StableDiffusion3Pipeline") -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=16,
         patch_size=1,
@@ -23,7 +24,14 @@ def sd3() -> Any:
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     encoders = clip(has_projection=True), tokenizer(), clip(has_projection=True), tokenizer(), t5(), tokenizer()
-    return diffusers.StableDiffusion3Pipeline(transformer, scheduler, vae(4, shift_factor=0.06), *encoders)
+    return getattr(diffusers, pipeline)(transformer, scheduler, vae(4, shift_factor=0.06), *encoders)
 
 
-PIPELINES = {"sd3": Entry(sd3, {"height": 32, "width": 32, "max_sequence_length": 16, "guidance_scale": 5.0})}
+_KWARGS = {"height": 32, "width": 32, "max_sequence_length": 16, "guidance_scale": 5.0}
+
+PIPELINES = {
+    "sd3": Entry(sd3, _KWARGS),
+    "sd3_img2img": Entry(
+        partial(sd3, "StableDiffusion3Img2ImgPipeline"), _KWARGS | {"strength": 0.9}, "image to image", inputs=image
+    ),
+}

@@ -12,6 +12,9 @@ from sgld.testing import run_together
 from worker.matrix import TABLE, Case, difference, table, together
 from worker.requests import picture, request, requests
 
+# Combined pipelines use arguments that diffusers has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+
 # For float32; the largest difference seen is 1e-6.
 MERGED_TOLERANCE = 1e-4
 

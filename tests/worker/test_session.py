@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPAGPipeline, UNet2DConditionModel
-from pipelines import build
-from pipelines.parts import clip, tokenizer, vae
+from pipelines import BUILDERS, build
 
 from sgld.messages import Pending, Ran, Stepped
 from sgld.testing import run_together
 from sgld.worker.executor import Executor
 from sgld.worker.session import Job, Session
 from sgld.worker.task import Outcome, Task, Value
+from worker.requests import requests
 
 
 class Log:
@@ -98,49 +97,12 @@ def test_steps_are_told_with_their_total(log: Log) -> None:
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def pag_pipeline() -> Any:
-    """Perturbed attention guidance: its `__call__` swaps attention processors of the denoiser."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    parts = {
-        "vae": vae(),
-        "text_encoder": clip(),
-        "tokenizer": tokenizer(),
-        "unet": unet,
-        "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    pipeline = StableDiffusionPAGPipeline(**parts, pag_applied_layers=["mid"])
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def pag_calls() -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": prompt,
-            "height": 32,
-            "width": 32,
-            "pag_scale": 2.0,
-            "num_inference_steps": 3 + index,
-            "generator": torch.Generator().manual_seed(index),
-            "output_type": "pt",
-        }
-        for index, prompt in enumerate(("a red cat", "the blue dog", "a green moon"))
-    ]
+    return requests("sd_pag", BUILDERS["sd_pag"].kwargs)[:3]
 
 
 def test_exclusive_task_can_be_cancelled_and_leaves_no_trace(log: Log) -> None:
-    pipeline = pag_pipeline()
+    pipeline, _ = build("sd_pag")
     calls = pag_calls()
     plain = pipeline(**pag_calls()[1]).images
     log.session.start(Job("a", pipeline, calls[0]))
@@ -159,7 +121,7 @@ def test_exclusive_task_can_be_cancelled_and_leaves_no_trace(log: Log) -> None:
 
 
 def test_request_that_waits_for_an_exclusive_one_can_be_cancelled(log: Log) -> None:
-    pipeline = pag_pipeline()
+    pipeline, _ = build("sd_pag")
     calls = pag_calls()
     log.session.start(Job("a", pipeline, calls[0]))
     while log.session.executor.verdicts.modes.get("unet") != "exclusive":
@@ -173,7 +135,7 @@ def test_request_that_waits_for_an_exclusive_one_can_be_cancelled(log: Log) -> N
 
 
 def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
-    pipeline = pag_pipeline()
+    pipeline, _ = build("sd_pag")
     calls = pag_calls
     plain = [pipeline(**call).images for call in calls()]
     report = run_together(pipeline, calls())
