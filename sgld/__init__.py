@@ -1,6 +1,6 @@
 """sgld: continuous batching of denoising steps for every diffusers pipeline."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from sgld import errors, events
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from sgld.engine.engine import Engine
 
 __all__ = ["Engine", "EngineConfig", "OutputConfig", "ParallelConfig", "SamplingParams", "errors", "events"]
-__version__ = version("sgld")
+try:
+    __version__ = version("sgld")
+except PackageNotFoundError:  # a checkout that isn't installed
+    __version__ = "0+checkout"
 
 
 def __getattr__(name: str) -> Any:
