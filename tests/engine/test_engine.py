@@ -281,7 +281,6 @@ async def test_cancelled_consumer_frees_the_engine(wan: Pipeline, kind: str) -> 
         ({"num_frames": 9}, "PixArtSigmaPipeline takes no num_frames"),
         ({"true_cfg_scale": 2.0}, "PixArtSigmaPipeline takes no true_cfg_scale"),
         ({"height": 33}, "divisible by 8"),
-        ({"image_path": ("/nowhere/at/all.png",)}, "/nowhere/at/all.png"),
     ],
 )
 async def test_request_that_the_pipeline_cannot_do_is_invalid(
@@ -296,6 +295,13 @@ async def test_request_that_the_pipeline_cannot_do_is_invalid(
         assert events[-1].code == "invalid_request"
         assert message in events[-1].message
         assert names(await events_of(engine, params_of(kwargs)))[-1] == "Completed"
+
+
+async def test_missing_image_is_refused_before_the_request_waits(pixart: Pipeline) -> None:
+    pipeline, kwargs = pixart
+    async with serving(pipeline) as engine:
+        with pytest.raises(InvalidRequest, match="/nowhere/at/all.png"):
+            await events_of(engine, params_of(kwargs, image_path=("/nowhere/at/all.png",)))
 
 
 async def test_image_pipeline_takes_one_frame_for_a_picture(pixart: Pipeline) -> None:
