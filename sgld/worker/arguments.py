@@ -61,7 +61,12 @@ def with_pictures(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """What the pipeline's `__call__` takes by name."""
+    """What the pipeline's `__call__` takes by name; a modular one takes what its blocks take."""
+    of_blocks = getattr(pipeline, "default_call_parameters", None)
+    if of_blocks is not None:
+        # One without a name stands for whatever else is given.
+        named = {name: default for name, default in of_blocks.items() if name is not None}
+        return {n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in named.items()}
     parameters = inspect.signature(pipeline.__call__).parameters
     return {n: p for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL}
 

@@ -62,15 +62,27 @@ class _Binding:
     def _own(self, value: Any, name: str) -> Any:
         if id(value) in self._copies:
             return self._copies[id(value)]
+        bases = {base.__name__ for base in type(value).__mro__}
         if isinstance(value, nn.Module):
             own: Any = ComponentProxy(value, name, self._hand_over, self._touched)
         elif isinstance(value, DiffusionPipeline):
             return self.bound(value, f"{name}.")
-        elif _STATEFUL & {base.__name__ for base in type(value).__mro__}:
+        elif "ModularPipelineBlocks" in bases:
+            own = self._blocks(value, name)
+        elif _STATEFUL & bases:
             own = copy.deepcopy(value)
         else:
             return value
         self._copies[id(value)] = own
+        return own
+
+    def _blocks(self, blocks: Any, name: str) -> Any:
+        """Blocks of a modular pipeline, which show progress themselves."""
+        own = copy.copy(blocks)
+        own.sub_blocks = copy.copy(blocks.sub_blocks)
+        for key, block in blocks.sub_blocks.items():
+            own.sub_blocks[key] = self._own(block, f"{name}.{key}")
+        own.progress_bar = self._progress_bar
         return own
 
     def _hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,9 +22,10 @@ from sgld.worker.trees import leaves
 INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
 # A pipeline moves, casts and freezes its components as if they were its own; they are everybody's.
 INERT_METHODS = frozenset({"to", "cuda", "cpu", "float", "half", "bfloat16", "eval", "train", "requires_grad_"})
-# Who asks for these is about to change a component for a while, and with it what all requests get.
+# Who asks for these is about to change a component for a while, and with it what all requests get. Guiders walk the
+# named modules to hook some.
 EXCLUSIVE_NAMES = frozenset(
-    {"attn_processors", "set_attn_processor", "register_forward_hook", "register_forward_pre_hook"}
+    {"attn_processors", "set_attn_processor", "register_forward_hook", "register_forward_pre_hook", "named_modules"}
 )
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 _ids = count(1)

@@ -1,6 +1,7 @@
 """Learning axes: the pipeline runs with one sample and with two, and what its calls look like is compared.
 
-It uses the arguments of a real request, one step and latent output, so nothing has to be known of the pipeline.
+It uses the arguments of a real request and one step, and ends where decoding begins, so nothing has to be known of
+the pipeline.
 """
 
 import logging
@@ -9,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
+from sgld.errors import Cancelled
 from sgld.worker.arguments import parameters_of
 from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
 from sgld.worker.binding import bind
@@ -34,7 +37,7 @@ def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambd
 
     :param pulse: called after each forward.
     """
-    for num_steps, double in ((1, _with_two_prompts), (1, _with_two_outputs), (2, _with_two_prompts)):
+    for num_steps, double in _ATTEMPTS:
         one = _reduced(pipeline, kwargs, num_steps)
         two = double(pipeline, one)
         if two is None:
@@ -50,12 +53,11 @@ def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambd
 
 
 def _reduced(pipeline: Any, kwargs: Kwargs, num_steps: int) -> Kwargs:
-    """The request with few steps, latent output and noise of its own."""
+    """The request with few steps and noise of its own."""
     accepted = parameters_of(pipeline)
     reduced = {name: value for name, value in kwargs.items() if name not in _LEFT_OUT}
     ours = {
         "num_inference_steps": num_steps,
-        "output_type": "latent",
         "generator": torch.Generator().manual_seed(0),
         "strength": 1.0,
         "num_images_per_prompt": 1,
@@ -81,6 +83,19 @@ def _with_two_outputs(pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
     return kwargs | dict.fromkeys(names, 2) if names else None
 
 
+def _with_two_pictures(pipeline: Any, kwargs: Kwargs) -> Kwargs | None:
+    """Two prompts with a picture, or the frames of a video, for each."""
+    doubled = {name: [value, value] for name, value in kwargs.items() if _is_picture(value)}
+    return _with_two_prompts(pipeline, kwargs | doubled) if doubled else None
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, Image.Image) or (isinstance(value, list) and bool(value) and all(map(_is_picture, value)))
+
+
+_ATTEMPTS = ((1, _with_two_prompts), (1, _with_two_pictures), (1, _with_two_outputs), (2, _with_two_prompts))
+
+
 def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recording:
     """Run the pipeline alone and note its calls."""
     recording = []
@@ -97,14 +112,18 @@ def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recor
 
 
 def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome]) -> None:
-    """Run the pipeline to its end; `answer` gets its calls."""
+    """Run the pipeline to where it decodes; `answer` gets its calls."""
     task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
     task.advance()
     while (call := task.call) is not None:
-        task.advance(answer(call))
+        if call.kind == "decode":
+            # It isn't merged, and not every pipeline can leave it out.
+            task.cancel()
+        else:
+            task.advance(answer(call))
     for snapshot in task.snapshots:
         snapshot.restore()
-    if isinstance(task.end, Raised):
+    if isinstance(task.end, Raised) and not isinstance(task.end.error, Cancelled):
         raise task.end.error
 
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from pipelines.entry import Entry, Kwargs
-from pipelines.language import SIZES, qwen_3, qwen_3_vl
+from pipelines.language import SIZES, gemma_2, qwen_3, qwen_3_vl
 from pipelines.parts import VOCABULARY, clip, redrawn, t5, tokenizer, vae, wan_vae
 from pipelines.qwen_image import qwen_image
 
@@ -137,6 +137,73 @@ def krea_2() -> Any:
     return pipeline
 
 
+def prx() -> Any:
+    transformer = diffusers.PRXTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        context_in_dim=16,
+        hidden_size=8,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=1,
+        axes_dim=[2, 2],
+    )
+    redrawn(transformer, "final_layer", 0.1)
+    redrawn(transformer, "modulation", 0.1)
+    return diffusers.PRXPipeline(transformer, _scheduler(), gemma_2(), tokenizer(), vae(shift_factor=0.0))
+
+
+def lumina() -> Any:
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=2,
+        num_attention_heads=3,
+        num_kv_heads=1,
+        multiple_of=16,
+        norm_eps=1e-5,
+        learn_sigma=True,
+        qk_norm=True,
+        cross_attention_dim=16,
+        scaling_factor=1.0,
+    )
+    redrawn(transformer, "gate", 0.5)
+    redrawn(transformer, "norm_out", 0.3)
+    return diffusers.LuminaPipeline(transformer, _scheduler(), vae(), gemma_2(), tokenizer())
+
+
+def ideogram_4() -> Any:
+    sizes: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "adaln_dim": 16,
+        # 13 layers of the encoder are looked at, the last is the 36th.
+        "llm_features_dim": 13 * 8,
+        "rope_theta": 10_000,
+        "mrope_section": (2, 1, 1),
+        "norm_eps": 1e-5,
+    }
+    two = [diffusers.Ideogram4Transformer2DModel(**sizes) for _ in range(2)]
+    decoder = diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        patch_size=(2, 2),
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    encoder = qwen_3_vl(num_hidden_layers=36, hidden_size=8)
+    return diffusers.Ideogram4Pipeline(_scheduler(), decoder.eval(), encoder, tokenizer(64), *two)
+
+
 _SIZE: Kwargs = {"height": 32, "width": 32, "max_sequence_length": 16, "negative_prompt": "a dog on the hill"}
 
 PIPELINES = {
@@ -145,4 +212,9 @@ PIPELINES = {
     "hidream": Entry(hidream, _SIZE),
     "cosmos_2": Entry(cosmos_2, _SIZE),
     "krea_2": Entry(krea_2, _SIZE),
+    "prx": Entry(
+        prx, {"height": 32, "width": 32, "negative_prompt": "a dog on the hill", "use_resolution_binning": False}
+    ),
+    "lumina": Entry(lumina, _SIZE | {"clean_caption": False}),
+    "ideogram_4": Entry(ideogram_4, {"height": 16, "width": 16, "max_sequence_length": 32, "guidance_schedule": None}),
 }

@@ -118,6 +118,15 @@ def test_parameters_are_those_that_go_by_name() -> None:
     assert list(parameters_of(Pipeline())) == ["a", "b"]
 
 
+def test_modular_pipeline_takes_what_its_blocks_take() -> None:
+    pipeline, _ = build("modular_flux")
+    assert {"prompt", "generator", "output_type", "num_inference_steps"} <= parameters_of(pipeline).keys()
+    assert set(made("modular_flux", prompt="a cat")) == {"prompt", "generator", "output_type"}
+    assert num_steps(pipeline, {}) == 50
+    with pytest.raises(InvalidRequest, match="FluxModularPipeline takes no num_frames"):
+        made("modular_flux", prompt="a cat", num_frames=9)
+
+
 def test_sibling_pipeline_takes_what_its_own_signature_has() -> None:
     pipeline, _ = build("sdxl")
     sibling = StableDiffusionXLImg2ImgPipeline(**pipeline.components)

@@ -98,6 +98,15 @@ def test_model_hooks_are_left_alone() -> None:
     assert bound_to(pipeline).maybe_free_model_hooks() is None
 
 
+def test_modular_pipelines_have_guiders_and_blocks_of_their_own() -> None:
+    pipeline, _ = build("modular_qwen_image")
+    one, two = bound_to(pipeline), bound_to(pipeline)
+    for name in ("guider", "scheduler", "_blocks"):
+        assert len({id(getattr(bound, name)) for bound in (one, two, pipeline)}) == 3
+    assert one.transformer.real is pipeline.transformer
+    assert set(one.components) == set(pipeline.components)
+
+
 class StableDiffusionDiffEditPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Has the name of one that differentiates."""
 
@@ -151,14 +160,15 @@ def test_progress_bar_around_an_iterator_has_the_steps_of_the_request() -> None:
     assert told(body, num_steps=2) == ([(1, 2), (2, 2)], [1, 2])
 
 
-def test_progress_bar_shows_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    pipeline, kwargs = build("flux")
+@pytest.mark.parametrize("name", ["flux", "modular_flux"])
+def test_progress_bar_shows_nothing(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline, kwargs = build(name)
     pipeline.set_progress_bar_config(disable=False)
-    run_to_end(running(lambda task: bind(pipeline, task)(**request("flux", 0, kwargs))))
+    run_to_end(running(lambda task: bind(pipeline, task)(**request(name, 0, kwargs))))
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["flux", "sdxl", "wan", "cogvideox"])
+@pytest.mark.parametrize("name", ["flux", "sdxl", "wan", "cogvideox", "modular_flux", "modular_wan"])
 def test_every_step_is_told_before_the_last_call(name: str) -> None:
     pipeline, kwargs = build(name)
     task = running(lambda task: bind(pipeline, task)(**request(name, 1, kwargs)))

@@ -84,7 +84,7 @@ def test_modules_of_a_proxy_are_none(recorder: Recorder) -> None:
     assert list(recorder.proxy(clip()).modules()) == []
 
 
-@pytest.mark.parametrize("name", ["set_attn_processor", "attn_processors"])
+@pytest.mark.parametrize("name", ["set_attn_processor", "attn_processors", "named_modules"])
 def test_who_asks_for_the_processors_is_about_to_change_them(recorder: Recorder, name: str) -> None:
     pipeline, _ = build("flux")
     getattr(recorder.proxy(pipeline.transformer), name)

@@ -49,8 +49,9 @@ def test_merged_requests_equal_plain_calls(case: Case) -> None:
     error = difference(report.outputs, case.plain)
     assert error <= MERGED_TOLERANCE
     assert (report.mode == "merge") == case.entry.merges
-    # The others say why they don't.
-    assert (largest_batch >= 3) == case.entry.merges == (not case.entry.because)
+    # The others say why they don't; they may share forwards until they turn out to be exclusive.
+    assert largest_batch >= 3 or not case.entry.merges
+    assert case.entry.merges == (not case.entry.because)
     case.seen |= {"merged": f"{error:.0e}" if error else "0", "batch": str(largest_batch), "mode": report.mode}
 
 

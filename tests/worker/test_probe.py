@@ -10,7 +10,7 @@ from sgld.worker.probe import probed_axes
 from worker.requests import Doublings, Sum, request
 
 
-@pytest.mark.parametrize("name", TEN)
+@pytest.mark.parametrize("name", [*TEN, "cogvideox_image_to_video", "modular_qwen_image"])
 def test_axes_of_the_denoiser_are_learned(name: str) -> None:
     pipeline, kwargs = build(name)
     axes = probed_axes(pipeline, request(name, 0, kwargs))
@@ -44,16 +44,28 @@ def test_lists_of_rows_are_seen() -> None:
     assert {value.axis for value in batched("z_image", "transformer").values()} >= {None}
 
 
-def test_probe_leaves_nothing_behind() -> None:
-    pipeline, kwargs = build("flux")
-    call = request("flux", 0, kwargs)
+@pytest.mark.parametrize("name", ["flux", "modular_flux"])
+def test_probe_leaves_nothing_behind(name: str) -> None:
+    pipeline, kwargs = build(name)
+    call = request(name, 0, kwargs)
     generator, rng = call["generator"].get_state(), torch.get_rng_state()
     scheduler = repr(vars(pipeline.scheduler))
     probed_axes(pipeline, call)
     assert torch.equal(call["generator"].get_state(), generator)
     assert torch.equal(torch.get_rng_state(), rng)
     assert repr(vars(pipeline.scheduler)) == scheduler
-    assert set(call) == set(request("flux", 0, kwargs))
+    assert set(call) == set(request(name, 0, kwargs))
+
+
+@pytest.mark.parametrize("name", ["wan", "modular_wan"])
+def test_probe_decodes_nothing(name: str) -> None:
+    pipeline, kwargs = build(name)
+
+    def decode(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError("decoded")
+
+    pipeline.vae.decode = decode
+    assert any(key[0] == "transformer" for key in probed_axes(pipeline, request(name, 0, kwargs)))
 
 
 def test_callbacks_of_a_request_are_not_called_by_a_probe() -> None:
