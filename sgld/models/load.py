@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
-from sgld.models.resolve import defaults, model_index, one_line, resolve
+from sgld.models.modular import is_modular, load_modular
+from sgld.models.resolve import ModelSource, defaults, model_index, one_line, resolve
 from sgld.models.verdicts import VerdictFile
 
 # What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
@@ -54,7 +55,9 @@ class LoadedModel:
 
         :raises InvalidRequest: there is none.
         """
-        accepted = inspect.signature(self.pipeline.__call__).parameters
+        # A modular pipeline's __call__ takes anything; its blocks say what they use.
+        of_blocks = getattr(self.pipeline, "default_call_parameters", None)
+        accepted = inspect.signature(self.pipeline.__call__).parameters if of_blocks is None else of_blocks
         needed = next((name for name in _SIBLINGS if name in given), None)
         if needed is None or needed in accepted:
             return self.pipeline
@@ -91,14 +94,21 @@ def load(config: EngineConfig) -> LoadedModel:
     if config.vae_precision:
         dtype = {"default": dtype, "vae": _DTYPES[config.vae_precision]}
     recommended = defaults(source)
+    index = model_index(source, config.revision)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source.pretrained_name, revision=config.revision, dtype=dtype)
+        pipeline = _pipeline(source, index, revision=config.revision, dtype=dtype)
         pipeline.to(device)
     except _LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
-    verdict_file = VerdictFile(source, model_index(source, config.revision))
+    verdict_file = VerdictFile(source, index)
     return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file)
+
+
+def _pipeline(source: ModelSource, index: dict[str, Any], *, revision: str | None, dtype: Any) -> Any:
+    if is_modular(index):
+        return load_modular(source, revision=revision, dtype=dtype)
+    return DiffusionPipeline.from_pretrained(source.pretrained_name, revision=revision, dtype=dtype)
 
 
 def _device(config: EngineConfig) -> torch.device:

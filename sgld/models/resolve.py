@@ -13,12 +13,13 @@ EMBEDDED = {
     EMBEDDED_VIDEO_MODEL: Path(__file__).parent / "embedded" / "tiny_video",
 }
 INDEX_FILE = "model_index.json"
+MODULAR_INDEX_FILE = "modular_model_index.json"
 DEFAULTS_FILE = "sgld_defaults.json"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is: `folder` holds model_index.json; None means that `model_path` is an id on the hub."""
+    """Where a model is: `folder` holds its index; None means that `model_path` is an id on the hub."""
 
     model_path: str
     folder: Path | None
@@ -32,7 +33,7 @@ class ModelSource:
 def resolve(model_path: str) -> ModelSource:
     """Find a model without loading it or reaching the hub.
 
-    :raises ModelError: it is a folder without model_index.json, or neither a folder nor a possible hub id.
+    :raises ModelError: it is a folder without an index, or neither a folder nor a possible hub id.
     """
     missing = f"there is no folder {model_path!r}, and it isn't a Hugging Face model id (owner/name)"
     try:
@@ -42,7 +43,7 @@ def resolve(model_path: str) -> ModelSource:
         # Too long a name, an unknown user after ~, a NUL.
         raise ModelError(missing) from None
     if is_folder:
-        if not (folder / INDEX_FILE).is_file():
+        if _index_in(folder) is None:
             raise ModelError(f"{model_path} has no {INDEX_FILE}; a model is a folder in the layout of diffusers")
         return ModelSource(model_path, folder)
     if is_there:
@@ -54,18 +55,29 @@ def resolve(model_path: str) -> ModelSource:
 
 
 def model_index(source: ModelSource, revision: str | None = None) -> dict[str, Any]:
-    """The model's model_index.json, fetched from the hub if need be.
+    """The model's model_index.json, or that of a modular pipeline, fetched from the hub if need be.
 
     :raises ModelError: it can't be read.
     """
     try:
-        if source.folder is not None:
-            return dict(json.loads((source.folder / INDEX_FILE).read_text()))
-        from huggingface_hub import hf_hub_download
-
-        return dict(json.loads(Path(hf_hub_download(source.model_path, INDEX_FILE, revision=revision)).read_text()))
+        index = _index_in(source.folder) if source.folder is not None else _index_on_hub(source.model_path, revision)
+        return dict(json.loads((index or Path(INDEX_FILE)).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{INDEX_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
+
+
+def _index_in(folder: Path) -> Path | None:
+    return next((folder / name for name in (INDEX_FILE, MODULAR_INDEX_FILE) if (folder / name).is_file()), None)
+
+
+def _index_on_hub(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model_id, INDEX_FILE, revision=revision))
+    except EntryNotFoundError:
+        return Path(hf_hub_download(model_id, MODULAR_INDEX_FILE, revision=revision))
 
 
 def defaults(source: ModelSource) -> dict[str, Any]:

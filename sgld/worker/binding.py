@@ -113,7 +113,7 @@ class ProgressBar:
         self._iterable = iterable
         self.total = total
         self.n = 0
-        task.step, task.num_steps = 0, total
+        task.step, task.num_steps, task.has_progress_bar = 0, total, True
 
     def __enter__(self) -> Self:
         return self

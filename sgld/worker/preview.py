@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sgld.worker.pixels import to_uint8
 from sgld.worker.rgb import RgbMap
+from sgld.worker.steps import WatchedStep, schedulers_of
 from sgld.worker.task import Task
 
 # A glue between the noise scheduler's sample and the VAE's input that leaves more than this, relative, isn't one.
@@ -156,9 +157,8 @@ class Previewer:
         if num_previews == 0 or real_vae is None:
             return
         watched = _Watched(self, task, real_vae, num_previews, send)
-        for name, value in list(vars(bound).items()):
-            if name.endswith("scheduler") and hasattr(value, "step"):
-                value.step = watched.around_step(value, value.step)
+        for scheduler in schedulers_of(bound):
+            scheduler.step = WatchedStep(scheduler, functools.partial(watched.around_step, scheduler))
         decode = bound.vae.decode
         vars(bound.vae)["decode"] = functools.wraps(decode)(functools.partial(watched.around_decode, decode))
 
@@ -202,25 +202,18 @@ class _Watched:
         self._last: torch.Tensor | None = None
         self._sent: set[int] = set()
 
-    def around_step(self, scheduler: Any, step: Callable[..., Any]) -> Callable[..., Any]:
-        # Pipelines look at the signature of `step` to see what it takes.
-        signature = inspect.signature(step)
-
-        @functools.wraps(step)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            number = self._task.step + 1
-            if number in steps_to_show(self._num_previews, self._task.num_steps) - self._sent:
-                self._sent.add(number)
-                # Some have further arguments between these.
-                given = signature.bind(*args, **kwargs).arguments
-                if {"model_output", "timestep", "sample"} <= given.keys():
-                    clean = predicted_clean(scheduler, given["model_output"], given["timestep"], given["sample"])
-                    self._show(number, clean)
-            result = step(*args, **kwargs)
-            self._last = result[0] if isinstance(result, tuple) else result.prev_sample
-            return result
-
-        return watched
+    def around_step(self, scheduler: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        number = self._task.step + 1
+        if number in steps_to_show(self._num_previews, self._task.num_steps) - self._sent:
+            self._sent.add(number)
+            # Some have further arguments between these.
+            given = inspect.signature(step).bind(*args, **kwargs).arguments
+            if {"model_output", "timestep", "sample"} <= given.keys():
+                clean = predicted_clean(scheduler, given["model_output"], given["timestep"], given["sample"])
+                self._show(number, clean)
+        result = step(*args, **kwargs)
+        self._last = result[0] if isinstance(result, tuple) else result.prev_sample
+        return result
 
     def around_decode(self, decode: Callable[..., Any], latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = decode(latents, *args, **kwargs)

@@ -35,6 +35,7 @@ from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.preview import Previewer
 from sgld.worker.results import Results
 from sgld.worker.session import Job, Session, is_cancelled
+from sgld.worker.steps import count_steps
 from sgld.worker.streaming import can_stream, streamed
 from sgld.worker.task import Outcome, Raised, Task
 
@@ -167,6 +168,7 @@ class _Output:
         if self._model.device.type == "cuda":
             torch.cuda.set_device(self._model.device)
         self._sample_rate = sample_rate_of(bound)
+        count_steps(task, bound)
         vae = getattr(bound, "vae", None)
         if vae is None:
             return

@@ -55,6 +55,8 @@ class Task:
         self.request_id = request_id
         self.step = 0
         self.num_steps = num_steps
+        self.has_progress_bar = False
+        """The pipeline made one, and tells its steps by it."""
         self.num_calls = 0
         self.exclusive_because: str | None = None
         """What the task is about to change in a component that it shares: from here on it must run alone."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from diffusers import FluxAutoBlocks
 from pipelines import build
 
 
@@ -22,4 +23,15 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan")
     build("wan")[0].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def modular_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A modular pipeline of the components of another one."""
+    folder = tmp_path_factory.mktemp("modular")
+    pipeline = FluxAutoBlocks().init_pipeline()
+    parts = build("flux")[0].components
+    pipeline.update_components(**{name: part for name, part in parts.items() if name in pipeline.components})
+    pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
     return folder
