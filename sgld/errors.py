@@ -2,6 +2,7 @@
 
     SgldError
     ├── InvalidRequest      the request can't be done as asked; nothing ran
+    │   └── DeadlineImpossible  not in the time that it allows
     ├── ModelError          the model can't be found, read or served
     ├── QueueFull           too many requests wait already
     ├── EngineClosed        the engine is shut down, or was never started
@@ -33,6 +34,15 @@ class InvalidRequest(SgldError):
         self.param = param
 
 
+class DeadlineImpossible(InvalidRequest):
+    """The request takes longer than its `deadline_s`, whatever else there is to do."""
+
+    code = "deadline_impossible"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "deadline_s")
+
+
 class ModelError(SgldError):
     """The model can't be found, read or served."""
 
@@ -40,9 +50,13 @@ class ModelError(SgldError):
 
 
 class QueueFull(SgldError):
-    """Too many requests wait already."""
+    """Too many requests wait already. `retry_after_s` predicts when there is room; None while nothing is known."""
 
     code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineClosed(SgldError):

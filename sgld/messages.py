@@ -50,6 +50,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Component name to the dtype of its parameters."""
     fps: float | None
     """Frames per second that the model's author recommends."""
+    device_name: str = ""
+    """What it is: forwards take the same time on devices with the same name."""
+    identity: str | None = None
+    """Names the configurations of its components; None: nothing that is learned of it is kept."""
 
 
 class Command(msgspec.Struct, frozen=True, tag_field="type"):

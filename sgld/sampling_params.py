@@ -48,6 +48,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Literal["cpu", "cuda"], Meta(description="device that draws the noise; cpu gives the same noise everywhere")
     ] = "cpu"
     num_outputs_per_prompt: Annotated[int, Meta(ge=1, le=64, description="number of outputs")] = 1
+    priority: Annotated[
+        int, Meta(ge=-100, le=100, description="requests of a higher priority go first", extra={"is_scheduling": True})
+    ] = 0
+    deadline_s: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                description="seconds in which it should be done; it goes first when it must, last when it can't",
+                extra={"is_scheduling": True},
+            ),
+        ]
+        | None
+    ) = None
+    exact: Annotated[
+        bool, Meta(description="share no forward with other requests, so that company doesn't change a bit")
+    ] = False
     num_previews: Annotated[
         int, Meta(ge=0, description="number of pictures sent while denoising goes on", extra={"is_flag": False})
     ] = 0

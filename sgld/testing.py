@@ -68,7 +68,7 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
     session = Session(Executor(merge=merge), emit, ended, merges_alone=True)
     for index in range(len(calls)):
         scheduler.add(str(index), time.monotonic())
-    for request_id in scheduler.admit():
+    for request_id in scheduler.admit(time.monotonic()):
         session.start(Job(request_id, pipeline, dict(calls[int(request_id)])))
     while (batch := scheduler.next_batch(time.monotonic())) is not None:
         session.run(batch.call_ids)

@@ -48,6 +48,7 @@ class Option:
 
     :ivar type: the annotation of its field, which says what values it takes.
     :ivar later: what it waits for; until then only the default is accepted.
+    :ivar is_scheduling: it decides when an output is made, not what it is.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Option:
     metavar: str
     aliases: tuple[str, ...] = ()
     later: str | None = None
+    is_scheduling: bool = False
 
     @property
     def flags(self) -> list[str]:
@@ -140,6 +142,7 @@ def _option(field: inspect.Field, hint: Any, group: str) -> Option | None:
         metavar=_metavar(core, field.name),
         aliases=extra.get("aliases", ()),
         later=extra.get("later"),
+        is_scheduling=extra.get("is_scheduling", False),
     )
 
 

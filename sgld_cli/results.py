@@ -23,10 +23,10 @@ from sgld.media.files import (
 from sgld.media.images import encode_image
 from sgld.media.videos import write_video
 from sgld.sampling_params import SamplingParams
-from sgld_cli.options import UsageError, options_by_name
+from sgld_cli.options import UsageError
 from sgld_cli.progress import Output
 from sgld_cli.settings import Settings
-from sgld_cli.sources import ENGINE_METADATA
+from sgld_cli.sources import ENGINE_METADATA, repeatable
 
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 DEFAULT_FPS = 24.0
@@ -203,7 +203,7 @@ class Files:
             "version": __version__,
             "model_path": self._settings.engine.model_path,
             **{name: engine[name] for name in ENGINE_METADATA if engine[name]},
-            "params": {n: value for n, value in chosen.items() if value is not None and n in options_by_name()},
+            "params": {n: value for n, value in chosen.items() if value is not None and n in repeatable()},
         }
 
 

@@ -13,6 +13,12 @@ ENGINE_METADATA = ("revision", "dit_precision", "vae_precision", "vae_tiling", "
 _TOO_DEEP = "it is nested too deeply"
 
 
+def repeatable() -> frozenset[str]:
+    """The sampling params that make an output what it is."""
+    fields = frozenset(SamplingParams.__struct_fields__)
+    return fields & {name for name, option in options_by_name().items() if not option.is_scheduling}
+
+
 def read_config(path: Path) -> dict[str, object]:
     """The keys of a JSON or YAML file.
 
@@ -48,7 +54,7 @@ def read_picture(path: Path) -> dict[str, object]:
     params = metadata.get("params")
     if not isinstance(params, dict):
         raise UsageError(f"{path} holds no parameters of sgld, so it can't be repeated")
-    sampling = set(SamplingParams.__struct_fields__) & options_by_name().keys()
+    sampling = repeatable()
     return {
         **{name: value for name, value in metadata.items() if name in ("model_path", *ENGINE_METADATA)},
         **{name: value for name, value in params.items() if name in sampling},

@@ -18,7 +18,9 @@ from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.cost import CostModel
+from sgld.engine.demand import demand_of
 from sgld.engine.entry import Entry
+from sgld.engine.learned import LearnedFile
 from sgld.engine.replica import Rank, RankFactory, rank_process
 from sgld.engine.scheduler import Batch, Scheduler
 from sgld.engine.statistics import CostStatistics, Statistics, Tally
@@ -75,6 +77,8 @@ MAX_LOSSES = 2
 _START_BYTES = 1024
 # So many ranks in a row may be lost before they are ready, where one was ready before.
 MAX_LOST_LOADS = 3
+# How often what was learned is kept while the engine is open.
+KEEP_S = 60.0
 _ANY_INPUT = InputPolicy()
 _ids = count(1)
 
@@ -101,6 +105,8 @@ class Engine:
         self._rank: Rank | None = None
         """None while no rank is ready."""
         self._model: ModelInfo | None = None
+        self._learned_file: LearnedFile | None = None
+        self._kept_version = self._cost.version
         self._running: Batch | None = None
         self._num_lost_loads = 0
         self._load_error: ModelError | None = None
@@ -118,6 +124,7 @@ class Engine:
         self._stack.callback(tasks.cancel_scope.cancel)
         self._is_open = True
         tasks.start_soon(self._serve)
+        tasks.start_soon(self._keep_learned)
         return self
 
     async def __aexit__(
@@ -128,8 +135,9 @@ class Engine:
             self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
         self._is_decided.set()
         await self._stack.aclose()
-        if self._tally.trace is not None:
-            with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True):
+            await self._keep()
+            if self._tally.trace is not None:
                 await to_thread.run_sync(self._tally.trace.close)
 
     async def ready(self) -> ModelInfo:
@@ -178,6 +186,7 @@ class Engine:
         :param inputs: where the pictures that the params refer to may come from.
         :raises InvalidRequest: the params are too large, hold what JSON doesn't have, or a picture can't be had.
         :raises QueueFull: too many requests wait.
+        :raises DeadlineImpossible: it takes longer than its deadline allows, even alone.
         :raises EngineClosed: the engine isn't open.
         :raises ModelError: the model can't be served.
         """
@@ -204,13 +213,13 @@ class Engine:
             raise EngineClosed("the engine isn't open; use it in an `async with` block")
         if self._load_error is not None:
             raise self._load_error
-        self._scheduler.check_room(params.num_outputs_per_prompt)
+        self._scheduler.check_room(demand_of(params), params.num_outputs_per_prompt, time.monotonic())
 
     def _submit(self, params: SamplingParams) -> list[Entry]:
         # Again: meanwhile its pictures may have been downloaded.
         self._check_open(params)
         _check_message(params)
-        group, now = f"r{next(_ids)}", time.monotonic()
+        group, now, demand = f"r{next(_ids)}", time.monotonic(), demand_of(params)
         entries: list[Entry] = []
         for index in range(params.num_outputs_per_prompt):
             request = Request(
@@ -218,10 +227,11 @@ class Engine:
             )
             entry = Entry(request, group, entries[0].stream if entries else None)
             self._entries[request.id] = entry
-            self._scheduler.add(request.id, now)
+            self._scheduler.add(request.id, now, demand)
             entries.append(entry)
         for entry in entries:
-            position, eta_s = self._scheduler.position(entry.request.id), self._scheduler.eta_s(entry.request.id)
+            position = self._scheduler.position(entry.request.id, now)
+            eta_s = self._scheduler.eta_s(entry.request.id, now)
             entry.put(entry.event(Queued, position=position, eta_s=eta_s))
         self._tick()
         return entries
@@ -251,6 +261,8 @@ class Engine:
             while self._load_error is None:
                 reply: AnyReply | None = await rank.receive()
                 while reply is not None:
+                    if isinstance(reply, Ready):
+                        await self._recall(reply.model)
                     self._handle(rank, reply)
                     reply = rank.receive_nowait()
                 self._tick()
@@ -264,11 +276,33 @@ class Engine:
             self._rank = None
         return None
 
+    async def _recall(self, model: ModelInfo) -> None:
+        """Begin with what earlier starts learned of the model; a rank that is started again changes nothing."""
+        if self._learned_file is not None or model.identity is None:
+            return
+        self._learned_file = LearnedFile(model)
+        learned = await to_thread.run_sync(self._learned_file.read)
+        self._cost.recall(learned.times)
+        self._scheduler.recall(learned.profiles)
+        self._kept_version = self._cost.version
+
+    async def _keep_learned(self) -> None:
+        while True:
+            await anyio.sleep(KEEP_S)
+            await self._keep()
+
+    async def _keep(self) -> None:
+        """Write down what was learned, if it is news."""
+        if self._learned_file is None or self._kept_version == self._cost.version:
+            return
+        self._kept_version = self._cost.version
+        await to_thread.run_sync(self._learned_file.write, self._cost.learned(), self._scheduler.learned())
+
     def _tick(self) -> None:
         """Start what may start and, when the rank has nothing to run, give it the next batch."""
         if self._rank is None:
             return
-        for request_id in self._scheduler.admit():
+        for request_id in self._scheduler.admit(time.monotonic()):
             entry = self._entries[request_id]
             entry.change(RequestState.RUNNING)
             self._tally.started(entry.request, time.monotonic())
@@ -351,7 +385,7 @@ class Engine:
         match reply:
             case Stepped(step=step, num_steps=num_steps):
                 self._scheduler.stepped(reply.request_id, step)
-                eta_s = self._scheduler.eta_s(reply.request_id)
+                eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
                 entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
             case Finished():
                 self._end(entry, RequestState.COMPLETED, self._completed(entry))

@@ -1,22 +1,25 @@
 """Who runs next: a pure, synchronous object without I/O. Times are seconds on the caller's clock.
 
-Shortest remaining time first, with ageing; calls join a batch only where everybody together gains.
+Shortest remaining time first, with ageing, below priorities and deadlines; calls join a batch only where everybody
+together gains.
 """
 
-import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 
+from sgld.engine.batching import as_many_as_pay, together_s
 from sgld.engine.cost import Cost
-from sgld.errors import QueueFull
+from sgld.engine.demand import Demand, Profile, Profiles
+from sgld.engine.order import Level, in_order, score
+from sgld.engine.remaining import Tracked
+from sgld.errors import DeadlineImpossible, QueueFull
 from sgld.messages import CallInfo
 
-# A second of waiting counts like half a second less to do: a request with R seconds to do is overtaken for 2·R at most.
-AGEING = 0.5
 # The front has a say again after this time: new requests wait for a standing order no longer.
 STANDING_ORDER_S = 0.25
+# The longest tick of late is forgotten by so much with each tick.
+_FORGET = 0.99
 
 
 @dataclass(frozen=True)
@@ -25,25 +28,14 @@ class Batch:
 
     call_ids: tuple[int, ...]
     request_ids: tuple[str, ...]
+    """The requests of the calls; one that has several calls in the batch comes once."""
     num_ticks: int
     predicted_s: float | None
     """Seconds of one tick."""
 
 
-@dataclass
-class _Running:
-    arrived_at: float
-    number: int
-    """In the order of arrival; some arrive at the same time."""
-    calls: dict[int, CallInfo] = field(default_factory=dict)
-    num_denoise_calls: int = 0
-    num_steps_done: int = 0
-    last_denoise: CallInfo | None = None
-    service_s: float = 0.0
-
-
 class Scheduler:
-    """Requests wait in order of arrival until they are admitted; then their calls compete.
+    """Requests wait in the order of service until they are admitted; then their calls compete.
 
     :param cost: predicts forwards; learned by the owner.
     """
@@ -52,167 +44,168 @@ class Scheduler:
         self, cost: Cost, *, max_running_requests: int = 32, max_queued_requests: int = 1024, max_batch_size: int = 16
     ) -> None:
         self._cost = cost
+        self._profiles = Profiles(cost)
         self._max_running = max_running_requests
         self._max_queued = max_queued_requests
         self._max_batch_size = max_batch_size
-        self._queued: OrderedDict[str, tuple[float, int]] = OrderedDict()
-        """When each arrived, and its number."""
+        self._queued: dict[str, Tracked] = {}
+        self._running: dict[str, Tracked] = {}
+        self._by_call: dict[int, Tracked] = {}
+        """The running requests whose calls wait, by these."""
+        self._scores: dict[str, float] = {}
         self._numbers = count()
-        self._running: dict[str, _Running] = {}
-        self._suspects: set[str] = set()
-        """They share no forward: if one of them is lost again, it is known whose it was."""
-        self._tail_s: dict[str, float] = {}
-        """Cost key of the denoiser to the seconds that decoding takes afterwards."""
-        self._mean_service_s: float | None = None
+        self._tick_s = 0.0
+        """The longest of late."""
 
-    def check_room(self, num_requests: int) -> None:
-        """See that so many more requests may wait.
+    def check_room(self, demand: Demand, num_requests: int, now: float) -> None:
+        """See that so many more requests may wait, and can be done in time.
 
         :raises QueueFull: too many wait already.
+        :raises DeadlineImpossible: they take longer than they may.
         """
         num_free = max(self._max_running - len(self._running), 0)
-        if len(self._queued) + num_requests > self._max_queued + num_free:
+        num_excess = len(self._queued) + num_requests - self._max_queued - num_free
+        if num_excess > 0:
             raise QueueFull(
                 f"{len(self._queued)} requests wait and {num_requests} more would exceed the limit of "
-                f"{self._max_queued}; try again later"
+                f"{self._max_queued}; try again later",
+                retry_after_s=self._until_free_s(num_excess, now),
+            )
+        total_s = self._profiles.known_s(demand)
+        if demand.deadline_s is not None and total_s is not None and total_s > demand.deadline_s:
+            raise DeadlineImpossible(
+                f"deadline_s is {demand.deadline_s:g}, but such a request takes {total_s:.3g} s when nothing else "
+                f"runs; allow it more time, or ask for less"
             )
 
-    def add(self, request_id: str, now: float) -> None:
+    def add(self, request_id: str, now: float, demand: Demand | None = None) -> None:
         """Let a request wait."""
-        self._queued[request_id] = now, next(self._numbers)
+        self._queued[request_id] = Tracked(request_id, next(self._numbers), now, demand or Demand())
 
-    def admit(self) -> list[str]:
+    def admit(self, now: float) -> list[str]:
         """The requests that start now, in order; from here on they are running."""
-        admitted = []
-        while self._queued and len(self._running) < self._max_running:
-            request_id, arrival = self._queued.popitem(last=False)
-            self._running[request_id] = _Running(*arrival)
-            admitted.append(request_id)
-        return admitted
+        num_free = self._max_running - len(self._running)
+        if num_free <= 0 or not self._queued:
+            return []
+        admitted = [request for _, request in self._ordered(self._queued.values(), now)[:num_free]]
+        for request in admitted:
+            self._running[request.id] = self._queued.pop(request.id)
+        return [request.id for request in admitted]
 
     def pending(self, call: CallInfo) -> None:
         """A call of a running request waits; with a known id it replaces what was said before."""
-        running = self._running.get(call.request_id)
-        if running is None:
-            return
-        if call.id not in running.calls and call.kind == "denoise":
-            running.num_denoise_calls += 1
-            running.last_denoise = call
-        running.calls[call.id] = call
+        request = self._running.get(call.request_id)
+        if request is not None:
+            request.pending(call)
+            self._by_call[call.id] = request
 
     def stepped(self, request_id: str, step: int) -> None:
         """A running request has done so many steps."""
         if request_id in self._running:
-            self._running[request_id].num_steps_done = step
+            self._running[request_id].stepped(step)
 
     def ran(self, call_ids: Iterable[int], elapsed_s: float) -> None:
         """These calls ran in one forward."""
-        done = set(call_ids)
-        for running in self._running.values():
-            for call_id in done & running.calls.keys():
-                call = running.calls.pop(call_id)
-                running.service_s += elapsed_s
-                if call.kind == "decode" and running.last_denoise is not None:
-                    self._tail_s[running.last_denoise.cost_key] = elapsed_s
+        self._tick_s = max(elapsed_s, _FORGET * self._tick_s)
+        for call_id in call_ids:
+            request = self._by_call.pop(call_id, None)
+            if request is not None:
+                request.ran(call_id)
 
     def remove(self, request_id: str, *, is_completed: bool = False) -> None:
         """A request ended or was cancelled."""
         self._queued.pop(request_id, None)
-        self._suspects.discard(request_id)
-        running = self._running.pop(request_id, None)
-        if running is not None and is_completed:
-            mean = self._mean_service_s
-            self._mean_service_s = running.service_s if mean is None else 0.8 * mean + 0.2 * running.service_s
+        self._scores.pop(request_id, None)
+        request = self._running.pop(request_id, None)
+        if request is None:
+            return
+        self._forget_calls(request)
+        if is_completed:
+            self._profiles.learn(request.demand, request.made)
 
     def requeue(self, request_id: str, *, is_suspect: bool = False) -> None:
-        """A running request starts again from the beginning, before those that arrived after it.
+        """A running request starts again from the beginning.
 
         :param is_suspect: it may be the one that cost a rank; from now on its calls share no forward.
         """
-        if is_suspect:
-            self._suspects.add(request_id)
-        running = self._running.pop(request_id)
-        self._queued[request_id] = running.arrived_at, running.number
-        self._queued = OrderedDict(sorted(self._queued.items(), key=lambda item: item[1]))
+        request = self._running.pop(request_id)
+        self._forget_calls(request)
+        request.restart()
+        request.is_suspect |= is_suspect
+        self._queued[request_id] = request
 
     def next_batch(self, now: float) -> Batch | None:
         """The calls that run next, or None when nothing is pending."""
-        waiting = sorted(self._pending_calls(), key=lambda call: (self._urgency_s(call, now), call.id))
-        if not waiting:
+        if not self._by_call:
             return None
-        head = waiting[0]
-        group = [call for call in waiting if call is head or self._may_join(head, call)]
-        calls = self._as_many_as_pay(group[: self._max_batch_size], len(waiting))
-        predicted_s = self._cost.predict(head.cost_key, sum(call.rows for call in calls))
+        ordered = self._ordered((request for request in self._running.values() if request.calls), now)
+        batch = self._batch(ordered)
+        calls = [call for _, call in batch]
+        predicted_s = self._cost.predict(calls[0].cost_key, sum(call.rows for call in calls))
         return Batch(
             call_ids=tuple(call.id for call in calls),
-            request_ids=tuple(call.request_id for call in calls),
+            request_ids=tuple(dict.fromkeys(request.id for request, _ in batch)),
             num_ticks=self._num_ticks(calls, predicted_s),
             predicted_s=predicted_s,
         )
 
-    def position(self, request_id: str) -> int:
+    def position(self, request_id: str, now: float) -> int:
         """How many waiting requests are before this one."""
-        return list(self._queued).index(request_id)
+        return [request.id for _, request in self._ordered(self._queued.values(), now)].index(request_id)
 
-    def eta_s(self, request_id: str) -> float | None:
-        """Predicted seconds until the request is completed, all others considered; None while nothing is known."""
-        own_s = self._remaining_of(request_id)
-        if own_s is None:
-            return None
-        others = [self._remaining_of(other) for other in (*self._running, *self._queued) if other != request_id]
-        return own_s + sum(min(other_s, own_s) for other_s in others if other_s is not None)
+    def eta_s(self, request_id: str, now: float) -> float | None:
+        """Predicted seconds until the request is completed if no others come; None while nothing is known.
 
-    def _pending_calls(self) -> list[CallInfo]:
-        return [call for running in self._running.values() for call in running.calls.values()]
-
-    def _urgency_s(self, call: CallInfo, now: float) -> float:
-        """Remaining seconds minus the credit for waiting; the least goes first. What isn't known is tried."""
-        remaining_s = self._remaining_s(self._running[call.request_id]) or 0.0
-        return remaining_s - AGEING * (now - self._running[call.request_id].arrived_at)
-
-    def _remaining_of(self, request_id: str) -> float | None:
-        running = self._running.get(request_id)
-        remaining_s = self._remaining_s(running) if running is not None else None
-        return self._mean_service_s if remaining_s is None else remaining_s
-
-    def _remaining_s(self, running: _Running) -> float | None:
-        """Steps left at the cost of a step, and decoding."""
-        call = running.last_denoise
-        call_s = self._cost.predict(call.cost_key, call.rows) if call is not None else None
-        if call is None or call_s is None:
-            return None
-        calls_per_step = math.ceil(running.num_denoise_calls / (running.num_steps_done + 1))
-        num_steps_left = max(call.num_steps - running.num_steps_done, 0)
-        return num_steps_left * calls_per_step * call_s + self._tail_s.get(call.cost_key, 0.0)
-
-    def _may_join(self, head: CallInfo, call: CallInfo) -> bool:
-        is_own = head.request_id == call.request_id
-        if not is_own and not self._suspects.isdisjoint((head.request_id, call.request_id)):
-            return False
-        return call.merge_key is not None and call.merge_key == head.merge_key
-
-    def _as_many_as_pay(self, group: Sequence[CallInfo], num_waiting: int) -> list[CallInfo]:
-        """One more call joins n calls if the delay it costs them, n·Δt, is less than it saves those who wait.
-
-        They would wait for its forward alone instead: t(1) - Δt less, each.
+        All that goes before it is done first, and as long as it runs those that share its forwards make them longer.
         """
-        batch = [group[0]]
-        rows = group[0].rows
-        for call in group[1:]:
-            before_s = self._cost.predict(call.cost_key, rows)
-            after_s = self._cost.predict(call.cost_key, rows + call.rows)
-            alone_s = self._cost.predict(call.cost_key, call.rows)
-            if before_s is not None and after_s is not None and alone_s is not None:
-                delta_s = after_s - before_s
-                if len(batch) * delta_s >= (num_waiting - len(batch)) * (alone_s - delta_s):
-                    break
-            batch.append(call)
-            rows += call.rows
-        return batch
+        ordered = self._ordered([*self._running.values(), *self._queued.values()], now)
+        place = next((i for i, (_, request) in enumerate(ordered) if request.id == request_id), None)
+        own_s = ordered[place][1].remaining_s if place is not None else None
+        if place is None or own_s is None:
+            return None
+        before = [(request, request.remaining_s or 0.0) for _, request in ordered[: place + 1]]
+        sharing = [request for request, _ in self._batch(ordered[place:])] if ordered[place][1].calls else []
+        return together_s(
+            before + [(request, min(request.remaining_s or 0.0, own_s)) for request in sharing[1:]],
+            self._cost,
+            self._max_batch_size,
+        )
+
+    def recall(self, learned: Iterable[Profile]) -> None:
+        """Begin with what an earlier start learned of requests."""
+        self._profiles.recall(learned)
+
+    def learned(self) -> list[Profile]:
+        """What is known of requests, for the next start."""
+        return self._profiles.learned()
+
+    def _ordered(self, requests: Iterable[Tracked], now: float) -> list[tuple[Level, Tracked]]:
+        scored = []
+        for request in requests:
+            if request.update(self._cost, self._profiles) or request.id not in self._scores:
+                self._scores[request.id] = score(request)
+            scored.append((request, self._scores[request.id]))
+        return in_order(scored, now, self._tick_s)
+
+    def _batch(self, ordered: Sequence[tuple[Level, Tracked]]) -> list[tuple[Tracked, CallInfo]]:
+        num_requests = len(self._running) + len(self._queued)
+        return as_many_as_pay(ordered, num_requests, self._cost, self._max_batch_size)
+
+    def _forget_calls(self, request: Tracked) -> None:
+        for call_id in request.calls:
+            del self._by_call[call_id]
+
+    def _until_free_s(self, num_requests: int, now: float) -> float | None:
+        """Seconds until so many of the requests here are completed; None while nothing is known."""
+        ordered = self._ordered([*self._running.values(), *self._queued.values()], now)
+        first = [(request, request.remaining_s) for _, request in ordered[:num_requests]]
+        known = [(request, remaining_s) for request, remaining_s in first if remaining_s is not None]
+        return together_s(known, self._cost, self._max_batch_size) if len(known) == num_requests else None
 
     def _num_ticks(self, calls: Sequence[CallInfo], predicted_s: float | None) -> int:
         """One when others wait; else as many as fit in the time for which new requests may wait."""
-        if predicted_s is None or len(calls) < len(self._running) or self._queued:
+        if predicted_s is None or self._queued or len({call.request_id for call in calls}) < len(self._running):
+            return 1
+        if len(calls) < len(self._by_call):
             return 1
         return max(1, int(STANDING_ORDER_S / max(predicted_s, 1e-4)))

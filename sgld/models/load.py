@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import platform
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +80,8 @@ class LoadedModel:
                 if (parameter := next(module.parameters(), None)) is not None
             },
             fps=self.defaults.get("fps"),
+            device_name=_device_name(self.device),
+            identity=self.verdict_file.name if self.verdict_file is not None else None,
         )
 
 
@@ -116,6 +120,18 @@ def _device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not has_cuda:
         raise ModelError("device is 'cuda', but torch finds no GPU here; use --device cpu or auto")
     return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    """The same for devices on which a forward takes the same time."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{processor or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _set_up_vae(pipeline: Any, config: EngineConfig) -> None:

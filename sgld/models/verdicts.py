@@ -60,7 +60,8 @@ class VerdictFile:
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
         for config in sorted(source.folder.rglob("config.json")) if source.folder else ():
             digest.update(config.read_bytes())
-        self._path = cache_root() / "learned" / f"{digest.hexdigest()[:24]}.json"
+        self.name = digest.hexdigest()[:24]
+        self._path = cache_root() / "learned" / f"{self.name}.json"
 
     def read(self) -> Kept:
         """What is kept; nothing if there is no file, or one that another version wrote."""

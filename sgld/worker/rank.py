@@ -127,6 +127,7 @@ class Rank:
                 pipeline,
                 kwargs,
                 num_steps=num_steps(pipeline, kwargs),
+                is_exact=params.exact,
                 prepare=output.prepare,
                 finish=output.finish,
             )

@@ -23,13 +23,15 @@ logger = logging.getLogger(__name__)
 class Job:
     """What a task runs: a pipeline with arguments.
 
-    `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned.
+    `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned. An exact one
+    shares no forward, not even between its own calls.
     """
 
     request_id: str
     pipeline: Any
     kwargs: dict[str, Any]
     num_steps: int = 0
+    is_exact: bool = False
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
     finish: Callable[[Any], Any] = lambda result: result
 
@@ -215,9 +217,10 @@ class Session:
     def _merge_key(self, task: Task, call: Call) -> str | None:
         """What the call shares with those that it may run with. It matters in company only: digests take time."""
         is_alone = len(self._tasks) == 1 and not (self.merges_alone and len(task.calls) > 1)
-        if is_alone or self._exclusive is not None:
+        job = self._jobs[task.request_id]
+        if is_alone or self._exclusive is not None or job.is_exact:
             return None
-        self._learn(self._jobs[task.request_id], call)
+        self._learn(job, call)
         return self.executor.merge_key(call)
 
     def _announce(self, task: Task, call: Call) -> None:

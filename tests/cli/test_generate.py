@@ -114,6 +114,15 @@ def test_metadata_repeats_the_output(sgld: Sgld, engines: Engines) -> None:
     assert Path(first).read_bytes() == Path(second).read_bytes()
 
 
+def test_when_an_output_was_wanted_is_not_repeated(sgld: Sgld, engines: Engines) -> None:
+    (path,) = sgld("generate", "--prompt", "a", "--priority", "7", "--deadline-s", "60", "--exact").out
+    assert {"priority", "deadline_s"}.isdisjoint(read_metadata(Path(path))["params"])
+    sgld("generate", "--from", path)
+    (before,), (after,) = (engine.params for engine in engines.made)
+    assert (before.priority, before.deadline_s, before.exact) == (7, 60.0, True)
+    assert (after.priority, after.deadline_s, after.exact) == (0, None, True)
+
+
 def test_one_of_several_outputs_is_repeated_with_its_own_seed_and_flags_override(sgld: Sgld, engines: Engines) -> None:
     paths = sgld("generate", "--prompt", "a", "--num-outputs-per-prompt", "3", "--output-file-name", "x.png").out
     sgld("generate", "--from", sorted(paths)[2], "--prompt", "b")

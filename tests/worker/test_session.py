@@ -143,3 +143,15 @@ def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
     for output, expected in zip(report.outputs, plain, strict=True):
         # Their prompts were encoded together, before the first of them began to change anything.
         torch.testing.assert_close(output.images, expected, atol=1e-5, rtol=0)
+
+
+def test_exact_request_shares_with_nobody() -> None:
+    log = Log()
+    pipeline, kwargs = build("pixart")
+    for request_id in "abc":
+        arguments = kwargs | {"prompt": "a red cat", "output_type": "pt"}
+        log.session.start(Job(request_id, pipeline, arguments, is_exact=request_id == "b"))
+    keys = {request_id: reply.call.merge_key for request_id, reply in log.waiting().items()}
+    log.session.close()
+    assert keys["b"] is None
+    assert keys["a"] == keys["c"] is not None

@@ -1,0 +1,85 @@
+"""Which calls share the forward of the most urgent one, and how long requests take together: pure functions."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from sgld.engine.cost import Cost
+from sgld.engine.order import Level
+from sgld.engine.remaining import Tracked
+from sgld.messages import CallInfo
+
+
+def as_many_as_pay(
+    ordered: Sequence[tuple[Level, Tracked]], num_requests: int, cost: Cost, max_batch_size: int
+) -> list[tuple[Tracked, CallInfo]]:
+    """The first call of the first request, and those that everybody together gains by if they join it.
+
+    A call that joins makes the forward longer by Δt instead of taking t(1) of its own. All requests that are more
+    urgent than its own, in the batch or not, end Δt later. Its own, and all that come after it, end t(1) - Δt earlier.
+    So with k more urgent ones among n it joins if k·Δt < (n - k)·(t(1) - Δt). A second call of the first request has
+    k = 0: it joins if that saves any time.
+
+    Where a time isn't known, nothing joins: it is tried in a small batch first.
+
+    :param ordered: the requests with calls that wait, the most urgent first.
+    :param num_requests: all that wait or run.
+    """
+    head = ordered[0][1]
+    batch = [(head, head.calls[min(head.calls)])]
+    first = batch[0][1]
+    rows, before_s = first.rows, cost.predict(first.cost_key, first.rows)
+    for num_ahead, request, call in _candidates(ordered, first):
+        after_s = cost.predict(first.cost_key, rows + call.rows)
+        alone_s = cost.predict(call.cost_key, call.rows)
+        if len(batch) == max_batch_size or before_s is None or after_s is None or alone_s is None:
+            break
+        delta_s = after_s - before_s
+        if num_ahead * delta_s >= (num_requests - num_ahead) * (alone_s - delta_s):
+            break
+        batch.append((request, call))
+        rows, before_s = rows + call.rows, after_s
+    return batch
+
+
+def _candidates(ordered: Sequence[tuple[Level, Tracked]], first: CallInfo) -> Iterator[tuple[int, Tracked, CallInfo]]:
+    """The calls that may share a forward with the first one, each with the number of requests before its own."""
+    level, head = ordered[0]
+    for num_ahead, (other_level, request) in enumerate(ordered):
+        if other_level != level or first.merge_key is None:
+            return
+        if request is not head and (request.is_suspect or head.is_suspect):
+            continue
+        for call in request.calls.values():
+            if call is not first and call.merge_key == first.merge_key:
+                yield num_ahead, request, call
+
+
+def together_s(requests: Sequence[tuple[Tracked, float]], cost: Cost, max_batch_size: int) -> float:
+    """Seconds until all of these are done, given what each has left; those whose calls merge run together.
+
+    Of n that merge, the one with the most left takes t(1) for each of its calls, the next one t(2) - t(1), and so on.
+    """
+    alone_s = 0.0
+    merged: defaultdict[str, list[tuple[float, CallInfo]]] = defaultdict(list)
+    for request, remaining_s in requests:
+        call = next(iter(request.calls.values()), None)
+        if call is None or call.merge_key is None or request.is_suspect:
+            alone_s += remaining_s
+        else:
+            merged[call.merge_key].append((remaining_s, call))
+    return alone_s + sum(_merged_s(group, cost, max_batch_size) for group in merged.values())
+
+
+def _merged_s(group: list[tuple[float, CallInfo]], cost: Cost, max_batch_size: int) -> float:
+    total_s = 0.0
+    rows, before_s = 0, 0.0
+    for index, (remaining_s, call) in enumerate(sorted(group, key=lambda pair: -pair[0])):
+        if index % max_batch_size == 0:
+            rows, before_s = 0, 0.0
+        alone_s, after_s = cost.predict(call.cost_key, call.rows), cost.predict(call.cost_key, rows + call.rows)
+        if not alone_s or after_s is None:
+            total_s += remaining_s
+            continue
+        total_s += remaining_s * min(max(after_s - before_s, 0.0) / alone_s, 1.0)
+        rows, before_s = rows + call.rows, after_s
+    return total_s

@@ -1,0 +1,90 @@
+"""How far a request is, and how long it still takes."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from sgld.engine.cost import Cost
+from sgld.engine.demand import CallClass, Demand, Profiles, call_class, seconds_of
+from sgld.messages import CallInfo
+
+
+@dataclass(eq=False)
+class Tracked:
+    """A request that waits or runs, as the scheduler sees it."""
+
+    id: str
+    number: int
+    """In the order of arrival; some arrive at the same time."""
+    arrived_at: float
+    demand: Demand
+    is_suspect: bool = False
+    """It shares no forward: if a rank is lost again, it is known whose fault it was."""
+    calls: dict[int, CallInfo] = field(default_factory=dict)
+    """Those that wait, by id."""
+    remaining_s: float | None = None
+    """Alone; None while nothing is known."""
+    _made: Counter[CallClass] = field(default_factory=Counter)
+    _num_steps: int = 0
+    _num_steps_done: int = 0
+    _version: int = -1
+    """Of the costs that `remaining_s` was computed with; -1: it is to be computed again."""
+
+    @property
+    def deadline_at(self) -> float | None:
+        return None if self.demand.deadline_s is None else self.arrived_at + self.demand.deadline_s
+
+    @property
+    def made(self) -> Counter[CallClass]:
+        """The calls that it made so far."""
+        return self._made
+
+    def pending(self, call: CallInfo) -> None:
+        """A call waits; with a known id it replaces what was said before."""
+        self.calls[call.id] = call
+        if call.kind == "denoise":
+            self._num_steps = call.num_steps
+        self._version = -1
+
+    def ran(self, call_id: int) -> None:
+        """A call ran."""
+        self._made[call_class(self.calls.pop(call_id))] += 1
+        self._version = -1
+
+    def stepped(self, step: int) -> None:
+        """So many steps are done."""
+        self._num_steps_done = step
+        self._version = -1
+
+    def restart(self) -> None:
+        """It begins again."""
+        self.calls, self._made = {}, Counter()
+        self._num_steps = self._num_steps_done = 0
+        self._version = -1
+
+    def update(self, cost: Cost, profiles: Profiles) -> bool:
+        """Compute `remaining_s` if it may have changed; whether it was computed."""
+        if self._version == cost.version:
+            return False
+        self._version = cost.version
+        self.remaining_s = self._remaining_s(cost, profiles)
+        return True
+
+    def _remaining_s(self, cost: Cost, profiles: Profiles) -> float | None:
+        """Before denoising, and where the number of steps isn't known: what such requests take, less what was done.
+
+        From there on: the steps left at the cost of its own steps, and decoding.
+        """
+        waiting = [(call_class(call), 1) for call in self.calls.values()]
+        if not self._num_steps:
+            total_s, made_s = profiles.total_s(self.demand), seconds_of(cost, self._made.items())
+            if total_s is None or made_s is None:
+                return None
+            return max(total_s - made_s, seconds_of(cost, waiting) or 0.0)
+        denoise = [(made, number) for made, number in (*self._made.items(), *waiting) if made[0] == "denoise"]
+        steps_s = seconds_of(cost, denoise)
+        if steps_s is None:
+            return None
+        has_begun = any(made[0] == "denoise" for made, _ in waiting)
+        step_s = steps_s / max(self._num_steps_done + has_begun, 1)
+        num_steps_left = max(self._num_steps - self._num_steps_done, 0)
+        return num_steps_left * step_s + profiles.tail_s(self.demand)

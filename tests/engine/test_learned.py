@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.test_recovery import MODEL
+from sgld.engine.demand import Profile
+from sgld.engine.learned import Learned, LearnedFile
+
+TIMES = [("transformer.forward(64x8)", 1, 0.25), ("transformer.forward(64x8)", 2, 0.3)]
+PROFILES = [Profile("a", 100.0, ((("denoise", "transformer.forward(64x8)", 1), 20),)), Profile("b", None, ())]
+KEPT = msgspec.structs.replace(MODEL, identity="1234", device_name="NVIDIA H200")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path))
+    return tmp_path / "learned"
+
+
+def test_what_is_written_is_read_back(folder: Path) -> None:
+    LearnedFile(KEPT).write(TIMES, PROFILES)
+    learned = LearnedFile(KEPT).read()
+    assert (list(learned.times), list(learned.profiles)) == (TIMES, PROFILES)
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"identity": "5"}, {"device_name": "another GPU"}, {"precisions": {"transformer": "float16"}}]
+)
+def test_other_models_and_devices_have_other_files(change: dict[str, object]) -> None:
+    LearnedFile(KEPT).write(TIMES, PROFILES)
+    assert LearnedFile(msgspec.structs.replace(KEPT, **change)).read() == Learned()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"format": 0, "times": [["c", 1, 0.5]]}',
+        b'{"format": 1, "times": [["c", 1, -0.5]]}',
+        b'{"format": 1, "times": [["c", 0, 0.5]]}',
+        b'{"format": 1, "times": [["c", "one", 0.5]]}',
+        b'{"format": 1, "profiles": [["a", 1.0, [[["denoise", "c", 1], -3]]]]}',
+        b'{"format": 1, "profiles": [["a", 0.0, []]]}',
+    ],
+)
+def test_broken_and_foreign_files_are_like_none(folder: Path, content: bytes) -> None:
+    file = LearnedFile(KEPT)
+    file.write(TIMES, PROFILES)
+    next(folder.iterdir()).write_bytes(content)
+    assert file.read() == Learned()
+    file.write(TIMES, PROFILES)
+    assert file.read() != Learned()
+
+
+def test_folder_that_cannot_be_written_to_is_no_error(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.write_text("a file is in its place")
+    LearnedFile(KEPT).write(TIMES, PROFILES)
+    assert "can't be kept" in caplog.text
+    assert LearnedFile(KEPT).read() == Learned()
