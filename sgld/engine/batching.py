@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from sgld.engine.cost import Cost
+from sgld.engine.demand import Profiles, call_class, seconds_of
 from sgld.engine.order import Level
 from sgld.engine.remaining import Tracked
 from sgld.messages import CallInfo
@@ -52,6 +53,42 @@ def _candidates(ordered: Sequence[tuple[Level, Tracked]], first: CallInfo) -> It
         for call in request.calls.values():
             if call is not first and call.merge_key == first.merge_key:
                 yield num_ahead, request, call
+
+
+def preparing(
+    ordered: Sequence[tuple[Level, Tracked]],
+    batch: Sequence[tuple[Tracked, CallInfo]],
+    num_requests: int,
+    cost: Cost,
+    profiles: Profiles,
+) -> int | None:
+    """The place of a request that should encode before the batch runs, because it would then share its forwards.
+
+    In order of remaining time a newcomer would encode when all before it have ended: too late to share anything. Its e
+    seconds of encoding delay the k requests before it by k·e. That pays if it is less than everybody's gain by its
+    rows, as in `as_many_as_pay`, for as many steps as it and the longest of the batch have together.
+    """
+    level, first = ordered[0][0], batch[0][1]
+    rows = sum(call.rows for _, call in batch)
+    before_s, alone_s = cost.predict(first.cost_key, rows), cost.predict(first.cost_key, first.rows)
+    if first.merge_key is None or not before_s or not alone_s:
+        return None
+    num_calls = max(request.remaining_s or 0.0 for request, _ in batch) / alone_s
+    for num_ahead, (other_level, request) in enumerate(ordered):
+        if other_level != level:
+            break
+        step = profiles.step_of(request.demand) if request.is_preparing and not request.is_suspect else None
+        if step is None or step[0] != first.cost_key:
+            continue
+        after_s, own_s = cost.predict(first.cost_key, rows + step[1]), cost.predict(*step[:2])
+        encode_s = seconds_of(cost, [(call_class(call), 1) for call in request.calls.values()])
+        if after_s is None or own_s is None or encode_s is None:
+            continue
+        delta_s = after_s - before_s
+        gain_s = (num_requests - num_ahead) * (own_s - delta_s) - num_ahead * delta_s
+        if gain_s * min(num_calls, step[2]) > num_ahead * encode_s:
+            return num_ahead
+    return None
 
 
 def together_s(requests: Sequence[tuple[Tracked, float]], cost: Cost, max_batch_size: int) -> float:

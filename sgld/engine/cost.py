@@ -144,10 +144,6 @@ class _Curve:
             return min(low_s, max(low_s - slope * (low - rows), low_s * rows / low))
         return low_s + slope * (rows - low)
 
-    def learned(self) -> list[tuple[str, int, float]]:
-        """All that is known: cost key, rows, seconds."""
-        return [(key, n, min(s)) for key, by_rows in self._samples.items() for n, s in by_rows.items()]
-
 
 class FlatCost:
     """Every forward takes a second: merging always pays."""

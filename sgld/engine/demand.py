@@ -83,6 +83,15 @@ class Profiles:
         """Seconds of all calls of such a request, alone; None if there was none exactly like it."""
         return self._seconds_of(demand.like, is_tail=False)
 
+    def step_of(self, demand: Demand) -> tuple[str, int, int] | None:
+        """Of the denoising calls of such a request the kind that it makes most: cost key, rows, and how many."""
+        profile = self._profiles.get(demand.like)
+        calls = (
+            [(number, key, rows) for (kind, key, rows), number in profile.calls if kind == "denoise"] if profile else []
+        )
+        number, key, rows = max(calls, default=(0, "", 0))
+        return (key, rows, number) if number else None
+
     def total_s(self, demand: Demand) -> float | None:
         """The same, or what can be said by the requests that were most like it."""
         return self._scaled(demand, is_tail=False)

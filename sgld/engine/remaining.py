@@ -34,6 +34,11 @@ class Tracked:
         return None if self.demand.deadline_s is None else self.arrived_at + self.demand.deadline_s
 
     @property
+    def is_preparing(self) -> bool:
+        """It has made no denoising call yet, as far as is known: it encodes."""
+        return not self._num_steps
+
+    @property
     def made(self) -> Counter[CallClass]:
         """The calls that it made so far."""
         return self._made

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from sgld.engine.batching import as_many_as_pay, together_s
+from sgld.engine.batching import as_many_as_pay, preparing, together_s
 from sgld.engine.cost import Cost
 from sgld.engine.demand import Demand, Profile, Profiles
 from sgld.engine.order import Level, in_order, score
@@ -140,6 +140,10 @@ class Scheduler:
             return None
         ordered = self._ordered((request for request in self._running.values() if request.calls), now)
         batch = self._batch(ordered)
+        if len(batch) < min(self._max_batch_size, len(self._by_call)):
+            place = preparing(ordered, batch, self._num_requests, self._cost, self._profiles)
+            if place is not None:
+                batch = self._batch([ordered.pop(place), *ordered])
         calls = [call for _, call in batch]
         predicted_s = self._cost.predict(calls[0].cost_key, sum(call.rows for call in calls))
         return Batch(
@@ -188,8 +192,11 @@ class Scheduler:
         return in_order(scored, now, self._tick_s)
 
     def _batch(self, ordered: Sequence[tuple[Level, Tracked]]) -> list[tuple[Tracked, CallInfo]]:
-        num_requests = len(self._running) + len(self._queued)
-        return as_many_as_pay(ordered, num_requests, self._cost, self._max_batch_size)
+        return as_many_as_pay(ordered, self._num_requests, self._cost, self._max_batch_size)
+
+    @property
+    def _num_requests(self) -> int:
+        return len(self._running) + len(self._queued)
 
     def _forget_calls(self, request: Tracked) -> None:
         for call_id in request.calls:

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("sgld", deadline=None)
+settings.load_profile("sgld")
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,13 @@
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.calls import LinearCost, call, tracked
-from sgld.engine.batching import as_many_as_pay, together_s
+from sgld.engine.batching import as_many_as_pay, preparing, together_s
 from sgld.engine.cost import Cost, CostModel
+from sgld.engine.demand import Demand, Profiles
 from sgld.engine.remaining import Tracked
 from sgld.messages import CallInfo
 
@@ -122,3 +125,59 @@ def test_info_of_the_batch_is_that_of_the_calls() -> None:
     infos: list[CallInfo] = [call("a"), call("b")]
     requests = [tracked("a", 1.0, calls=(infos[0],)), tracked("b", 1.0, calls=(infos[1],))]
     assert chosen(LinearCost(fixed_s=1.0, row_s=0.0), *requests) == [("a", infos[0].id), ("b", infos[1].id)]
+
+
+FREE = LinearCost(fixed_s=1.0, row_s=0.0, by_key={"encode": 0.5})
+
+
+def known(cost: Cost = FREE) -> Profiles:
+    """Of a request with ten steps of the key that calls have here."""
+    profiles = Profiles(cost)
+    profiles.learn(Demand(), Counter({("encode", "encode", 1): 1, ("denoise", "c", 1): 10}))
+    return profiles
+
+
+def denoising(name: str, remaining_s: float = 9.0, **fields: str | None) -> Tracked:
+    made = tracked(name, remaining_s)
+    made.pending(call(name, **fields))  # type: ignore[arg-type]
+    return made
+
+
+def newcomer(name: str, cost_key: str = "encode") -> Tracked:
+    made = tracked(name, 10.5)
+    made.pending(call(name, kind="encode", cost_key=cost_key, merge_key=None, num_steps=0))
+    return made
+
+
+def place_of(*requests: Tracked, cost: Cost = FREE, profiles: Profiles | None = None) -> int | None:
+    """Who should encode first, where all are of one level."""
+    ordered = [(LEVEL, request) for request in requests]
+    batch = as_many_as_pay(ordered, len(requests), cost, 16)
+    return preparing(ordered, batch, len(requests), cost, profiles or known(cost))
+
+
+def test_newcomer_encodes_first_if_it_can_share_then() -> None:
+    assert place_of(denoising("a"), newcomer("b")) == 1
+    assert place_of(denoising("a"), denoising("b"), newcomer("c"), newcomer("d")) == 2
+
+
+def test_newcomer_waits_where_its_rows_would_not_pay() -> None:
+    assert place_of(denoising("a"), newcomer("b"), cost=LinearCost(fixed_s=0.0, row_s=1.0)) is None
+
+
+def test_newcomer_waits_if_encoding_costs_more_than_the_rest_of_the_batch_saves() -> None:
+    slow = LinearCost(fixed_s=1.0, row_s=0.0, by_key={"encode": 5.0})
+    assert place_of(denoising("a", 9.0), newcomer("b"), cost=slow) == 1
+    assert place_of(denoising("a", 2.0), newcomer("b"), cost=slow) is None
+
+
+def test_newcomer_waits_if_it_cannot_share() -> None:
+    suspect, other = newcomer("b"), Profiles(FREE)
+    suspect.is_suspect = True
+    other.learn(Demand(), Counter({("denoise", "another key", 1): 10}))
+    assert place_of(denoising("a"), suspect) is None
+    assert place_of(denoising("a", merge_key=None), newcomer("b")) is None
+    assert place_of(denoising("a"), newcomer("b"), profiles=other) is None
+    assert place_of(denoising("a"), newcomer("b"), profiles=Profiles(FREE)) is None
+    ordered = [((-1, 1), denoising("a")), ((0, 1), newcomer("b"))]
+    assert preparing(ordered, as_many_as_pay(ordered, 2, FREE, 16), 2, FREE, known()) is None

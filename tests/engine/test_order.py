@@ -110,7 +110,7 @@ def test_everyone_has_one_place_and_levels_never_fall(requests: list[Tracked], n
     assert priorities == sorted(priorities, reverse=True)
 
 
-@given(st.lists(st.floats(0.1, 20), min_size=1, max_size=6), st.floats(0.01, 0.5), st.data())
+@given(st.lists(st.floats(0.1, 20), min_size=1, max_size=6), st.floats(0.2, 1), st.data())
 def test_deadlines_that_can_be_met_are_met(works: list[float], tick_s: float, data: st.DataObject) -> None:
     """Whatever else there is to do, if they leave the margin that is promised, and nothing shares a forward."""
     deadlines, total_s = [], 0.0

@@ -166,6 +166,21 @@ def test_what_others_teach_changes_the_order() -> None:
     assert batch_of(scheduler).request_ids == ("d",)
 
 
+def test_newcomer_encodes_before_a_batch_that_it_can_join() -> None:
+    scheduler = Scheduler(LinearCost(fixed_s=1.0, row_s=0.0))
+    completed(scheduler, "1", 9, Demand())
+    for request_id in "ab":
+        scheduler.add(request_id, 0.0)
+    scheduler.admit(0.0)
+    scheduler.pending(call("a", num_steps=9))
+    encode = call("b", kind="encode", cost_key="encode", merge_key=None, num_steps=0)
+    scheduler.pending(encode)
+    assert batch_of(scheduler).call_ids == (encode.id,)
+    scheduler.ran([encode.id], 1.0)
+    scheduler.pending(call("b", num_steps=9))
+    assert batch_of(scheduler).request_ids == ("a", "b")
+
+
 def test_calls_with_equal_keys_share_a_batch() -> None:
     a, b, other, alone = call("a"), call("b"), call("other", merge_key="n"), call("alone", merge_key=None)
     assert batch_of(running(FlatCost(), a, b, other, alone)).call_ids == (a.id, b.id)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import count
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -152,8 +152,9 @@ def test_every_call_runs_exactly_once_and_every_request_ends(
     assert scheduler.next_batch(device.now) is None
 
 
+@settings(max_examples=25)
 @given(
-    num_steps=st.integers(2, 20),
+    num_steps=st.integers(2, 6),
     small_steps=st.integers(1, 3),
     load=st.floats(0.2, 1.5),
     merge_key=st.sampled_from([None, "m"]),
@@ -183,8 +184,9 @@ def test_large_request_is_overtaken_only_by_those_that_came_soon_after_it(
     assert large.finished_at <= large_s + overtaking_s + small_s + 1
 
 
+@settings(max_examples=25)
 @given(
-    num_steps=st.integers(2, 20),
+    num_steps=st.integers(2, 6),
     small_steps=st.integers(1, 3),
     load=st.floats(0.2, 1.2),
     max_running=st.integers(1, 3),
