@@ -102,18 +102,45 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the HTTP server listens; `sgld generate` accepts these and ignores them.
+    """The HTTP server: where it listens, who may ask it, and for how much; `sgld generate` ignores these.
 
     :raises FieldError: a value is out of its range.
     """
 
     host: Annotated[str, _field("address of the HTTP server")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535), _field("port of the HTTP server")] = 30000
+    port: Annotated[int, Meta(ge=0, le=65535), _field("port of the HTTP server; 0 takes a free one")] = 30000
+    ssl_certfile: Annotated[str | None, _field("certificate (PEM); with it the server speaks HTTPS")] = None
+    ssl_keyfile: Annotated[str | None, _field("private key of the certificate (PEM)")] = None
     served_model_name: Annotated[str | None, _field("name of the model in the HTTP API")] = None
+    api_key: Annotated[
+        tuple[str, ...], _field("keys that clients must have one of; each sees its own requests only")
+    ] = ()
+    api_key_file: Annotated[str | None, _field("file with one such key per line")] = None
+    allowed_hosts: Annotated[
+        tuple[str, ...], _field("names under which a server on a loopback address is asked, beside localhost")
+    ] = ()
+    cors_origins: Annotated[tuple[str, ...], _field("origins whose pages may use the API; * for all")] = ()
+    allow_path: Annotated[tuple[str, ...], _field("folders whose files requests may name; by default none")] = ()
+    allow_private_urls: Annotated[bool, _field("fetch pictures from private addresses, too")] = False
+    data_dir: Annotated[str | None, _field("folder of results; default: $XDG_DATA_HOME/sgld")] = None
+    max_pixels: Annotated[int, Meta(ge=1), _field("pixels of a picture or frame at most")] = 4096 * 4096
+    max_frames: Annotated[int, Meta(ge=1), _field("frames of a video at most")] = 512
+    max_steps: Annotated[int, Meta(ge=1), _field("denoising steps of a request at most")] = 200
+    max_outputs: Annotated[int, Meta(ge=1, le=64), _field("outputs of a request at most")] = 10
+    max_prompt_chars: Annotated[int, Meta(ge=1), _field("characters of a prompt at most")] = 32_000
+    max_body_bytes: Annotated[int, Meta(ge=1), _field("size of a request with its uploads at most")] = 64 * 1024 * 1024
+    heartbeat_s: Annotated[float, Meta(gt=0), _field("silence after which an event stream gets a sign of life")] = 15.0
+    shutdown_timeout_s: Annotated[float, Meta(ge=0), _field("how long running requests may go on at the end")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _field("log level of the HTTP server")] = "info"
+    log_requests: Annotated[bool, _field("log each HTTP request")] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def data_root() -> Path:
+    """Where results are kept unless the operator says where: ~/.local/share/sgld."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "sgld"
 
 
 def cache_root() -> Path:

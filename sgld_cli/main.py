@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sgld.errors import SgldError
 from sgld.fields import FieldError
 from sgld_cli.errors import BAD_INPUT, FAILED, INTERRUPTED, error_line, exit_code
-from sgld_cli.options import Parser, UsageError, add_flags, with_dashes
+from sgld_cli.options import HTTP_GROUP, OUTPUT_GROUP, SAMPLING_GROUP, Parser, UsageError, add_flags, with_dashes
 from sgld_cli.settings import refuse_unknown
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ _GENERATE_NOTES = """\
 Every option is a key of the config file, too: --num-frames is num_frames. Flags come before the file, the file before
 the picture of --from. Switches are --flag, --flag true|false or --no-flag; --a_b is --a-b. Paths of the outputs go to
 stdout, all else to stderr. Exit codes: 0 done, 1 a generation failed, 2 bad input, 130 interrupted.
+"""
+_SERVE_NOTES = """\
+Every option is a key of the config file, too; the same file can serve `sgld generate`. SIGTERM and Ctrl-C let requests
+end for --shutdown-timeout-s, a second one ends them.
 """
 
 
@@ -73,6 +77,10 @@ def _run(argv: Sequence[str], engine_class: "EngineFactory | None") -> int:
             from sgld_cli import generate
 
             return generate.run(args, engine_class)
+        case "serve":
+            from sgld_cli import serve
+
+            return serve.run(args)
         case "info":
             from sgld_cli import info
 
@@ -94,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_generate(commands.add_parser("generate", help="generate pictures or a video", epilog=_GENERATE_NOTES))
+    _add_serve(commands.add_parser("serve", help="serve a model over HTTP", epilog=_SERVE_NOTES))
     _add_info(commands.add_parser("info", help="show what a model consists of"))
     commands.add_parser("version", help="show the versions of sgld and what it runs on")
     return parser
@@ -106,7 +115,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="picture", metavar="FILE", help="repeat a picture from its metadata")
     parser.add_argument("--print-config", action="store_true", help="show the merged settings and leave")
     parser.add_argument("--json", action="store_true", help="print one JSON object per output instead of paths")
-    add_flags(parser)
+    add_flags(parser, ignored=[HTTP_GROUP])
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "sgld serve [--model-path PATH] [--port N] [options]"
+    parser.description = "Load a model and serve it over HTTP, as OpenAI's API and SGLang's."
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings")
+    add_flags(parser, ignored=[SAMPLING_GROUP, OUTPUT_GROUP])
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

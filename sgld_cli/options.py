@@ -7,7 +7,7 @@ help text, other spellings (`aliases`) and what it waits for (`later`). Nothing 
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, NoReturn, get_type_hints
@@ -34,11 +34,12 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # A name belongs to the first struct that has it: `prompt` to Prompts.
+SAMPLING_GROUP, OUTPUT_GROUP, HTTP_GROUP = "sampling", "output", "HTTP server"
 GROUPS: tuple[tuple[str, tuple[type[msgspec.Struct], ...]], ...] = (
     ("model and runtime", (EngineConfig, ParallelConfig)),
-    ("sampling", (Prompts, SamplingParams)),
-    ("output", (OutputConfig,)),
-    ("HTTP server (accepted and ignored here)", (ServerConfig,)),
+    (SAMPLING_GROUP, (Prompts, SamplingParams)),
+    (OUTPUT_GROUP, (OutputConfig,)),
+    (HTTP_GROUP, (ServerConfig,)),
 )
 
 
@@ -222,10 +223,13 @@ class _Collect(argparse.Action):
 _NARGS: dict[Kind, str | None] = {"value": None, "json": None, "list": "+", "switch": "?"}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every option, by groups, and hidden ones for what comes later."""
+def add_flags(parser: argparse.ArgumentParser, *, ignored: Collection[str] = ()) -> None:
+    """Add a flag for every option, by groups, and hidden ones for what comes later.
+
+    :param ignored: groups whose options do nothing in this command.
+    """
     for title, _ in GROUPS:
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(f"{title} (accepted and ignored here)" if title in ignored else title)
         for option in options():
             if option.group == title:
                 _add_flag(group, option)

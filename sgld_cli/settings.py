@@ -14,11 +14,10 @@ import msgspec
 from sgld.config import EMBEDDED_VIDEO_MODEL, EngineConfig, OutputConfig, ParallelConfig
 from sgld.sampling_params import SamplingParams
 from sgld_cli.later import Later, find_later
-from sgld_cli.options import GROUPS, UsageError, as_flag, options, options_by_name
+from sgld_cli.options import HTTP_GROUP, UsageError, as_flag, options, options_by_name
 from sgld_cli.sources import read_text
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
-_HTTP_GROUP = GROUPS[-1][0]
 # Two spellings of one choice: a source that gives one of them hides both of the sources behind it.
 _PROMPT_SOURCES = frozenset({"prompt", "prompt_path"})
 
@@ -95,10 +94,15 @@ def build(merged: Mapping[str, Setting]) -> Settings:
     values = {name: setting.value for name, setting in merged.items()}
     prompts = _prompts(values)
     _check_images(values["image_path"], values["diffusers_kwargs"])
-    engine = EngineConfig(**_of(EngineConfig, values), parallel=ParallelConfig(**_of(ParallelConfig, values)))
+    engine = fill(EngineConfig, {**values, "parallel": fill(ParallelConfig, values)})
     sampling = _of(SamplingParams, values)
     params = tuple(SamplingParams(**{**sampling, "prompt": prompt}) for prompt in prompts)
-    return Settings(engine, params, OutputConfig(**_of(OutputConfig, values)))
+    return Settings(engine, params, fill(OutputConfig, values))
+
+
+def fill(struct: type[_Struct], values: Mapping[str, Any]) -> _Struct:
+    """The struct whose fields have these values; others among them aren't for it."""
+    return struct(**_of(struct, values))
 
 
 def _of(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def _of(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, An
 
 def show(merged: Mapping[str, Setting], *, as_json: bool) -> str:
     """The merged settings and where each came from; as YAML, which is a config file again, or as JSON."""
-    http = {option.name for option in options() if option.group == _HTTP_GROUP}
+    http = {option.name for option in options() if option.group == HTTP_GROUP}
     shown = {name: setting for name, setting in merged.items() if name not in http}
     if as_json:
         settings = {name: {"value": setting.value, "source": setting.source} for name, setting in shown.items()}

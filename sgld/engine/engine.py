@@ -140,6 +140,11 @@ class Engine:
             if self._tally.trace is not None:
                 await to_thread.run_sync(self._tally.trace.close)
 
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model, while it is served; None before, and while its rank is lost."""
+        return self._model if self._rank is not None else None
+
     async def ready(self) -> ModelInfo:
         """Wait until the model is loaded.
 

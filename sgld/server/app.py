@@ -1,0 +1,65 @@
+"""The ASGI app: routes and middleware, nothing else."""
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+
+from sgld.errors import SgldError
+from sgld.server import images, info
+from sgld.server.auth import Auth, Keys, LocalOnly, is_loopback
+from sgld.server.drain import Drain
+from sgld.server.edge import Activity, Edge
+from sgld.server.errors import ApiError, on_error
+from sgld.server.limits import BodyLimit
+from sgld.server.services import Services
+
+ROUTES = [
+    Route("/liveness", info.liveness),
+    Route("/health", info.health),
+    Route("/health_generate", info.health_generate),
+    Route("/server_info", info.server_info),
+    Route("/v1/models", info.models),
+    Route("/v1/models/{id:path}", info.model),
+    Route("/v1/images/generations", images.generations, methods=["POST"]),
+    Route("/v1/images/edits", images.edits, methods=["POST"]),
+    Route("/v1/images/variations", images.variations, methods=["POST"]),
+    Route("/v1/images/{id}", images.get_image, methods=["GET"]),
+    Route("/v1/images/{id}", images.delete_image, methods=["DELETE"]),
+    Route("/v1/images/{id}/content", images.get_content, methods=["GET"]),
+]
+
+
+def create_app(services: Services, keys: Keys, activity: Activity) -> Starlette:
+    """The app that serves these services.
+
+    :param keys: what clients must present; empty: nothing.
+    :param activity: counts what is being answered.
+    """
+    config = services.config
+    middleware = [
+        Middleware(Drain),
+        Middleware(Edge, activity=activity, log_requests=config.log_requests),
+    ]
+    if is_loopback(config.host):
+        middleware += [Middleware(LocalOnly, allowed_hosts=config.allowed_hosts, origins=config.cors_origins)]
+    if config.cors_origins:
+        middleware += [
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        ]
+    middleware += [
+        Middleware(Auth, keys=keys),
+        Middleware(BodyLimit, max_bytes=config.max_body_bytes),
+    ]
+    handled: tuple[type[Exception], ...] = (ApiError, SgldError, msgspec.MsgspecError, HTTPException)
+    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=dict.fromkeys(handled, on_error))
+    app.state.services = services
+    return app

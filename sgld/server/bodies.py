@@ -1,0 +1,125 @@
+"""What requests carry: JSON or a form, with pictures as files or URLs."""
+
+from base64 import b64encode
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from io import BytesIO
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+from anyio.to_thread import run_sync
+from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect, Request
+
+from sgld.errors import InvalidRequest
+from sgld.media.images import check_image
+from sgld.server.errors import ApiError
+
+T = TypeVar("T")
+# What takes longer than a millisecond is done in a thread.
+_LARGE_BYTES = 64 * 1024
+_MAX_FILES = 64
+_MAX_FIELDS = 1000
+
+
+@dataclass
+class Form:
+    """A multipart form: its fields, and the sources of its pictures by field name without brackets."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, list[str]] = field(default_factory=dict)
+
+
+def media_type(request: Request) -> str:
+    """The type of the body, without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The object that a request carries.
+
+    :raises ApiError: it says that it carries something else.
+    :raises msgspec.DecodeError: it carries something else.
+    """
+    if media_type(request) not in ("application/json", ""):
+        raise ApiError(415, f"the body is {media_type(request)}; send application/json", "unsupported_media_type")
+    body = await request.body()
+    decode = msgspec.json.Decoder(dict[str, Any]).decode
+    return await run_sync(decode, body) if len(body) > _LARGE_BYTES else decode(body)
+
+
+async def read_form(request: Request, pictures: frozenset[str], *, max_bytes: int, max_pixels: int) -> Form:
+    """The form that a request carries.
+
+    Nested fields are written as OpenAI's client does: `lora[scale]` in an object, `sigmas[]` in a list.
+
+    :param pictures: fields that hold pictures: files, or URLs.
+    :raises ApiError: it carries something else, or a form that can't be read.
+    :raises InvalidRequest: a file isn't a picture, or has too many pixels.
+    """
+    if media_type(request) not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        message = f"the body is {media_type(request) or 'of no type'}; send multipart/form-data"
+        raise ApiError(415, message, "unsupported_media_type")
+    form = Form()
+    async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=max_bytes) as parts:
+        for name, value in parts.multi_items():
+            base = name.partition("[")[0]
+            if base in pictures:
+                source = await run_sync(_as_url, name, value, max_pixels) if isinstance(value, UploadFile) else value
+                form.pictures.setdefault(base, []).append(source)
+            elif isinstance(value, UploadFile):
+                raise InvalidRequest(f"{name} is a file, but no picture is expected there", name)
+            elif value:
+                _put(form.fields, name, value)
+    return form
+
+
+def _as_url(name: str, upload: UploadFile, max_pixels: int) -> str:
+    """A picture as a data URL: it travels with the params from here on."""
+    content = upload.file.read()
+    width, height = check_image(BytesIO(content), name)
+    if width * height > max_pixels:
+        raise InvalidRequest(f"{name} has {width}x{height} pixels; this server allows at most {max_pixels}", name)
+    return f"data:{upload.content_type or 'image/png'};base64,{b64encode(content).decode()}"
+
+
+def _put(fields: dict[str, Any], name: str, value: str) -> None:
+    """Add a field to nested objects and lists."""
+    base, *keys = name.replace("]", "").split("[")
+    path = [base, *keys]
+    target: Any = fields
+    for key, following in pairwise(path):
+        target = target.setdefault(key, [] if following == "" else {})
+        if not isinstance(target, list if following == "" else dict):
+            raise InvalidRequest(f"the form gives {base} twice, as different things", base)
+    if isinstance(target, list):
+        target.append(value)
+    elif path[-1] in target:
+        raise InvalidRequest(f"the form gives {name} twice", base)
+    else:
+        target[path[-1]] = value
+
+
+async def unless_gone(request: Request, work: Callable[[], Awaitable[T]]) -> T:
+    """What `work` gives; it is cancelled when the client leaves. The body must have been read.
+
+    :raises ClientDisconnect: the client left.
+    """
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        tasks.cancel_scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            result = await work()
+            tasks.cancel_scope.cancel()
+            return result
+    except ExceptionGroup as group:
+        # There is only one who raises.
+        raise group.exceptions[0] from None
+    raise ClientDisconnect

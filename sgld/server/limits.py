@@ -1,0 +1,96 @@
+"""What a single request may ask for at most."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from anyio.to_thread import run_sync
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sgld.config import ServerConfig
+from sgld.errors import InvalidRequest
+from sgld.media.inputs import InputPolicy, references, scheme_of, shown
+from sgld.sampling_params import SamplingParams
+from sgld.server.errors import ApiError
+
+# Arguments of pipelines that hold a value for each step.
+_SCHEDULES = ("timesteps", "sigmas")
+
+
+def check_limits(params: SamplingParams, config: ServerConfig) -> None:
+    """Refuse what is larger than the operator allows.
+
+    :raises InvalidRequest: names the field, its value and the limit.
+    """
+    for field, what, value, limit in _measured(params, config):
+        if value > limit:
+            raise InvalidRequest(f"{what} is {value}; this server allows at most {limit}", field)
+
+
+def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[str, str, int, int]]:
+    """Field, what is measured, its value, its limit."""
+    # The side that isn't given is up to the model, and about as long.
+    sides = [side for side in (params.width, params.height) if side]
+    if sides:
+        yield "size", "the number of pixels", sides[0] * sides[-1], config.max_pixels
+    yield "num_frames", "num_frames", params.num_frames or 1, config.max_frames
+    yield "num_inference_steps", "num_inference_steps", params.num_inference_steps or 1, config.max_steps
+    yield "n", "the number of outputs", params.num_outputs_per_prompt, config.max_outputs
+    yield "prompt", "the length of the prompt", len(params.prompt), config.max_prompt_chars
+    yield "negative_prompt", "its length", len(params.negative_prompt or ""), config.max_prompt_chars
+    for name in _SCHEDULES:
+        schedule = params.diffusers_kwargs.get(name)
+        num_steps = len(schedule) if isinstance(schedule, list) else 0
+        yield "diffusers_kwargs", f"the number of {name}", num_steps, config.max_steps
+
+
+async def check_sources(params: SamplingParams, config: ServerConfig) -> None:
+    """Refuse files of this machine, unless the operator named a folder above them.
+
+    :raises InvalidRequest: names the file.
+    """
+    policy = InputPolicy(allow_files=bool(config.allow_path))
+    sources = [*params.image_path, *(reference.source for reference in references(params.diffusers_kwargs))]
+    files = [source for source in sources if scheme_of(source, policy) == "file"]
+    if files:
+        await run_sync(_check_files, files, config.allow_path)
+
+
+def _check_files(files: list[str], folders: tuple[str, ...]) -> None:
+    roots = [Path(folder).resolve() for folder in folders]
+    for file in files:
+        if not any(Path(file).resolve().is_relative_to(root) for root in roots):
+            raise InvalidRequest(f"the file {shown(file)} is in none of the folders that this server reads")
+
+
+class BodyLimit:
+    """Middleware that stops reading bodies that are too large."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse what says that it is too large, and raise inside the handler where it turns out to be."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = Headers(scope=scope).get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            await self._too_large().response(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        message = f"the request has more than {self._max_bytes} bytes; send less, or pictures by URL"
+        return ApiError(413, message, "request_too_large")

@@ -1,0 +1,264 @@
+"""The requests that are on their way: run in the server's task group, watched by any number of readers."""
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from types import TracebackType
+from typing import Protocol, Self
+
+import anyio
+import msgspec
+from anyio.abc import TaskGroup
+
+from sgld.errors import EngineClosed, SgldError
+from sgld.events import (
+    AnyEvent,
+    Cancelled,
+    Completed,
+    Event,
+    Failed,
+    Frames,
+    Preview,
+    Progress,
+    Terminal,
+)
+from sgld.media.inputs import InputPolicy
+from sgld.messages import ModelInfo
+from sgld.sampling_params import SamplingParams
+from sgld.server.subscription import Subscription
+
+logger = logging.getLogger(__name__)
+STORAGE_FAILED = "storage_failed"
+INTERNAL_ERROR = "internal_error"
+
+
+class Generates(Protocol):
+    """What the server needs of an engine."""
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model, while it is served; None before, and while its rank is lost."""
+
+    def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> AsyncGenerator[AnyEvent, None]:
+        """Stream the events of all outputs of a request."""
+
+
+class LiveRequest:
+    """A request on its way, and what somebody who comes late must hear of it.
+
+    :param finish: called with each output before its `Completed` is told, to encode and store it. An SgldError or
+        OSError of it makes the output a failed one.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        kind: str,
+        owner: str,
+        params: SamplingParams,
+        finish: "Finish",
+    ) -> None:
+        self.id = request_id
+        self.kind = kind
+        self.owner = owner
+        self.params = params
+        self.created_at = int(time.time())
+        self._finish = finish
+        self._scope = anyio.CancelScope()
+        self._open = set(range(params.num_outputs_per_prompt))
+        self._history: list[AnyEvent] = []
+        self._subscriptions: set[Subscription] = set()
+        self._is_decided = anyio.Event()
+        self._refusal: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return not self._open
+
+    def cancel(self) -> None:
+        """End what still runs; at the next call of its pipeline."""
+        self._scope.cancel()
+
+    @contextmanager
+    def subscribe(self, *, ignores: tuple[type[Event], ...] = ()) -> Iterator[Subscription]:
+        """Its events: those that still matter of the past, then all that come."""
+        subscription = Subscription(ignores)
+        for event in self._history:
+            subscription.put(event)
+        self._subscriptions.add(subscription)
+        if self.is_done:
+            subscription.close()
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+    async def admitted(self) -> None:
+        """Wait until the engine has queued it.
+
+        :raises SgldError: it was refused.
+        """
+        await self._is_decided.wait()
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def run(self, engine: Generates, inputs: InputPolicy) -> None:
+        """Run it to its end, whatever that is."""
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as finishing:
+                    await self._relay(engine, inputs, finishing)
+        finally:
+            for index in sorted(self._open):
+                self._publish(Cancelled(request_id=self.id, output_index=index))
+            self._decide(EngineClosed("the request was cancelled"))
+
+    async def _relay(self, engine: Generates, inputs: InputPolicy, finishing: TaskGroup) -> None:
+        try:
+            async with aclosing(engine.generate(self.params, inputs=inputs)) as events:
+                async for event in events:
+                    self._decide(None)
+                    if isinstance(event, Completed):
+                        finishing.start_soon(self._complete, event)
+                    else:
+                        self._publish(event)
+        except SgldError as error:
+            self._fail(error, error.code)
+        except Exception:  # the boundary of the request: a bug ends it and nothing else
+            logger.exception("request %s", self.id)
+            self._fail(SgldError("the server failed; its log says more"), INTERNAL_ERROR)
+
+    async def _complete(self, event: Completed) -> None:
+        try:
+            await self._finish(self, event)
+        except SgldError as error:
+            self._fail_output(event.output_index, error.code, str(error))
+        except OSError as error:
+            self._fail_output(event.output_index, STORAGE_FAILED, f"the result can't be stored: {error}")
+        else:
+            self._publish(event)
+
+    def _fail(self, error: Exception, code: str) -> None:
+        if self._decide(error):
+            self._open.clear()
+            return
+        for index in sorted(self._open):
+            self._fail_output(index, code, str(error))
+
+    def _fail_output(self, index: int, code: str, message: str) -> None:
+        self._publish(Failed(request_id=self.id, output_index=index, code=code, message=message))
+
+    def _decide(self, refusal: Exception | None) -> bool:
+        """Tell whoever waits that it is admitted or refused; False if that was told before."""
+        if self._is_decided.is_set():
+            return False
+        self._refusal = refusal
+        self._is_decided.set()
+        return True
+
+    def _publish(self, event: AnyEvent) -> None:
+        event = msgspec.structs.replace(event, request_id=self.id)
+        self._remember(event)
+        for subscription in self._subscriptions:
+            subscription.put(event)
+        if isinstance(event, Terminal):
+            self._open.discard(event.output_index)
+            if self.is_done:
+                for subscription in self._subscriptions:
+                    subscription.close()
+
+    def _remember(self, event: AnyEvent) -> None:
+        """Keep what isn't outdated: frames stay until the result has them all."""
+        outdated: tuple[type[Event], ...] = (type(event),) if not isinstance(event, Frames) else ()
+        if isinstance(event, Terminal):
+            outdated = (Progress, Preview, Frames)
+        mine = event.output_index
+        self._history = [e for e in self._history if e.output_index != mine or not isinstance(e, outdated)]
+        self._history.append(event)
+
+
+Finish = Callable[[LiveRequest, Completed], Awaitable[None]]
+
+
+class Requests:
+    """All requests that are on their way: `async with Requests(engine, inputs) as requests`.
+
+    :param inputs: where the pictures that params refer to may come from; what clients may say is checked before.
+    """
+
+    def __init__(self, engine: Generates, inputs: InputPolicy) -> None:
+        self._engine = engine
+        self._inputs = inputs
+        self._live: dict[str, LiveRequest] = {}
+        self._is_open = False
+        self._is_idle = anyio.Event()
+        self._tasks = anyio.create_task_group()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        self.close()
+        self.cancel_all()
+        return await self._tasks.__aexit__(exc_type, exc, traceback)
+
+    async def submit(self, params: SamplingParams, *, kind: str, owner: str, finish: Finish) -> LiveRequest:
+        """Start a request and wait until it is queued; cancelled meanwhile, it is cancelled, too.
+
+        :param kind: what its id begins with, `img` or `video`.
+        :raises SgldError: it is refused.
+        """
+        if not self._is_open:
+            raise EngineClosed("the server is shutting down")
+        live = LiveRequest(f"{kind}_{secrets.token_hex(16)}", kind, owner, params, finish)
+        self._live[live.id] = live
+        self._tasks.start_soon(self._run, live)
+        try:
+            await live.admitted()
+        except BaseException:
+            live.cancel()
+            raise
+        return live
+
+    def get(self, request_id: str, owner: str) -> LiveRequest | None:
+        """A request on its way, if it is the owner's."""
+        live = self._live.get(request_id)
+        return live if live is not None and live.owner == owner else None
+
+    def all(self, owner: str) -> list[LiveRequest]:
+        """The owner's requests on their way, in the order in which they came."""
+        return [live for live in self._live.values() if live.owner == owner]
+
+    @property
+    def num_live(self) -> int:
+        """How many are on their way, of all owners."""
+        return len(self._live)
+
+    def close(self) -> None:
+        """Accept no more requests."""
+        self._is_open = False
+
+    def cancel_all(self) -> None:
+        """End all requests."""
+        for live in self._live.values():
+            live.cancel()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is on its way."""
+        while self._live:
+            self._is_idle = anyio.Event()
+            await self._is_idle.wait()
+
+    async def _run(self, live: LiveRequest) -> None:
+        try:
+            await live.run(self._engine, self._inputs)
+        finally:
+            del self._live[live.id]
+            if not self._live:
+                self._is_idle.set()

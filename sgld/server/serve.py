@@ -1,0 +1,161 @@
+"""Runs the app on Hypercorn until it is told to leave.
+
+Hypercorn's own shutdown waits for clients that keep their connection, on Python 3.12 and later for ever (its issue
+308). So it is told to accept no more, what is under way gets its time, and then it is cancelled.
+"""
+
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import anyio
+from anyio import CancelScope
+from anyio.abc import TaskStatus
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sgld.config import EngineConfig, ServerConfig, data_root
+from sgld.media.inputs import InputPolicy
+from sgld.messages import ModelInfo
+from sgld.server.app import create_app
+from sgld.server.auth import Keys, read_keys
+from sgld.server.edge import Activity
+from sgld.server.requests import Generates, Requests
+from sgld.server.results import Results
+from sgld.server.services import Services
+from sgld.storage.local import LocalStorage
+
+# Answers that are complete still have to leave.
+_FLUSH_S = 1.0
+
+
+class Serves(Generates, Protocol):
+    """An engine that can be waited for."""
+
+    async def ready(self) -> ModelInfo:
+        """Wait until the model is loaded."""
+
+
+EngineFactory = Callable[[EngineConfig], AbstractAsyncContextManager[Serves]]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a server needs of this machine, checked and taken before a model is loaded."""
+
+    config: ServerConfig
+    socket: socket.socket
+    keys: Keys
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        scheme = "https" if self.config.ssl_certfile else "http"
+        return f"{scheme}://{host}:{self.socket.getsockname()[1]}"
+
+
+def listen(config: ServerConfig) -> Listener:
+    """Take the address, and see that all files can be used.
+
+    :raises OSError: the address is in use, or a file can't be used.
+    :raises ValueError: a setting can't be used.
+    """
+    keys = Keys(read_keys(config))
+    if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
+        raise ValueError("ssl_certfile and ssl_keyfile belong together; give both or none")
+    if config.ssl_certfile:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    folder = Path(config.data_dir).expanduser() if config.data_dir else data_root()
+    folder.mkdir(parents=True, exist_ok=True)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return Listener(config, socket.create_server((config.host, config.port), family=family), keys, folder)
+
+
+async def serve(
+    engine_config: EngineConfig,
+    listener: Listener,
+    engine_factory: EngineFactory,
+    *,
+    task_status: TaskStatus[Services] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until SIGINT or SIGTERM, or until `stopping` of its services is set; a second signal ends it at once.
+
+    Clients can connect, and wait, while the model is loaded.
+
+    :raises ModelError: the model can't be served (inside an exception group).
+    """
+    config, activity = listener.config, Activity()
+    inputs = InputPolicy(allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes)
+    results = Results(LocalStorage(listener.folder / "results"))
+    async with engine_factory(engine_config) as engine, Requests(engine, inputs) as requests:
+        services = Services(engine, engine_config, config, requests, results)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
+            tasks.start_soon(engine.ready)
+            tasks.start_soon(_end_in_time, services, activity, tasks.cancel_scope)
+            tasks.start_soon(_serve_http, services, listener, activity, tasks.cancel_scope)
+            task_status.started(services)
+
+
+async def _serve_http(services: Services, listener: Listener, activity: Activity, server: CancelScope) -> None:
+    """In a task of its own, as Hypercorn leaves one that asyncio takes for cancelled."""
+    app = _without_lifespan(create_app(services, listener.keys, activity))
+    await hypercorn_serve(app, _http_config(listener), shutdown_trigger=services.stopping.wait)  # type: ignore[arg-type]
+    server.cancel()
+
+
+def _without_lifespan(app: ASGIApp) -> ASGIApp:
+    """The app, not told of the server's start and end: a server that is cancelled can't tell them in order."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+
+    return wrapped
+
+
+async def _watch_signals(services: Services, server: CancelScope) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            if services.stopping.is_set():
+                server.cancel()
+            services.stopping.set()
+
+
+async def _end_in_time(services: Services, activity: Activity, server: CancelScope) -> None:
+    """Once the server is told to stop: let requests end, then end them, then end the server."""
+    await services.stopping.wait()
+    services.requests.close()
+    with anyio.move_on_after(services.config.shutdown_timeout_s):
+        await services.requests.wait_idle()
+        await activity.wait_idle()
+    services.requests.cancel_all()
+    await anyio.sleep(_FLUSH_S)
+    server.cancel()
+
+
+def _http_config(listener: Listener) -> Config:
+    http = Config()
+    # Hypercorn closes the socket.
+    http.bind = [f"fd://{listener.socket.detach()}"]
+    http.certfile, http.keyfile = listener.config.ssl_certfile, listener.config.ssl_keyfile
+    http.backlog = 2048
+    http.keep_alive_timeout = 75
+    # It would end HTTP/2 connections that work.
+    http.keep_alive_max_requests = 10**9
+    # It would end clients that only listen.
+    http.read_timeout = None
+    http.h2_max_concurrent_streams = 1000
+    http.include_server_header = False
+    http.graceful_timeout = listener.config.shutdown_timeout_s + 2 * _FLUSH_S
+    http.accesslog = None
+    http.errorlog = logging.getLogger("hypercorn")
+    return http

@@ -1,0 +1,30 @@
+"""Where results are kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+Content = bytes | Callable[[Path], None]
+"""What a file shall contain, or a function that writes it to a path, in a thread."""
+
+
+class Storage(Protocol):
+    """Files by key, such as `img_12/0.png`. Nothing here blocks the event loop."""
+
+    async def put(self, key: str, content: Content, media_type: str) -> None:
+        """Keep a file; it appears whole or not at all.
+
+        :raises OSError: it can't be kept.
+        """
+
+    async def read(self, key: str) -> bytes | None:
+        """The content of a small file; None if there is none."""
+
+    async def file(self, key: str) -> Path | None:
+        """A local file with this content; None if there is none, or it is elsewhere."""
+
+    async def url(self, key: str) -> str | None:
+        """From where clients fetch it without this server, for a while; None if they can't."""
+
+    async def delete(self, folder: str) -> None:
+        """Remove all files of a folder, if there are any."""

@@ -1,0 +1,56 @@
+"""`sgld serve`: the HTTP server, until it is told to leave."""
+
+import argparse
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from sgld.config import EngineConfig, ParallelConfig, ServerConfig
+from sgld_cli.errors import OK
+from sgld_cli.options import UsageError
+from sgld_cli.settings import accept, fill, merge
+from sgld_cli.sources import read_config
+
+if TYPE_CHECKING:
+    from sgld.server.serve import EngineFactory, Listener
+
+# A client that keeps a connection can keep the event loop from ending, after all else has.
+_LEAVE_S = 2.0
+
+
+def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -> int:
+    """Run the command; :return: the exit code.
+
+    :raises UsageError: a setting can't be used, or the address is taken.
+    """
+    sources = [accept(vars(args).get("given", {}), "flag")]
+    if args.config:
+        sources.append(accept(read_config(Path(args.config)), args.config))
+    values = {name: setting.value for name, setting in merge(sources).items()}
+    config = fill(ServerConfig, values)
+    engine_config = fill(EngineConfig, {**values, "parallel": fill(ParallelConfig, values)})
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    from sgld.server.serve import listen  # takes a second
+
+    try:
+        listener = listen(config)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the server can't start: {error}") from None
+    anyio.run(_serve, engine_config, listener, engine_class)
+    return OK
+
+
+async def _serve(engine_config: EngineConfig, listener: "Listener", engine_class: "EngineFactory | None") -> None:
+    from sgld.engine.engine import Engine
+    from sgld.server.serve import serve
+
+    print(f"sgld: serving {engine_config.model_path} on {listener.url}", file=sys.stderr, flush=True)
+    await serve(engine_config, listener, engine_class or Engine)
+    timer = threading.Timer(_LEAVE_S, os._exit, (OK,))
+    timer.daemon = True
+    timer.start()
