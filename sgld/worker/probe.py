@@ -100,7 +100,10 @@ def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recor
     """Run the pipeline alone and note its calls."""
     recording = []
 
-    def answer(call: Call) -> Outcome:
+    def answer(call: Call) -> Outcome | None:
+        if call.kind == "decode":
+            # It isn't merged, and not every pipeline can leave it out.
+            return None
         key, arguments, outcome = axes_key(call), skeleton(call.tree), single(call)
         pulse()
         if isinstance(outcome, Value):
@@ -111,24 +114,20 @@ def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recor
     return recording
 
 
-def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome]) -> None:
-    """Run the pipeline to where it decodes; `answer` gets its calls."""
+def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome | None]) -> None:
+    """Run the pipeline until `answer`, which gets its calls, has none."""
     task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
     task.advance()
     while (call := task.call) is not None:
-        if call.kind == "decode":
-            # It isn't merged, and not every pipeline can leave it out.
+        outcome = answer(call)
+        if outcome is None:
             task.cancel()
         else:
-            task.advance(answer(call))
+            task.advance(outcome)
     for snapshot in task.snapshots:
         snapshot.restore()
     if isinstance(task.end, Raised) and not isinstance(task.end.error, Cancelled):
         raise task.end.error
-
-
-class _NothingPadded(Exception):
-    """Ends a probe of padding."""
 
 
 def _with_padding(
@@ -142,14 +141,16 @@ def _with_padding(
     seen: set[tuple[str, str]] = set()
     found: dict[AxesKey, CallAxes] = {}
 
-    def answer(call: Call) -> Outcome:
+    def answer(call: Call) -> Outcome | None:
+        if call.kind == "decode":
+            return None
         named = call.component, call.method
         first = next(((key, tree) for key, tree, _ in one if key[:2] == named and key in axes), None)
         if call.kind == "denoise" and named not in seen and first is not None:
             seen.add(named)
             padded = with_padding(axes[first[0]], first[1], call.tree)
             if not padded.lengths:
-                return Raised(_NothingPadded())
+                return None
             alike = {key: known for key, known in axes.items() if key[:2] == named}
             found.update(
                 {key: replace(known, lengths=padded.lengths, masks=padded.masks) for key, known in alike.items()}

@@ -51,12 +51,18 @@ def _first_pairs(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
     is_video = any(weight.ndim == 5 for weight in getattr(vae, "encoder", vae).parameters())
     given = pictures.unsqueeze(2).expand(-1, -1, _NUM_FRAMES, -1, -1) if is_video else pictures
     with torch.no_grad():
-        encoded = vae.encode(given.to(parameter.device, parameter.dtype))
-    distribution = getattr(encoded, "latent_dist", None)
-    latents = (distribution.mode() if distribution is not None else encoded[0]).float().cpu()
+        # One by one: some VAEs can't encode several.
+        latents = torch.cat([_encoded(vae, one.to(parameter.device, parameter.dtype)) for one in torch.split(given, 1)])
     if is_video:
         latents = latents[:, :, -1]
     return _rows(latents), _rows(_pooled(pictures, latents.shape[2:]))
+
+
+def _encoded(vae: Any, given: torch.Tensor) -> torch.Tensor:
+    encoded = vae.encode(given)
+    distribution = getattr(encoded, "latent_dist", None)
+    latents: torch.Tensor = distribution.mode() if distribution is not None else encoded[0]
+    return latents.float().cpu()
 
 
 def _random_pictures(side: int) -> torch.Tensor:

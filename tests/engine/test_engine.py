@@ -151,7 +151,7 @@ async def test_full_queue_refuses_a_request_and_serves_the_others(pixart: Pipeli
     assert names(events).count("Completed") == 3
 
 
-@pytest.mark.parametrize("name", ["pixart", "sdxl", "flux", "wan"])
+@pytest.mark.parametrize("name", ["pixart", "sdxl", "flux", "wan", "hunyuan_video_1_5"])
 async def test_previews_are_small_pictures_of_the_steps_asked_for(name: str) -> None:
     pipeline, kwargs = build(name)
     params = params_of(kwargs, num_inference_steps=4, num_previews=3)
