@@ -198,10 +198,19 @@ class Executor:
             verdicts.pin(call, beyond_values, problem)
         elif new and key in verdicts.proved and (axes.reference, "value") not in new:
             verdicts.pin(call, new, problem)
-        elif guilty := proof.culprits(call, calls[1], axes, new):
+        elif guilty := self._guilty(calls, axes, new):
             verdicts.pin(call, guilty, problem)
         else:
             verdicts.refuse(key, call, problem)
+
+    def _guilty(self, calls: Sequence[Call], axes: CallAxes, suspects: set[Trait]) -> set[Trait]:
+        """Which of the traits make a merged forward wrong; each is tried with the first call that differs in it."""
+        guilty: set[Trait] = set()
+        for other in calls[1:]:
+            tried = suspects & batch.differing([calls[0], other], axes, self._digests)
+            guilty |= proof.culprits(calls[0], other, axes, tried)
+            suspects = suspects - tried
+        return guilty
 
 
 def single(call: Call) -> Outcome:

@@ -257,6 +257,13 @@ class TestRowZero:
         for is_merged in (False, True):
             assert check(executor, [one, three], singly(model, [one, three])).is_merged is is_merged
 
+    def test_ids_are_found_where_the_first_two_calls_have_them_in_common(self) -> None:
+        executor, model = Executor(), Model(self.model)
+        calls = self.calls(model, [1.0, 1.0, 2.0, 2.0])
+        check(executor, calls, singly(model, calls))
+        for pair in (calls[:2], calls[2:]):
+            assert [check(executor, pair, singly(model, pair)).is_merged for _ in range(2)] == [False, True]
+
     def test_equal_ids_merge_and_different_ones_are_compared_by_value_then(self) -> None:
         executor, model = Executor(), Model(self.model)
         for start, is_merged in ((0, False), (4, True)):
