@@ -83,7 +83,7 @@ class Session:
 
     def _task_of(self, job: Job) -> Task:
         def body(task: Task) -> Any:
-            bound = bind(job.pipeline, task, defers=self.executor.merges)
+            bound = bind(job.pipeline, task, defers=self.executor.merges and not job.is_exact)
             job.prepare(task, bound)
             return job.finish(bound(**job.kwargs))
 
