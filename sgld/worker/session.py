@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Pending, Ran, Stepped, TickMode
@@ -14,6 +15,7 @@ from sgld.worker.binding import bind
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, Tick
 from sgld.worker.probe import probed_axes
+from sgld.worker.snapshot import next_hook_id, remove_hooks
 from sgld.worker.task import Outcome, Raised, Task
 
 logger = logging.getLogger(__name__)
@@ -176,7 +178,12 @@ class Session:
         for call, outcome in answers:
             task.answer(call, outcome)
         known = set(task.calls)
+        first_hook = next_hook_id()
         task.advance()
+        if hooks := range(first_hook, next_hook_id()):
+            # Only one task runs at a time, so they are its own: on parts of models, which no proxy stands for.
+            task.hook_ids.update(hooks)
+            task.exclusive_because = task.exclusive_because or "hooks on parts of its models"
         if task.end is not None:
             self._finish(task)
             return
@@ -196,7 +203,10 @@ class Session:
         verdicts.reasons[task.call.component] = f"the pipeline uses {task.exclusive_because}"
 
     def _finish(self, task: Task) -> None:
-        del self._tasks[task.request_id], self._jobs[task.request_id]
+        job = self._jobs.pop(task.request_id)
+        del self._tasks[task.request_id]
+        if task.hook_ids:
+            remove_hooks((part for part in vars(job.pipeline).values() if isinstance(part, nn.Module)), task.hook_ids)
         for snapshot in task.snapshots:
             snapshot.restore()
         assert task.end is not None

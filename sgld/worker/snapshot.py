@@ -1,8 +1,10 @@
 """What a component was before an exclusive task changed it: processors, hooks and attributes of all its modules."""
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 # What a module keeps in dicts of its own, which are changed in place.
 _INNER = (
@@ -29,6 +31,19 @@ class Snapshot:
             for name, content in inner.items():
                 vars(module)[name].clear()
                 vars(module)[name].update(content)
+
+
+def next_hook_id() -> int:
+    """The number of the next hook that is registered anywhere in this process."""
+    return RemovableHandle.next_id
+
+
+def remove_hooks(components: Iterable[nn.Module], ids: Collection[int]) -> None:
+    """Remove hooks from all modules of components, where they are left."""
+    for module in (module for component in components for module in component.modules()):
+        for hooks in _inner(module).keys() - {"_modules"}:
+            for hook_id in vars(module)[hooks].keys() & set(ids):
+                del vars(module)[hooks][hook_id]
 
 
 def _inner(module: nn.Module) -> dict[str, dict[Any, Any]]:

@@ -62,6 +62,8 @@ class Task:
         """What the task is about to change in a component that it shares: from here on it must run alone."""
         self.snapshots: list[Snapshot] = []
         """The components that it changes, as they were before."""
+        self.hook_ids: set[int] = set()
+        """The hooks that it registered in its own thread."""
         self._body: Callable[[Task], Any] | None = body
         self._random = OwnRandom(seed)
         self._on_step = on_step

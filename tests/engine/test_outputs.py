@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from engine.streams import completed, events_of
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
-from sgld.events import Failed
+from sgld.events import Failed, Progress
 from sgld.sampling_params import SamplingParams
 from sgld.testing import InlineReplica
 
@@ -87,3 +87,29 @@ async def test_result_that_can_not_be_given_fails_with_the_reason(prompt: str, m
     assert isinstance(event, Failed)
     assert event.code == "pipeline_failed"
     assert message in event.message
+
+
+class Barless(DiffusionPipeline):  # type: ignore[misc]
+    """Steps without a progress bar and without callbacks."""
+
+    def __init__(self, vocoder: nn.Module, scheduler: EulerDiscreteScheduler) -> None:
+        super().__init__()
+        self.register_modules(vocoder=vocoder, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str = "", num_inference_steps: int = 5, output_type: str = "pt") -> Output:
+        self.scheduler.set_timesteps(num_inference_steps)
+        sample = torch.ones(1, 3, 8, 8)
+        for timestep in self.scheduler.timesteps:
+            sample = self.scheduler.step(self.vocoder(sample), timestep, sample).prev_sample
+        return Output(frames=sample[None])
+
+
+async def test_pipeline_without_a_progress_bar_has_progress() -> None:
+    pipeline = Barless(Vocoder(None), EulerDiscreteScheduler())
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        events = await events_of(engine, SamplingParams(num_inference_steps=4))
+    told = [(event.step, event.num_steps) for event in events if isinstance(event, Progress)]
+    assert told
+    assert told[-1] == (4, 4)
+    assert told == sorted(told)

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from pipelines import BUILDERS, build
+from torch import nn
 
 from sgld.messages import Pending, Ran, Stepped
 from sgld.testing import run_together
 from sgld.worker.executor import Executor
 from sgld.worker.session import Job, Session
 from sgld.worker.task import Outcome, Task, Value
-from worker.requests import requests
+from worker.requests import Doubling, Doublings, Sum, requests
 
 
 class Log:
@@ -155,3 +156,39 @@ def test_exact_request_shares_with_nobody() -> None:
     log.session.close()
     assert keys["b"] is None
     assert keys["a"] == keys["c"] is not None
+
+
+class Hooking(Doublings):
+    """Hooks a part of its model around each call, adds its own number, and forgets the last hook."""
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, num_inference_steps: int = 3, output_type: str = "pt") -> Sum:
+        own = x.clone()
+        for step in range(num_inference_steps):
+            handle = self.transformer.inner.register_forward_hook(lambda _module, _args, result: result + own)
+            x = self.transformer(x)
+            if step < num_inference_steps - 1:
+                handle.remove()
+        return Sum(images=x)
+
+
+class Nested(Doubling):
+    """A denoiser with a part that can be hooked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(super().forward(x))
+        return result
+
+
+def test_hooks_on_parts_of_models_make_a_task_exclusive_and_are_removed() -> None:
+    pipeline = Hooking(Nested())
+    numbers = [torch.full((1, 4), value) for value in (1.0, 10.0, 100.0)]
+    report = run_together(pipeline, [{"x": number} for number in numbers])
+    assert report.mode == "exclusive"
+    # Each doubles and adds its own number, three times.
+    assert [output.images[0, 0].item() for output in report.outputs] == [15.0, 150.0, 1500.0]
+    assert not pipeline.transformer.inner._forward_hooks
