@@ -99,7 +99,7 @@ def ltx_2() -> Any:
         audio_num_attention_heads=2,
         audio_attention_head_dim=4,
         audio_cross_attention_dim=8,
-        num_layers=2,
+        num_layers=1,
         caption_channels=16,
         rope_double_precision=False,
         rope_type="split",
@@ -136,7 +136,8 @@ PIPELINES = {
     ),
     "ltx_2": Entry(
         ltx_2,
-        _SIZE | {"num_frames": 5, "spatio_temporal_guidance_blocks": [1]},
+        _SIZE
+        | {"num_frames": 5, "spatio_temporal_guidance_blocks": [0], "modality_scale": 1.0, "audio_modality_scale": 1.0},
         kind="text to video and audio",
         second=_TALL,
     ),
