@@ -38,6 +38,7 @@ from sgld.engine.engine import Engine
 from sgld.events import Completed
 from sgld.models.resolve import EMBEDDED
 from sgld.sampling_params import SamplingParams
+from sgld.testing import InlineReplica
 
 PROMPT = "a red circle on the left of a blue square"
 
@@ -71,6 +72,55 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def added_outside_ms(self) -> float:
         """Without what noise does to the forwards themselves; on a GPU those of the bare pipeline end unseen."""
         return self.added_step_ms - (self.engine_forward_ms - self.bare_forward_ms)
+
+
+class Halving(torch.nn.Module):
+    """A denoiser that takes no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1,), 0.5))
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.weight * sample + 0 * timestep
+
+
+class Stepping(DiffusionPipeline):  # type: ignore[misc]
+    """A pipeline that does nothing but steps."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str = "", num_inference_steps: int = 1, output_type: str = "pt") -> tuple[torch.Tensor]:
+        sample = torch.ones(1, 3, 8, 8, device=self.transformer.device)
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for _ in range(num_inference_steps):
+                sample = self.transformer(sample, torch.ones(1, device=sample.device)).clamp(0, 1)
+                bar.update()
+        return (sample,)
+
+
+async def tick_cpu_ms(device: str, num_steps: int = 2000) -> float:
+    """CPU time that a tick of a single request adds, in the front and the rank, where the forward takes none."""
+    pipeline = Stepping(Halving().to(device))
+    pipeline.set_progress_bar_config(disable=True)
+    params = SamplingParams(prompt=PROMPT, num_inference_steps=num_steps)
+    config = EngineConfig(device=device, num_cpu_threads=1)  # type: ignore[arg-type]
+    async with Engine(config, rank_factory=InlineReplica(pipeline)) as engine:
+        await engine.ready()
+        clocks = [1e3 * time.process_time()]
+        pipeline(num_inference_steps=num_steps)
+        clocks.append(1e3 * time.process_time())
+        async for _ in engine.generate(params):
+            pass
+        clocks.append(1e3 * time.process_time())
+    return (clocks[2] - 2 * clocks[1] + clocks[0]) / num_steps
 
 
 Spans = list[tuple[float, float]]
@@ -216,6 +266,12 @@ def table(rows: list[Row], report: dict[str, Any]) -> str:
         f"{report['machine']}; {versions}. Load of the machine: {report['load']}. Milliseconds; steps are lower"
         " quartiles, pictures the fastest.",
         "",
+        f"A tick whose forward takes no time adds {report['tick_cpu_ms']:.2f} ms of CPU time, front and rank together.",
+    ]
+    if not rows:
+        return "\n".join(lines) + "\n"
+    lines += [
+        "",
         "| model and size | step, bare | step, engine | added | added outside the forward | of a step "
         "| picture, bare | picture, engine | CPU time added per step |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -238,7 +294,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward, in both")
     parser.add_argument("--step-ms", type=float, default=40.0)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="sizes of pictures of the small model")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[64, 128], help="sizes of pictures of the small model; none: ticks only"
+    )
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -246,16 +304,19 @@ def main() -> None:
     folder = str(EMBEDDED["sgld/tiny-image"])
     cases = [Case(name=f"tiny-image, {size}", model_path=folder, size=size) for size in args.sizes]
     load_before = os.getloadavg()[0]
+    tick_ms = anyio.run(tick_cpu_ms, args.device)
     with tempfile.TemporaryDirectory() as temporary:
-        small = Case(name="", model_path=folder, size=max(args.sizes))
-        cases.append(heavier(Path(temporary) / "model", small, args.device, args.step_ms))
+        small = Case(name="", model_path=folder, size=max(args.sizes, default=0))
+        cases += [heavier(Path(temporary) / "model", small, args.device, args.step_ms)] if cases else []
         rows = [anyio.run(measured, case, args, Path(temporary) / "trace.json") for case in cases]
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     report = {
-        "command": f"python bench/overhead.py --repeats {args.repeats} --device {args.device} --threads {args.threads}",
+        "command": f"python bench/overhead.py --repeats {args.repeats} --device {args.device} --threads {args.threads}"
+        f" --sizes {' '.join(map(str, args.sizes))}".rstrip(),
         "machine": f"{where}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "load": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after",
+        "tick_cpu_ms": round(tick_ms, 3),
         "rows": [
             {n: round(v, 3) if isinstance(v, float) else v for n, v in msgspec.to_builtins(r).items()} for r in rows
         ],
