@@ -11,6 +11,7 @@ from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import Trait
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
+from sgld.worker.reuse import Encodings
 from sgld.worker.task import Outcome, Raised, Value
 from sgld.worker.trees import Path, leaves
 from sgld.worker.verdicts import Recent, Verdicts, axes_key
@@ -53,6 +54,7 @@ class Executor:
         self.num_proofs = 0
         self._synchronize = synchronize
         self._digests = Digests()
+        self._encodings = Encodings(self._digests)
         self._max_rows: Recent[int] = Recent()
         """Merge key to the rows that memory has room for, where it was too small for more."""
 
@@ -73,9 +75,23 @@ class Executor:
         """Run calls with equal merge keys, as one forward if that is proved right."""
         cost_key = max(calls, key=_num_elements).cost_key
         start = time.perf_counter()
-        outcomes, is_merged, is_timed = self._run(calls)
+        outcomes, is_merged, is_timed = self._answer(calls)
         self._synchronize()
         return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed, cost_key)
+
+    def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
+        """Run the calls, except for text that was encoded before."""
+        keys = {call.id: key for call in calls if (key := self._encodings.key(call)) is not None}
+        known = {n: Value(value) for n, key in keys.items() if (value := self._encodings.recall(key)) is not None}
+        rest = [call for call in calls if call.id not in known]
+        num_draws = sum(call.random.num_draws for call in rest)
+        outcomes, is_merged, is_timed = self._run(rest) if rest else ([], False, False)
+        is_certain = not is_merged and sum(call.random.num_draws for call in rest) == num_draws
+        for call, outcome in zip(rest, outcomes, strict=True):
+            if is_certain and call.id in keys and isinstance(outcome, Value):
+                self._encodings.keep(keys[call.id], outcome.value)
+        answers = iter(outcomes)
+        return [known.get(call.id) or next(answers) for call in calls], is_merged, is_timed and not known
 
     def _run(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
         if len(calls) == 1:
@@ -146,6 +162,7 @@ class Executor:
     def _halve(self, key: str, calls: Sequence[Call], axes: CallAxes) -> None:
         """Remember that so many calls were too many, so that not each of their forwards fails first."""
         self._max_rows[key] = (_num_rows(calls, axes) + 1) // 2
+        self._encodings.clear()
 
     def _prove(self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Trait]) -> list[Outcome]:
         """Answer from single forwards, and see whether merged ones agree.
