@@ -21,7 +21,7 @@ from anyio.to_thread import run_sync
 
 from sgld.errors import InvalidRequest
 from sgld.media.download import Refused, download
-from sgld.media.images import check_image
+from sgld.media.images import MAX_INPUT_PIXELS, check_image
 from sgld.sampling_params import SamplingParams
 
 MAX_INPUTS = 64
@@ -38,6 +38,7 @@ class InputPolicy:
     allow_private_hosts: bool = False
     """Hosts whose address isn't a public one, as this machine and its network."""
     max_bytes: int = 64 * 1024 * 1024
+    max_pixels: int = MAX_INPUT_PIXELS
     timeout_s: float = 30.0
 
 
@@ -143,13 +144,19 @@ def _as_file(source: str, policy: InputPolicy) -> tuple[str, Callable[[], None]]
     scheme = scheme_of(source, policy)
     if scheme == "file":
         path = Path(source).absolute()
-        check_image(path)
+        _check_size(source, check_image(path), policy)
         return str(path), lambda: None
     content = _decoded(source, policy) if scheme == "data" else _downloaded(source, policy)
-    check_image(BytesIO(content), shown(source))
+    _check_size(source, check_image(BytesIO(content), shown(source)), policy)
     descriptor = _in_memory(content)
     # Not a file on a disk, as whoever dies would leave it there. The rank belongs to the same user.
     return f"/proc/{os.getpid()}/fd/{descriptor}", lambda: os.close(descriptor)
+
+
+def _check_size(source: str, size: tuple[int, int], policy: InputPolicy) -> None:
+    width, height = size
+    if width * height > policy.max_pixels:
+        raise InvalidRequest(f"{shown(source)} has {width}x{height} pixels; at most {policy.max_pixels} are allowed")
 
 
 def _in_memory(content: bytes) -> int:

@@ -5,22 +5,27 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import anyio
 import msgspec
 from anyio.to_thread import run_sync
+from PIL import Image, ImageOps
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect, Request
 
 from sgld.errors import InvalidRequest
 from sgld.media.images import check_image
 from sgld.server.errors import ApiError
+from sgld.server.schemas import CONTAINERS
 
 T = TypeVar("T")
 # What takes longer than a millisecond is done in a thread.
 _LARGE_BYTES = 64 * 1024
 _MAX_FILES = 64
+MASK = "mask"
+# Fields that hold objects; SGLang's clients write them as JSON.
+_OBJECTS = frozenset({"diffusers_kwargs", *CONTAINERS})
 _MAX_FIELDS = 1000
 
 
@@ -55,7 +60,7 @@ async def read_form(request: Request, pictures: frozenset[str], *, max_bytes: in
 
     Nested fields are written as OpenAI's client does: `lora[scale]` in an object, `sigmas[]` in a list.
 
-    :param pictures: fields that hold pictures: files, or URLs.
+    :param pictures: fields that hold pictures, as files or URLs; `mask` is a file.
     :raises ApiError: it carries something else, or a form that can't be read.
     :raises InvalidRequest: a file isn't a picture, or has too many pixels.
     """
@@ -66,23 +71,58 @@ async def read_form(request: Request, pictures: frozenset[str], *, max_bytes: in
     async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=max_bytes) as parts:
         for name, value in parts.multi_items():
             base = name.partition("[")[0]
-            if base in pictures:
-                source = await run_sync(_as_url, name, value, max_pixels) if isinstance(value, UploadFile) else value
-                form.pictures.setdefault(base, []).append(source)
+            if base in pictures and value:
+                form.pictures.setdefault(base, []).append(await _source(name, value, max_pixels))
             elif isinstance(value, UploadFile):
                 raise InvalidRequest(f"{name} is a file, but no picture is expected there", name)
             elif value:
-                _put(form.fields, name, value)
+                _put(form.fields, name, _parsed(value) if base in _OBJECTS else value)
     return form
 
 
-def _as_url(name: str, upload: UploadFile, max_pixels: int) -> str:
-    """A picture as a data URL: it travels with the params from here on."""
-    content = upload.file.read()
+async def _source(name: str, value: UploadFile | str, max_pixels: int) -> str:
+    """The source of a picture; an upload becomes a data URL, which travels with the params from here on."""
+    is_mask = name == MASK
+    if isinstance(value, UploadFile):
+        return await run_sync(_as_url, name, value.file, max_pixels, is_mask)
+    if is_mask:
+        raise InvalidRequest("the mask must be sent as a file", name)
+    return value
+
+
+def _as_url(name: str, file: BinaryIO, max_pixels: int, is_mask: bool) -> str:
+    content = file.read()
     width, height = check_image(BytesIO(content), name)
     if width * height > max_pixels:
         raise InvalidRequest(f"{name} has {width}x{height} pixels; this server allows at most {max_pixels}", name)
-    return f"data:{upload.content_type or 'image/png'};base64,{b64encode(content).decode()}"
+    return f"data:;base64,{b64encode(mask_of(content) if is_mask else content).decode()}"
+
+
+def mask_of(content: bytes) -> bytes:
+    """A mask in which white is painted anew, as pipelines want it; in OpenAI's that is what is transparent.
+
+    A mask without transparency is one already.
+
+    :raises InvalidRequest: it is damaged.
+    """
+    try:
+        with Image.open(BytesIO(content)) as mask:
+            if not mask.has_transparency_data:
+                return content
+            buffer = BytesIO()
+            ImageOps.invert(mask.convert("RGBA").getchannel("A")).save(buffer, "PNG")
+            return buffer.getvalue()
+    # Pillow's plugins raise any of these for damaged files.
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InvalidRequest(f"the mask can't be read: {error}", MASK) from None
+
+
+def _parsed(value: str) -> Any:
+    """A value of what nobody knows the type of: a number, a switch, an object, or else text."""
+    try:
+        return msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return value
 
 
 def _put(fields: dict[str, Any], name: str, value: str) -> None:

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -92,16 +93,21 @@ def not_found(what: str) -> ApiError:
     return ApiError(404, f"there is no {what}", "not_found")
 
 
+def shutting_down() -> ApiError:
+    """Another server, or this one in a moment, may take it."""
+    return ApiError(503, "the server is shutting down", "shutting_down", headers=_retry_after(None))
+
+
 def from_sgld(error: SgldError) -> ApiError:
     """The answer for an error of the engine."""
     match error:
         case InvalidRequest(param=param):
             code = "invalid_value" if error.code == InvalidRequest.code else error.code
             return ApiError(400, str(error), code, param=param)
-        case QueueFull():
-            return ApiError(429, str(error), error.code, headers=_retry_after(getattr(error, "retry_after_s", None)))
+        case QueueFull(retry_after_s=retry_after_s):
+            return ApiError(429, str(error), error.code, headers=_retry_after(retry_after_s))
         case EngineClosed():
-            return ApiError(503, "the server is shutting down", "shutting_down", headers=_retry_after(None))
+            return shutting_down()
         case ModelError():
             return ApiError(503, str(error), error.code, headers=_NO_RETRY)
         case _:
@@ -146,4 +152,5 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 def _retry_after(seconds: float | None) -> dict[str, str]:
-    return {"retry-after": f"{min(seconds or _RETRY_AFTER_S, _MAX_RETRY_AFTER_S):.0f}"}
+    seconds = _RETRY_AFTER_S if seconds is None else seconds
+    return {"retry-after": str(max(1, ceil(min(seconds, _MAX_RETRY_AFTER_S))))}

@@ -18,7 +18,7 @@ from sgld.media.images import encode_image
 from sgld.media.inputs import references
 from sgld.server.auth import owner_of
 from sgld.server.bodies import read_form, read_json, unless_gone
-from sgld.server.errors import from_event, json_response, not_found
+from sgld.server.errors import ApiError, from_event, json_response, not_found, shutting_down
 from sgld.server.limits import check_limits, check_sources
 from sgld.server.requests import LiveRequest
 from sgld.server.results import Record, StoredFile
@@ -39,6 +39,8 @@ from sgld.server.sse import EventStream, encode_event
 KIND = "img"
 _PICTURES = frozenset({"image", "mask", "url"})
 _Verb = Literal["image_generation", "image_edit"]
+# What changed nothing of what a picture shows.
+_NOT_OF_PICTURES = frozenset({"num_previews", "priority", "deadline_s"})
 _PARTIAL: dict[_Verb, PartialType] = {
     "image_generation": "image_generation.partial_image",
     "image_edit": "image_edit.partial_image",
@@ -73,12 +75,12 @@ async def generations(request: Request) -> Response:
 
 async def edits(request: Request) -> Response:
     """POST /v1/images/edits."""
-    return await _answer(request, await _edit_request(request, "image"), "image_edit")
+    return await _answer(request, await _edit_request(request), "image_edit")
 
 
 async def variations(request: Request) -> Response:
-    """POST /v1/images/variations: the picture again, with its own prompt or none."""
-    return await _answer(request, await _edit_request(request, "image"), "image_edit")
+    """POST /v1/images/variations: an edit that needs no prompt."""
+    return await edits(request)
 
 
 async def get_image(request: Request) -> Response:
@@ -122,13 +124,13 @@ async def _record(request: Request) -> Record:
     return record
 
 
-async def _edit_request(request: Request, needed: str) -> ImageRequest:
+async def _edit_request(request: Request) -> ImageRequest:
     config = services_of(request).config
     form = await read_form(request, _PICTURES, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels)
     images = (*form.pictures.get("image", ()), *form.pictures.get("url", ()))
     masks = form.pictures.get("mask", [])
     if not images:
-        raise InvalidRequest("there is no picture to edit: send it as image, or its URL as url", needed)
+        raise InvalidRequest("there is no picture to edit: send it as image, or its URL as url", "image")
     if len(masks) > 1:
         raise InvalidRequest(f"there are {len(masks)} masks; send one", "mask")
     return image_request(form.fields, images=images, mask=masks[0] if masks else None, is_form=True)
@@ -217,7 +219,7 @@ class _Job:
         with live.subscribe(ignores=(Progress, Preview, Frames)) as events:
             async for event in events:
                 if isinstance(event, Failed | Cancelled):
-                    raise from_event(event)
+                    raise self._error(event)
         pictures = self._in_order
         body = ImagesResponse(
             id=live.id,
@@ -245,7 +247,7 @@ class _Job:
                             for picture in self._pictures[index]:
                                 yield await self._completed(live, picture, index, verb)
                         case Failed() | Cancelled():
-                            yield encode_event("error", from_event(event).body)
+                            yield encode_event("error", self._error(event).body)
                             return
                         case Progress():
                             if self._options.progress_events:
@@ -256,6 +258,10 @@ class _Job:
                             assert_never(unknown)
         finally:
             live.cancel()
+
+    def _error(self, event: Failed | Cancelled) -> ApiError:
+        is_stopped = isinstance(event, Cancelled) and self._services.stopping.is_set()
+        return shutting_down() if is_stopped else from_event(event)
 
     async def _partial(self, live: LiveRequest, preview: Preview, verb: _Verb, number: int) -> bytes:
         height, width, _ = preview.image.shape
@@ -298,7 +304,7 @@ class _Job:
     def _metadata(self, live: LiveRequest, completed: Completed) -> dict[str, Any]:
         """What repeats this picture, as `sgld generate` writes it; input pictures aren't in it."""
         params = msgspec.structs.replace(live.params, seed=completed.seed, image_path=(), num_outputs_per_prompt=1)
-        chosen = {n: v for n, v in _asdict(params).items() if v not in (None, (), {}) and n != "num_previews"}
+        chosen = {n: v for n, v in _asdict(params).items() if v not in (None, (), [], {}) and n not in _NOT_OF_PICTURES}
         if any(references(params.diffusers_kwargs)):
             del chosen["diffusers_kwargs"]
         return {"version": __version__, "model_path": self._services.engine_config.model_path, "params": chosen}

@@ -40,7 +40,7 @@ LATER: dict[str, tuple[object, ...]] = {
     "perf_dump_path": (),
 }
 # Objects inside which SGLang's clients send further fields.
-_CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
+CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
 # What the API says in other words, or the server decides.
 _OWN_WORDS = frozenset({"image_path", "num_previews", "num_outputs_per_prompt", "num_frames", "fps", "seed"})
 SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - _OWN_WORDS
@@ -208,12 +208,12 @@ def _convert(fields: Mapping[str, Any], struct: type[_Struct], is_form: bool) ->
 def _unpacked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields with those inside SGLang's containers, which count less."""
     fields: dict[str, Any] = {}
-    for name in _CONTAINERS:
+    for name in CONTAINERS:
         inner = given.get(name) or {}
         if not isinstance(inner, dict):
             raise InvalidRequest(f"{name} must be an object", name)
         fields |= inner
-    return fields | {name: value for name, value in given.items() if name not in _CONTAINERS}
+    return fields | {name: value for name, value in given.items() if name not in CONTAINERS}
 
 
 def _known(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

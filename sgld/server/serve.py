@@ -1,15 +1,17 @@
 """Runs the app on Hypercorn until it is told to leave.
 
 Hypercorn's own shutdown waits for clients that keep their connection, on Python 3.12 and later for ever (its issue
-308). So it is told to accept no more, what is under way gets its time, and then it is cancelled.
+308). So first the app comes to rest: new requests are refused, those under way get their time. Then Hypercorn is told,
+and if it doesn't leave, it is cancelled.
 """
 
 import logging
 import signal
 import socket
 import ssl
+from asyncio import InvalidStateError
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,8 +34,8 @@ from sgld.server.results import Results
 from sgld.server.services import Services
 from sgld.storage.local import LocalStorage
 
-# Answers that are complete still have to leave.
-_FLUSH_S = 1.0
+# For connections to be closed in order; answers that are complete still have to leave.
+_CLOSE_S = 1.0
 
 
 class Serves(Generates, Protocol):
@@ -86,30 +88,52 @@ async def serve(
     *,
     task_status: TaskStatus[Services] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, or until `stopping` of its services is set; a second signal ends it at once.
+    """Serve until SIGINT or SIGTERM, or until `stopping` of its services is set.
 
     Clients can connect, and wait, while the model is loaded.
 
     :raises ModelError: the model can't be served (inside an exception group).
     """
-    config, activity = listener.config, Activity()
-    inputs = InputPolicy(allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes)
+    config = listener.config
+    inputs = InputPolicy(
+        allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels
+    )
     results = Results(LocalStorage(listener.folder / "results"))
     async with engine_factory(engine_config) as engine, Requests(engine, inputs) as requests:
         services = Services(engine, engine_config, config, requests, results)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
             tasks.start_soon(engine.ready)
-            tasks.start_soon(_end_in_time, services, activity, tasks.cancel_scope)
-            tasks.start_soon(_serve_http, services, listener, activity, tasks.cancel_scope)
+            tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
             task_status.started(services)
 
 
-async def _serve_http(services: Services, listener: Listener, activity: Activity, server: CancelScope) -> None:
+async def _serve_http(services: Services, listener: Listener, server: CancelScope) -> None:
     """In a task of its own, as Hypercorn leaves one that asyncio takes for cancelled."""
+    activity = Activity()
     app = _without_lifespan(create_app(services, listener.keys, activity))
-    await hypercorn_serve(app, _http_config(listener), shutdown_trigger=services.stopping.wait)  # type: ignore[arg-type]
+
+    async def is_at_rest() -> None:
+        await services.stopping.wait()
+        await _come_to_rest(services, activity)
+        server.deadline = anyio.current_time() + 2 * _CLOSE_S
+
+    # What Hypercorn raises when it is cancelled while it waits for connections.
+    with suppress(InvalidStateError):
+        await hypercorn_serve(app, _http_config(listener), shutdown_trigger=is_at_rest)  # type: ignore[arg-type]
     server.cancel()
+
+
+async def _come_to_rest(services: Services, activity: Activity) -> None:
+    """Let requests end, then end them."""
+    services.requests.close()
+    with anyio.move_on_after(services.config.shutdown_timeout_s):
+        await services.requests.wait_idle()
+        await activity.wait_idle()
+    services.requests.cancel_all()
+    with anyio.move_on_after(_CLOSE_S):
+        await services.requests.wait_idle()
+        await activity.wait_idle()
 
 
 def _without_lifespan(app: ASGIApp) -> ASGIApp:
@@ -123,23 +147,14 @@ def _without_lifespan(app: ASGIApp) -> ASGIApp:
 
 
 async def _watch_signals(services: Services, server: CancelScope) -> None:
+    """The first signal lets requests end, the second ends them, the third ends all."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            if services.stopping.is_set():
-                server.cancel()
-            services.stopping.set()
-
-
-async def _end_in_time(services: Services, activity: Activity, server: CancelScope) -> None:
-    """Once the server is told to stop: let requests end, then end them, then end the server."""
-    await services.stopping.wait()
-    services.requests.close()
-    with anyio.move_on_after(services.config.shutdown_timeout_s):
-        await services.requests.wait_idle()
-        await activity.wait_idle()
-    services.requests.cancel_all()
-    await anyio.sleep(_FLUSH_S)
-    server.cancel()
+        await anext(signals)
+        services.stopping.set()
+        await anext(signals)
+        services.requests.cancel_all()
+        await anext(signals)
+        server.cancel()
 
 
 def _http_config(listener: Listener) -> Config:
@@ -155,7 +170,7 @@ def _http_config(listener: Listener) -> Config:
     http.read_timeout = None
     http.h2_max_concurrent_streams = 1000
     http.include_server_header = False
-    http.graceful_timeout = listener.config.shutdown_timeout_s + 2 * _FLUSH_S
+    http.graceful_timeout = _CLOSE_S
     http.accesslog = None
     http.errorlog = logging.getLogger("hypercorn")
     return http
