@@ -106,6 +106,7 @@ async def test_params_without_pictures_stay_as_they_are() -> None:
         ("data:image/png;base64,%%%", ANY, "can't be read"),
         ("data:text/plain,hello", ANY, "isn't an image"),
         (data_url(png()), InputPolicy(max_bytes=10), "the limit is 10"),
+        (data_url(png()), InputPolicy(max_pixels=1), "at most 1 are allowed"),
         ("http://127.0.0.1:1/a.png", ANY, "isn't a public address"),
         ("there-is-none.png", ANY, "There is no image"),
         ("there-is-none.png", REMOTE_ONLY, "isn't read here"),

@@ -17,10 +17,11 @@ from sgld.events import AnyEvent, Completed, Failed, Preview, Progress, Queued, 
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import ModelInfo
 from sgld.sampling_params import SamplingParams
-from sgld.server.serve import listen, serve
+from sgld.server.serve import EngineFactory, listen, serve
 from sgld.server.services import Services
 
 TIMEOUT_S = 30
+CONFIG = EngineConfig(device="cpu", num_cpu_threads=1)
 MODEL = ModelInfo(model_path="sgld/tiny-image", pipeline_class="FakePipeline", device="cpu", precisions={}, fps=None)
 
 
@@ -122,8 +123,13 @@ class Running:
 
 
 @asynccontextmanager
-async def running(folder: Path, engine: FakeEngine | None = None, **settings: Any) -> AsyncIterator[Running]:
-    """A real server on a port of its own, as long as the block lasts."""
+async def running(
+    folder: Path, engine: FakeEngine | None = None, *, factory: EngineFactory | None = None, **settings: Any
+) -> AsyncIterator[Running]:
+    """A real server on a port of its own, as long as the block lasts.
+
+    :param factory: makes the engine, in the place of a fake one.
+    """
     engine = engine or FakeEngine()
     settings = {"shutdown_timeout_s": 0.0, "data_dir": str(folder / "data"), **settings}
     listener = listen(ServerConfig(port=0, **settings))
@@ -131,7 +137,7 @@ async def running(folder: Path, engine: FakeEngine | None = None, **settings: An
     async with AsyncExitStack() as stack:
         stack.enter_context(anyio.fail_after(TIMEOUT_S))
         tasks = await stack.enter_async_context(anyio.create_task_group())
-        services: Services = await tasks.start(serve, EngineConfig(), listener, engine)
+        services: Services = await tasks.start(serve, CONFIG, listener, factory or engine)
         http = await stack.enter_async_context(httpx2.AsyncClient(base_url=url, timeout=TIMEOUT_S))
         try:
             yield Running(url, services, engine, http)

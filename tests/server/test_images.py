@@ -5,10 +5,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import numpy as np
 import pytest
+from blockbuster import blockbuster_ctx
 from PIL import Image
+
+from sgld.server.auth import ANYBODY
 
 from .fakes import FakeEngine, running
 
@@ -160,3 +164,32 @@ async def test_sglangs_fields_reach_the_engine(tmp_path: Path) -> None:
     (params,) = engine.params
     assert (params.width, params.height, params.num_outputs_per_prompt, params.seed) == (32, 48, 2, 5)
     assert (params.negative_prompt, params.num_inference_steps, params.diffusers_kwargs) == ("dogs", 3, {"eta": 0.5})
+
+
+async def test_nothing_blocks_the_event_loop(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        with blockbuster_ctx():
+            answer = (await server.post(prompt="a cat", size="512x512", output_format="webp")).json()
+            stream = await server.post(prompt="a cat", stream=True, partial_images=1)
+            content = await server.http.get(f"/v1/images/{answer['id']}/content")
+            found = await server.http.get(f"/v1/images/{answer['id']}")
+            gone = await server.http.delete(f"/v1/images/{answer['id']}")
+
+    assert [stream.status_code, content.status_code, found.status_code, gone.status_code] == [200] * 4
+
+
+async def test_a_picture_that_is_being_made_is_cancelled_by_its_deletion(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    async with running(tmp_path, engine) as server, anyio.create_task_group() as tasks:
+        answers: list[Any] = []
+
+        async def ask() -> None:
+            answers.append(await server.post(prompt="hang"))
+
+        tasks.start_soon(ask)
+        await engine.hanging.wait()
+        (live,) = server.services.requests.all(ANYBODY)
+        await server.http.delete(f"/v1/images/{live.id}")
+
+    assert (answers[0].status_code, error_of(answers[0])["code"]) == (409, "cancelled")
+    assert answers[0].headers["x-should-retry"] == "false"

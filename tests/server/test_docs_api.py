@@ -1,0 +1,52 @@
+"""docs/openai_api.md says what the server does."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import anyio
+import msgspec
+import pytest
+
+from sgld.server.schemas import IGNORED, SAMPLING_FIELDS, ImageOptions
+
+from .fakes import running
+from .test_edits import png
+
+PAGE = (Path(__file__).parents[2] / "docs" / "openai_api.md").read_text()
+COMMANDS = [
+    command.strip()
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for command in block.replace("\\\n", " ").splitlines()
+]
+PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_commands_do_what_they_say(tmp_path: Path, command: str) -> None:
+    for name in ("room.png", "mask.png"):
+        (tmp_path / name).write_bytes(png())
+    async with running(tmp_path) as server:
+        words = [word.replace("http://localhost:30000", server.url) for word in shlex.split(command)]
+        done = await anyio.run_process([*words, "--fail", "--silent", "--show-error"], cwd=tmp_path)
+
+    if "-N" in words:
+        assert done.stdout.count(b"event: ") == 3
+    else:
+        assert "error" not in msgspec.json.decode(done.stdout)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+async def test_programs_run(tmp_path: Path, program: str) -> None:
+    async with running(tmp_path) as server:
+        source = program.replace("http://localhost:30000", server.url)
+        done = await anyio.run_process([sys.executable, "-c", source])
+
+    assert int(done.stdout) > 0
+
+
+def test_every_field_is_there() -> None:
+    fields = {*ImageOptions.__struct_fields__, *SAMPLING_FIELDS, *IGNORED}
+
+    assert [name for name in sorted(fields) if f"`{name}`" not in PAGE] == []
