@@ -87,6 +87,14 @@ def test_encoder_whose_weights_changed_is_asked_again(encoder: nn.Module) -> Non
     assert not torch.equal(encoded(executor, encoder, 3, 4).last_hidden_state, before)
 
 
+def test_encoder_with_other_attributes_is_asked_again(encoder: nn.Module, count: Count) -> None:
+    executor = Executor()
+    for attention in ("some", "other", "some"):
+        encoder.attention = attention  # type: ignore[assignment]
+        encoded(executor, encoder, 3, 4)
+    assert count.num_forwards == 2
+
+
 def test_encoder_with_hooks_that_is_trained_or_drawn_from_is_asked_each_time(encoder: nn.Module, count: Count) -> None:
     next(encoder.children()).register_forward_hook(lambda *_: None)
     for _ in range(2):
