@@ -35,6 +35,8 @@ def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -
     config = fill(ServerConfig, values)
     engine_config = fill(EngineConfig, {**values, "parallel": fill(ParallelConfig, values)})
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if config.log_level != "debug":
+        logging.getLogger("hypercorn").setLevel(logging.WARNING)
     from sgld.server.serve import listen  # takes a second
 
     try:

@@ -1,7 +1,8 @@
 """Reads what a client still sends when its answer is already made.
 
-Hypercorn 0.18 ends a whole HTTP/2 connection, with all its streams, when an answer is complete before the upload is;
-over HTTP/1.1 such a client may see a reset in place of the answer. So the rest is read before the last piece is sent.
+Hypercorn 0.18 ends a whole HTTP/2 connection, with all its streams, when an answer is complete before the upload is, or
+when the client stops its upload because it sees an error; over HTTP/1.1 a client may see a reset in place of the
+answer. So the rest of the upload is read before the answer begins.
 """
 
 import anyio
@@ -32,8 +33,7 @@ class Drain:
             return message
 
         async def drained(message: Message) -> None:
-            is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-            if is_last and not is_read:
+            if message["type"] == "http.response.start" and not is_read:
                 with anyio.move_on_after(_TIMEOUT_S):
                     size = 0
                     while not is_read and size < _MAX_BYTES:

@@ -32,6 +32,7 @@ from sgld.server.subscription import Subscription
 logger = logging.getLogger(__name__)
 STORAGE_FAILED = "storage_failed"
 INTERNAL_ERROR = "internal_error"
+_BUG = "the server failed; its log says more"
 
 
 class Generates(Protocol):
@@ -128,7 +129,7 @@ class LiveRequest:
             self._fail(error, error.code)
         except Exception:  # the boundary of the request: a bug ends it and nothing else
             logger.exception("request %s", self.id)
-            self._fail(SgldError("the server failed; its log says more"), INTERNAL_ERROR)
+            self._fail(SgldError(_BUG), INTERNAL_ERROR)
 
     async def _complete(self, event: Completed) -> None:
         try:
@@ -137,6 +138,9 @@ class LiveRequest:
             self._fail_output(event.output_index, error.code, str(error))
         except OSError as error:
             self._fail_output(event.output_index, STORAGE_FAILED, f"the result can't be stored: {error}")
+        except Exception:  # the same boundary, in a task of its own
+            logger.exception("request %s, output %d", self.id, event.output_index)
+            self._fail_output(event.output_index, INTERNAL_ERROR, _BUG)
         else:
             self._publish(event)
 

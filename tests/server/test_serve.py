@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,8 +153,29 @@ async def test_an_upload_that_is_refused_leaves_other_streams_of_its_connection_
     assert "image_generation.completed" in text
 
 
-async def _pieces(body: bytes):  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("protocol", ["--http1.1", "--http2-prior-knowledge"])
+async def test_who_asks_before_it_uploads_is_answered(tmp_path: Path, protocol: str) -> None:
+    (tmp_path / "large").write_bytes(b"x" * 3_000_000)
+    async with running(tmp_path, max_body_bytes=1000) as server:
+        # For so much curl expects a "100 Continue" first, and stops when it sees an error.
+        words = ["curl", protocol, "--silent", "--max-time", "8", "-F", "image=@large", f"{server.url}/v1/images/edits"]
+        done = await anyio.run_process(words, cwd=tmp_path)
+
+    assert b'"code":"request_too_large"' in done.stdout
+
+
+async def _pieces(body: bytes) -> AsyncIterator[bytes]:
     yield body
+
+
+async def test_a_connection_outlives_a_thousand_requests(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path) as server,
+        httpx2.AsyncClient(base_url=server.url, http1=False, http2=True, timeout=TIMEOUT_S) as client,
+    ):
+        statuses = {(await client.get("/liveness")).status_code for _ in range(1100)}
+
+    assert statuses == {200}
 
 
 async def test_a_body_without_length_is_cut_off_at_the_limit(tmp_path: Path) -> None:
