@@ -1,0 +1,139 @@
+"""What does a lone request gain whose pipeline calls the denoiser twice in a step, when both share a forward?
+
+python bench/guided.py [--device cuda] [--steps 24] [--sizes 17x256x256 33x480x832] [--out bench/results/guided_gpu]
+
+A Wan pipeline with a transformer of the size of Wan 2.1 1.3B and random weights. The plain pipeline runs its two
+forwards one after the other; the engine finds out by itself what pays. Of each request the median step counts.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import anyio
+import torch
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+
+from sgld.config import EngineConfig
+from sgld.engine.engine import Engine
+from sgld.events import Failed, Progress
+from sgld.models.resolve import EMBEDDED
+from sgld.sampling_params import SamplingParams
+
+PROMPT = "sunset over the sea, the sun is setting"
+NUM_REQUESTS = 4
+
+
+def save(folder: Path, layers: int) -> None:
+    """The pipeline, with the text encoder and the VAE of the small one that ships."""
+    pipeline = DiffusionPipeline.from_pretrained(EMBEDDED["sgld/tiny-video"], dtype=torch.bfloat16)
+    small = pipeline.transformer.config
+    pipeline.transformer = WanTransformer3DModel(
+        num_attention_heads=12,
+        attention_head_dim=128,
+        in_channels=small.in_channels,
+        out_channels=small.out_channels,
+        text_dim=small.text_dim,
+        ffn_dim=8960,
+        num_layers=layers,
+    ).to(torch.bfloat16)
+    pipeline.save_pretrained(folder)
+
+
+def plain_step_ms(folder: Path, size: tuple[int, int, int], steps: int, device: str) -> float:
+    """The median step of the plain pipeline, with latents as its result."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    ends: list[float] = []
+
+    def note(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return {}
+
+    frames, height, width = size
+    for _ in range(2):
+        ends.clear()
+        pipeline(
+            PROMPT,
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            output_type="latent",
+            callback_on_step_end=note,
+        )
+    return 1e3 * statistics.median(after - before for before, after in pairwise(ends))
+
+
+async def engine_step_ms(folder: Path, size: tuple[int, int, int], steps: int, device: str) -> list[float]:
+    """The median step of each of several requests, one after the other."""
+    frames, height, width = size
+    params = SamplingParams(prompt=PROMPT, num_frames=frames, height=height, width=width, num_inference_steps=steps)
+    medians = []
+    async with Engine(EngineConfig(model_path=str(folder), device=device)) as engine:  # type: ignore[arg-type]
+        await engine.ready()
+        for _ in range(NUM_REQUESTS):
+            ends = []
+            async for event in engine.generate(params):
+                if isinstance(event, Failed):
+                    raise RuntimeError(event.message)
+                if isinstance(event, Progress):
+                    ends.append(time.perf_counter())
+            medians.append(1e3 * statistics.median(after - before for before, after in pairwise(ends)))
+    return medians
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--layers", type=int, default=30, help="fewer, to try the script")
+    parser.add_argument("--sizes", nargs="*", default=["17x256x256", "33x480x832"], help="FRAMESxHEIGHTxWIDTH")
+    parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save(folder, args.layers)
+        for name in args.sizes:
+            frames, height, width = map(int, name.split("x"))
+            size = frames, height, width
+            engine_ms = anyio.run(engine_step_ms, folder, size, args.steps, args.device)
+            rows.append(
+                {"size": name, "plain": plain_step_ms(folder, size, args.steps, args.device), "engine": engine_ms}
+            )
+            print(rows[-1], flush=True)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    report = {
+        "command": " ".join(["python", "bench/guided.py", *sys.argv[1:]]).partition(" --out")[0],
+        "machine": f"{where}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "rows": rows,
+    }
+    lines = ["# Two forwards of a lone request's step as one", "", f"`{report['command']}`", ""]
+    lines += [f"{report['machine']}; torch {version('torch')}, diffusers {version('diffusers')}. Median step, ms."]
+    lines += ["", "| size | plain pipeline | engine, request by request |", "|---|---|---|"]
+    lines += [f"| {r['size']} | {r['plain']:.1f} | {', '.join(f'{ms:.1f}' for ms in r['engine'])} |" for r in rows]
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
