@@ -119,7 +119,8 @@ def _device(config: EngineConfig) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ModelError("device is 'cuda', but torch finds no GPU here; use --device cpu or auto")
-    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
+    # With its index: a task's thread has to be told which device is its own.
+    return torch.device("cuda", 0) if has_cuda and config.device != "cpu" else torch.device("cpu")
 
 
 def _device_name(device: torch.device) -> str:
