@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from sgld.errors import SgldError
-from sgld.server import images, info
+from sgld.server import events, images, info, login
 from sgld.server.auth import Auth, Keys, LocalOnly, is_loopback
 from sgld.server.drain import Drain
 from sgld.server.edge import Activity, Edge
@@ -29,6 +29,15 @@ ROUTES = [
     Route("/v1/images/{id}", images.get_image, methods=["GET"]),
     Route("/v1/images/{id}", images.delete_image, methods=["DELETE"]),
     Route("/v1/images/{id}/content", images.get_content, methods=["GET"]),
+    Route("/login", login.get_login, methods=["GET"]),
+    Route("/login", login.login, methods=["POST"]),
+    Route("/login", login.logout, methods=["DELETE"]),
+    Route("/v1/events", events.events),
+    Route("/v1/requests", events.list_requests),
+    Route("/v1/requests/{id}", events.get_request, methods=["GET"]),
+    Route("/v1/requests/{id}", events.delete_request, methods=["DELETE"]),
+    Route("/v1/requests/{id}/events", events.request_events),
+    Route("/v1/requests/{id}/preview", events.get_preview),
 ]
 
 
@@ -62,4 +71,5 @@ def create_app(services: Services, keys: Keys, activity: Activity) -> Starlette:
     handled: tuple[type[Exception], ...] = (ApiError, SgldError, msgspec.MsgspecError, HTTPException)
     app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=dict.fromkeys(handled, on_error))
     app.state.services = services
+    app.state.keys = keys
     return app

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import Request, cookie_parser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sgld.config import ServerConfig
@@ -20,8 +20,11 @@ from sgld.server.errors import ApiError
 
 ANYBODY = "anybody"
 """The owner of all requests where no keys are asked for."""
-OPEN_PATHS = frozenset({"/health", "/liveness"})
-"""What probes ask for, without a key."""
+OPEN_PATHS = frozenset(
+    {"/health", "/liveness", "/", "/dashboard.css", "/dashboard.js", "/docs", "/openapi.json", "/login"}
+)
+"""What needs no key: probes, and pages that hold nothing of anybody."""
+COOKIE = "sgld_session"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _OWNER = "sgld.owner"
 
@@ -48,7 +51,9 @@ class Keys:
     """Tells whose a key is, in a time that doesn't depend on how much of it is right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
+        keys = tuple(keys)
         self._digests = [_digest(key) for key in keys]
+        self._owner_by_cookie = {self.cookie(key): f"key_{_digest(key).hex()[:16]}" for key in keys}
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -58,6 +63,16 @@ class Keys:
         digest = _digest(key)
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         return f"key_{digest.hex()[:16]}" if any(found) else None
+
+    def cookie(self, key: str) -> str:
+        """What a browser has in the place of a key: it stays good after a restart, and the key isn't told by it."""
+        return hmac.digest(key.encode(errors="surrogateescape"), b"sgld session cookie", "sha256").hex()
+
+    def owner_of_cookie(self, cookie: str) -> str | None:
+        """The identity behind the key that a cookie was made of; None if it is no key of ours."""
+        given = cookie.encode(errors="surrogateescape")
+        owners = [owner for known, owner in self._owner_by_cookie.items() if hmac.compare_digest(given, known.encode())]
+        return owners[0] if owners else None
 
 
 def owner_of(request: Request) -> str:
@@ -85,6 +100,10 @@ class Auth:
     def _owner(self, scope: Scope) -> str | None:
         if not self._keys or scope["path"] in OPEN_PATHS:
             return ANYBODY
+        headers = Headers(scope=scope)
+        if "authorization" not in headers and _is_of_own_page(scope["method"], headers):
+            cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+            return self._keys.owner_of_cookie(cookie)
         return self._keys.owner(_presented(scope))
 
 
@@ -125,6 +144,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_of_own_page(method: str, headers: Headers) -> bool:
+    """Whether a cookie counts: pages of another port are of the same site, and browsers send it for these, too."""
+    origin = headers.get("origin")
+    if origin is None:
+        return method in ("GET", "HEAD") and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
 
 
 def _digest(key: str) -> bytes:

@@ -149,6 +149,11 @@ async def _answer(request: Request, asked: ImageRequest, verb: _Verb) -> Respons
         live = await unless_gone(request, submit)
         return EventStream(job.stream(live, verb), heartbeat_s=services.config.heartbeat_s)
 
+    if not asked.options.wait:
+        live = await submit()
+        headers = {"location": f"/v1/requests/{live.id}"}
+        return json_response(services.feed.get(live.id, owner), 202, headers)
+
     async def complete() -> Response:
         live = await submit()
         try:

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import Protocol, Self
@@ -12,6 +12,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from sgld.engine.statistics import Statistics
 from sgld.errors import EngineClosed, SgldError
 from sgld.events import (
     AnyEvent,
@@ -45,6 +46,9 @@ class Generates(Protocol):
     def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> AsyncGenerator[AnyEvent, None]:
         """Stream the events of all outputs of a request."""
 
+    def statistics(self) -> Statistics:
+        """What it has done and knows."""
+
 
 class LiveRequest:
     """A request on its way, and what somebody who comes late must hear of it.
@@ -66,6 +70,7 @@ class LiveRequest:
         self.owner = owner
         self.params = params
         self.created_at = int(time.time())
+        self.observers: Sequence[Observer] = ()
         self._finish = finish
         self._scope = anyio.CancelScope()
         self._open = set(range(params.num_outputs_per_prompt))
@@ -165,6 +170,8 @@ class LiveRequest:
     def _publish(self, event: AnyEvent) -> None:
         event = msgspec.structs.replace(event, request_id=self.id)
         self._remember(event)
+        for observe in self.observers:
+            observe(self, event)
         for subscription in self._subscriptions:
             subscription.put(event)
         if isinstance(event, Terminal):
@@ -184,6 +191,8 @@ class LiveRequest:
 
 
 Finish = Callable[[LiveRequest, Completed], Awaitable[None]]
+Observer = Callable[[LiveRequest, AnyEvent], None]
+"""Hears each event of each request, without waiting."""
 
 
 class Requests:
@@ -193,6 +202,7 @@ class Requests:
     """
 
     def __init__(self, engine: Generates, inputs: InputPolicy) -> None:
+        self.observers: list[Observer] = []
         self._engine = engine
         self._inputs = inputs
         self._live: dict[str, LiveRequest] = {}
@@ -221,6 +231,7 @@ class Requests:
         if not self._is_open:
             raise EngineClosed("the server is shutting down")
         live = LiveRequest(f"{kind}_{secrets.token_hex(16)}", kind, owner, params, finish)
+        live.observers = self.observers
         self._live[live.id] = live
         self._tasks.start_soon(self._run, live)
         try:

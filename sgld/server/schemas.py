@@ -86,6 +86,13 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         False
     )
     metadata: Annotated[bool, Meta(description="embed the parameters into the files")] = True
+    wait: Annotated[
+        bool,
+        Meta(description="false: answer at once; /v1/requests/ID tells how far it is"),
+    ] = True
+    num_previews: Annotated[
+        int, Meta(ge=0, le=100, description="previews for those who watch /v1/events, where there is no stream")
+    ] = 0
 
     @property
     def format(self) -> ImageFormat:
@@ -187,10 +194,12 @@ def image_request(
     fields = dict(_known(_unpacked(given)))
     sampling = {name: fields.pop(name) for name in SAMPLING_FIELDS & fields.keys()}
     options = _convert(fields, ImageOptions, is_form)
+    if options.stream and not options.wait:
+        raise InvalidRequest("a stream is a way to wait: choose stream, or wait: false", "wait")
     if "prompt" not in sampling and not images:
         raise InvalidRequest("there is no prompt", "prompt")
     sampling |= _size(options.size, sampling)
-    previews = options.partial_images or 0 if options.stream else 0
+    previews = options.partial_images or 0 if options.stream else options.num_previews
     # A video model gives a picture when it makes one frame; others take no notice.
     sampling |= {"num_outputs_per_prompt": options.n, "num_frames": 1, "num_previews": previews}
     sampling |= {"seed": _seed(options.seed, options.n), "image_path": images}

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import ssl
+import time
 from asyncio import InvalidStateError
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
@@ -29,13 +30,16 @@ from sgld.messages import ModelInfo
 from sgld.server.app import create_app
 from sgld.server.auth import Keys, read_keys
 from sgld.server.edge import Activity
+from sgld.server.feed import Feed
 from sgld.server.requests import Generates, Requests
 from sgld.server.results import Results
 from sgld.server.services import Services
+from sgld.server.stats import stats_after
 from sgld.storage.local import LocalStorage
 
 # For connections to be closed in order; answers that are complete still have to leave.
 _CLOSE_S = 1.0
+_STATS_S = 1.0
 
 
 class Serves(Generates, Protocol):
@@ -100,10 +104,13 @@ async def serve(
     )
     results = Results(LocalStorage(listener.folder / "results"))
     async with engine_factory(engine_config) as engine, Requests(engine, inputs) as requests:
-        services = Services(engine, engine_config, config, requests, results)
+        feed = Feed()
+        requests.observers.append(feed.observe)
+        services = Services(engine, engine_config, config, requests, results, feed)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
             tasks.start_soon(engine.ready)
+            tasks.start_soon(_tell_stats, services)
             tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
             task_status.started(services)
 
@@ -124,16 +131,32 @@ async def _serve_http(services: Services, listener: Listener, server: CancelScop
     server.cancel()
 
 
+async def _tell_stats(services: Services) -> None:
+    """Every second, whether somebody watches or not: who comes sees the last minutes."""
+    before = services.engine.statistics()
+    while True:
+        await anyio.sleep(_STATS_S)
+        now = services.engine.statistics()
+        services.feed.tick(stats_after(before, now, time.time()))
+        before = now
+
+
 async def _come_to_rest(services: Services, activity: Activity) -> None:
     """Let requests end, then end them."""
     services.requests.close()
+    services.feed.announce_shutdown()
     with anyio.move_on_after(services.config.shutdown_timeout_s):
-        await services.requests.wait_idle()
-        await activity.wait_idle()
+        await _wait_idle(services, activity)
     services.requests.cancel_all()
     with anyio.move_on_after(_CLOSE_S):
-        await services.requests.wait_idle()
-        await activity.wait_idle()
+        await _wait_idle(services, activity)
+
+
+async def _wait_idle(services: Services, activity: Activity) -> None:
+    await services.requests.wait_idle()
+    # Those who watch have seen the end of all.
+    services.feed.close()
+    await activity.wait_idle()
 
 
 def _without_lifespan(app: ASGIApp) -> ASGIApp:

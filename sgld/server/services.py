@@ -7,6 +7,7 @@ import anyio
 from starlette.requests import Request
 
 from sgld.config import EngineConfig, ServerConfig
+from sgld.server.feed import Feed
 from sgld.server.requests import Generates, Requests
 from sgld.server.results import Results
 
@@ -23,6 +24,7 @@ class Services:
     config: ServerConfig
     requests: Requests
     results: Results
+    feed: Feed
     stopping: anyio.Event = field(default_factory=anyio.Event)
     started_at: int = field(default_factory=lambda: int(time.time()))
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from sgld import errors
 from sgld.config import EngineConfig, ServerConfig
+from sgld.engine.statistics import Statistics
 from sgld.events import AnyEvent, Completed, Failed, Preview, Progress, Queued, Started
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import ModelInfo
@@ -24,12 +25,28 @@ TIMEOUT_S = 30
 CONFIG = EngineConfig(device="cpu", num_cpu_threads=1)
 MODEL = ModelInfo(model_path="sgld/tiny-image", pipeline_class="FakePipeline", device="cpu", precisions={}, fps=None)
 
+NOTHING = Statistics(
+    uptime_s=0.0,
+    num_queued=0,
+    num_running=0,
+    num_completed=0,
+    num_failed=0,
+    num_cancelled=0,
+    num_restarts=0,
+    calls=(),
+    merging={},
+    costs=(),
+    tensor_queue=None,
+    channel=None,
+)
+
 
 class FakeEngine:
     """An engine that paints its seed. Prompts say what else shall happen:
 
     `refuse CODE` is refused, `fail CODE` ends as Failed after a step, `break` raises what no engine should, `hang`
-    never goes on after its first step, `wait` not before `go` is set, `nothing` makes no picture, `layers N` makes N.
+    never goes on after its first step, `wait` not before `go` is set, `show` not after its first
+    preview before that, `nothing` makes no picture, `layers N` makes N.
     """
 
     def __init__(self, *, is_ready: bool = True) -> None:
@@ -39,6 +56,7 @@ class FakeEngine:
         self.hanging = anyio.Event()
         self.go = anyio.Event()
         self.has_ended = anyio.Event()
+        self.counted = NOTHING
 
     def __call__(self, config: EngineConfig) -> Self:
         return self
@@ -54,6 +72,10 @@ class FakeEngine:
     async def ready(self) -> ModelInfo:
         """The model."""
         return MODEL
+
+    def statistics(self) -> Statistics:
+        """Nothing was counted."""
+        return self.counted
 
     async def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request, as sgld.engine.engine.Engine.generate gives them."""
@@ -94,6 +116,8 @@ class FakeEngine:
                 yield Preview(**about, step=step, image=np.full((4, 6, 3), 10 * step, np.uint8))
                 # Previews come with seconds between them.
                 await anyio.wait_all_tasks_blocked()
+                if verb == "show":
+                    await self.go.wait()
         num_frames = {"nothing": 0, "layers": int(rest or 0) if verb == "layers" else 1}.get(verb, 1)
         frames = np.full((num_frames, params.height or 16, params.width or 24, 3), params.seed % 256, np.uint8)
         yield Completed(**about, frames=frames, seed=params.seed, fps=None, elapsed_s=0.5)

@@ -1,0 +1,185 @@
+"""What happens to all requests, for those who watch: a status of each, and a stream of events with numbers.
+
+Whoever publishes never waits. A watcher has a mailbox of its own in which news of a request replaces what is outdated
+by it, so that it is bounded by the number of requests; a watcher that is further behind than that begins anew with a
+snapshot.
+"""
+
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sgld.events import AnyEvent, Frames, Preview, Queued, Started, Terminal
+from sgld.server.previews import LivePreview
+from sgld.server.requests import LiveRequest
+from sgld.server.stats import ServerStats
+from sgld.server.status import RequestStatus, after, moved, new_status, progress_of
+from sgld.server.watcher import ENDS, EVENT_NAMES, EventName, News, Watcher
+
+HIDDEN_KINDS = frozenset({"health"})
+# Events that a client may have missed while it reconnects, and requests that it may look back to.
+RING = 4096
+MAX_ENDED = 500
+_MAX_STATS = 300
+
+
+class Feed:
+    """The status of all requests, and who watches them.
+
+    :param clock: seconds since 1970.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.epoch = secrets.token_hex(4)
+        """Numbers of events mean nothing to another server."""
+        self.num_lost = 0
+        self.stats: deque[ServerStats] = deque(maxlen=_MAX_STATS)
+        self._clock = clock
+        self._number = 0
+        self._ring: deque[News] = deque(maxlen=RING)
+        self._live: dict[str, tuple[str, RequestStatus]] = {}
+        self._ended: OrderedDict[str, tuple[str, RequestStatus]] = OrderedDict()
+        self._queue: list[tuple[str, int]] = []
+        """Outputs that wait, as the engine ordered them when they came."""
+        self._previews: dict[str, dict[int, LivePreview]] = {}
+        self._watchers: set[Watcher] = set()
+        self._is_closed = False
+
+    def observe(self, live: LiveRequest, event: AnyEvent) -> None:
+        """Take notice of an event of a request; what nobody asked for, as probes of its health, isn't shown."""
+        self._keep_place(live.id, event)
+        if live.kind in HIDDEN_KINDS or isinstance(event, Frames):
+            return
+        now = self._clock()
+        known = self._live.get(live.id)
+        before = known[1] if known else new_status(live.id, live.kind, live.params, now)
+        if isinstance(event, Preview):
+            preview = LivePreview(event.image, event.step, event.output_index)
+            self._previews.setdefault(live.id, {})[event.output_index] = preview
+            self._tell("request.preview", live.owner, live.id, preview, is_kept=False)
+            return
+        status = after(before, event, now)
+        self._live[live.id] = live.owner, status
+        if status.has_ended:
+            self._end(live.owner, status)
+        name = _name_of(before if known else None, status)
+        self._tell(name, live.owner, live.id, progress_of(status) if name == "request.progress" else status)
+
+    def tick(self, stats: ServerStats) -> None:
+        """Tell how the server does, and who has moved up in the queue."""
+        self.stats.append(stats)
+        self._tell("server.stats", None, None, stats, is_kept=False)
+        for position, (request_id, index) in enumerate(self._queue):
+            owner, status = self._live.get(request_id, (None, None))
+            if status is None or status.outputs[index].position == position:
+                continue
+            assert owner is not None
+            self._live[request_id] = owner, moved(status, index, position)
+            self._tell("request.progress", owner, request_id, progress_of(self._live[request_id][1]), is_kept=False)
+
+    def announce_shutdown(self) -> None:
+        """Tell everybody that the server is about to leave."""
+        self._tell("server.shutdown", None, None, {})
+
+    def close(self) -> None:
+        """End all streams, once they have taken what is there."""
+        self._is_closed = True
+        for watcher in self._watchers:
+            watcher.close()
+
+    @contextmanager
+    def watch(
+        self, owner: str, *, request_id: str | None = None, names: frozenset[EventName] = EVENT_NAMES
+    ) -> Iterator[Watcher]:
+        """News from now on, of one request or of all of an owner."""
+        watcher = Watcher(owner, request_id, names)
+        if self._is_closed:
+            watcher.close()
+        self._watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.discard(watcher)
+            self.num_lost += watcher.num_lost
+
+    @property
+    def number(self) -> int:
+        """That of the last event."""
+        return self._number
+
+    @property
+    def num_watchers(self) -> int:
+        return len(self._watchers)
+
+    def since(self, number: int) -> list[News] | None:
+        """The numbered news after this one; None where some of it isn't kept any more."""
+        oldest = self._ring[0].number if self._ring else self._number + 1
+        assert oldest is not None
+        if not oldest - 1 <= number <= self._number:
+            return None
+        return [news for news in self._ring if news.number is not None and news.number > number]
+
+    def current(self, owner: str) -> list[News]:
+        """How far the owner's requests are that are on their way."""
+        return [
+            News("request.progress", owner, status.id, progress_of(status))
+            for whose, status in self._live.values()
+            if whose == owner
+        ]
+
+    def get(self, request_id: str, owner: str) -> RequestStatus | None:
+        """A request, if it is the owner's and on its way or not long over."""
+        found = self._live.get(request_id) or self._ended.get(request_id)
+        return found[1] if found is not None and found[0] == owner else None
+
+    def all(self, owner: str) -> list[RequestStatus]:
+        """The owner's requests, those that are over first, as they came to their end; then the others, as they came."""
+        known = [*self._ended.values(), *self._live.values()]
+        return [status for whose, status in known if whose == owner]
+
+    def forget(self, request_id: str) -> None:
+        """Show a request that is over no more."""
+        self._ended.pop(request_id, None)
+
+    def preview(self, request_id: str, owner: str, output_index: int) -> LivePreview | None:
+        """The latest preview of an output that isn't finished."""
+        whose, _ = self._live.get(request_id, (None, None))
+        return self._previews.get(request_id, {}).get(output_index) if whose == owner else None
+
+    def _end(self, owner: str, status: RequestStatus) -> None:
+        del self._live[status.id]
+        self._previews.pop(status.id, None)
+        self._ended[status.id] = owner, status
+        while len(self._ended) > MAX_ENDED:
+            self._ended.popitem(last=False)
+
+    def _keep_place(self, request_id: str, event: AnyEvent) -> None:
+        """Follow the queue: who is taken out lets those behind move up."""
+        place = (request_id, event.output_index)
+        if isinstance(event, Queued):
+            self._queue.insert(event.position, place)
+        elif isinstance(event, Started | Terminal) and place in self._queue:
+            self._queue.remove(place)
+
+    def _tell(
+        self, name: EventName, owner: str | None, request_id: str | None, data: Any, *, is_kept: bool = True
+    ) -> None:
+        number = None
+        if is_kept:
+            self._number = number = self._number + 1
+        news = News(name, owner, request_id, data, number)
+        if is_kept:
+            self._ring.append(news)
+        for watcher in self._watchers:
+            watcher.put(news)
+
+
+def _name_of(before: RequestStatus | None, status: RequestStatus) -> EventName:
+    if status.has_ended:
+        return ENDS[status.status]
+    if before is not None and before.status == status.status:
+        return "request.progress"
+    return "request.started" if status.status == "running" else "request.queued"
