@@ -132,6 +132,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat_s: Annotated[float, Meta(gt=0), _field("silence after which an event stream gets a sign of life")] = 15.0
     shutdown_timeout_s: Annotated[float, Meta(ge=0), _field("how long running requests may go on at the end")] = 30.0
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _field("log level of the HTTP server")] = "info"
+    log_format: Annotated[Literal["text", "json"], _field("form of the log; json has request ids")] = "text"
     log_requests: Annotated[bool, _field("log each HTTP request")] = False
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """`sgld serve`: the HTTP server, until it is told to leave."""
 
 import argparse
-import logging
 import os
 import sys
 import threading
@@ -34,11 +33,10 @@ def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -
     values = {name: setting.value for name, setting in merge(sources).items()}
     config = fill(ServerConfig, values)
     engine_config = fill(EngineConfig, {**values, "parallel": fill(ParallelConfig, values)})
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if config.log_level != "debug":
-        logging.getLogger("hypercorn").setLevel(logging.WARNING)
-    from sgld.server.serve import listen  # takes a second
+    from sgld.server.logs import set_up_logs  # these two take a second
+    from sgld.server.serve import listen
 
+    set_up_logs(config)
     try:
         listener = listen(config)
     except (OSError, ValueError) as error:

@@ -24,6 +24,8 @@ class CallStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_proofs: int = 0
     largest_batch: int = 0
     """The most calls that shared a forward."""
+    batch_sizes: dict[int, int] = {}
+    """How many forwards so many calls shared; those of proofs aren't counted."""
 
 
 class MergeStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +106,7 @@ class Tally:
             num_merged=before.num_merged + is_merged,
             num_proofs=before.num_proofs + (reply.mode == "proof"),
             largest_batch=max(before.largest_batch, len(reply.call_ids) if is_merged else 1),
+            batch_sizes=_counted(before.batch_sizes, reply),
         )
         if self.trace is not None:
             self.trace.ran(reply, calls)
@@ -130,3 +133,10 @@ class Tally:
     def _forget(self, request_id: str) -> None:
         for call in [call for call in self._pending.values() if call.request_id == request_id]:
             del self._pending[call.id]
+
+
+def _counted(sizes: dict[int, int], reply: Ran) -> dict[int, int]:
+    if reply.mode == "proof":
+        return sizes
+    size, num = (len(reply.call_ids), 1) if reply.mode == "merged" else (1, len(reply.call_ids))
+    return sizes | {size: sizes.get(size, 0) + num}

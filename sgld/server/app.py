@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from sgld.errors import SgldError
-from sgld.server import events, images, info, login
+from sgld.server import events, images, info, login, metrics
 from sgld.server.auth import Auth, Keys, LocalOnly, is_loopback
 from sgld.server.drain import Drain
 from sgld.server.edge import Activity, Edge
@@ -21,6 +21,7 @@ ROUTES = [
     Route("/health", info.health),
     Route("/health_generate", info.health_generate),
     Route("/server_info", info.server_info),
+    Route("/metrics", metrics.metrics),
     Route("/v1/models", info.models),
     Route("/v1/models/{id:path}", info.model),
     Route("/v1/images/generations", images.generations, methods=["POST"]),
@@ -72,4 +73,6 @@ def create_app(services: Services, keys: Keys, activity: Activity) -> Starlette:
     app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=dict.fromkeys(handled, on_error))
     app.state.services = services
     app.state.keys = keys
+    activity.paths = {route.endpoint: route.path for route in ROUTES}
+    services.registry.register(metrics.ServerCollector(services, activity))
     return app

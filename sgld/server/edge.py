@@ -4,7 +4,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 
 import anyio
@@ -16,21 +17,34 @@ from sgld.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
+_METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"})
+# As nginx writes it.
+_CLIENT_LEFT = 499
 _GIVEN_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
 class Activity:
-    """Counts the HTTP requests that are being answered."""
+    """Counts the HTTP requests that are being answered, and those that were."""
 
     def __init__(self) -> None:
         self.num_active = 0
+        self.paths: Mapping[object, str] = {}
+        """The paths of routes by their handlers, as those of requests have ids in them."""
+        self.num_requests: Counter[tuple[str, str]] = Counter()
+        """By path of the route, and method."""
+        self.num_responses: Counter[tuple[str, str, int]] = Counter()
         self._is_idle = anyio.Event()
 
     def begin(self) -> None:
         self.num_active += 1
 
-    def end(self) -> None:
+    def end(self, scope: Scope, status: int) -> None:
+        """:param status: 0 where the client left before it had an answer."""
         self.num_active -= 1
+        endpoint = self.paths.get(scope.get("endpoint"), "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.num_requests[endpoint, method] += 1
+        self.num_responses[endpoint, method, status or _CLIENT_LEFT] += 1
         if not self.num_active:
             self._is_idle.set()
 
@@ -69,11 +83,15 @@ class Edge:
         try:
             await self._guarded(scope, receive, with_id, lambda: status != 0)
         finally:
-            self._activity.end()
+            self._activity.end(scope, status)
             if self._log_requests:
-                took_s = time.monotonic() - started_at
-                logger.info("%s %s %s %d %.3f s", request_id, scope["method"], scope["path"], status, took_s)
+                self._log(scope, request_id, status, time.monotonic() - started_at)
             request_id_var.reset(token)
+
+    def _log(self, scope: Scope, request_id: str, status: int, took_s: float) -> None:
+        method, path = scope["method"], scope["path"]
+        fields = {"method": method, "path": path, "status": status, "took_s": round(took_s, 4)}
+        logger.info("%s %s %s %d %.3f s", request_id, method, path, status, took_s, extra={"fields": fields})
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, has_begun: Callable[[], bool]) -> None:
         try:

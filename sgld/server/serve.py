@@ -31,6 +31,7 @@ from sgld.server.app import create_app
 from sgld.server.auth import Keys, read_keys
 from sgld.server.edge import Activity
 from sgld.server.feed import Feed
+from sgld.server.metrics import RequestMetrics
 from sgld.server.requests import Generates, Requests
 from sgld.server.results import Results
 from sgld.server.services import Services
@@ -107,6 +108,8 @@ async def serve(
         feed = Feed()
         requests.observers.append(feed.observe)
         services = Services(engine, engine_config, config, requests, results, feed)
+        counted = RequestMetrics(services.registry)
+        requests.observers.append(lambda live, event: counted.observe(live, event, time.monotonic()))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
             tasks.start_soon(engine.ready)

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 import anyio
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 
 from sgld.config import EngineConfig, ServerConfig
@@ -25,6 +26,8 @@ class Services:
     requests: Requests
     results: Results
     feed: Feed
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    """The metrics."""
     stopping: anyio.Event = field(default_factory=anyio.Event)
     started_at: int = field(default_factory=lambda: int(time.time()))
 

@@ -41,6 +41,7 @@ def test_ticks_are_counted_by_what_ran() -> None:
     assert (denoise.name, denoise.kind, decode.name, decode.kind) == ("unet.forward", "denoise", "vae.decode", "decode")
     assert (denoise.num_ticks, denoise.num_calls, denoise.num_rows, denoise.elapsed_s) == (3, 6, 12, 1.5)
     assert (denoise.num_merged, denoise.num_proofs, denoise.largest_batch) == (1, 1, 3)
+    assert denoise.batch_sizes == {1: 1, 3: 1}
 
 
 def test_calls_of_requests_that_ended_are_forgotten() -> None:

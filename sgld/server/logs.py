@@ -1,0 +1,38 @@
+"""Log lines as JSON objects, each with the id of the HTTP request that it is about."""
+
+import logging
+from datetime import UTC, datetime
+
+import msgspec
+
+from sgld.config import ServerConfig
+from sgld.server.edge import request_id_var
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class JsonFormatter(logging.Formatter):
+    """One line for each record; what a record has in `fields` stands beside the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": request_id_var.get(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode({name: value for name, value in line.items() if value is not None}).decode()
+
+
+def set_up_logs(config: ServerConfig) -> None:
+    """Log to stderr, as the config says."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
+    if config.log_level != "debug":
+        logging.getLogger("hypercorn").setLevel(logging.WARNING)
