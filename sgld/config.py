@@ -122,7 +122,15 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cors_origins: Annotated[tuple[str, ...], _field("origins whose pages may use the API; * for all")] = ()
     allow_path: Annotated[tuple[str, ...], _field("folders whose files requests may name; by default none")] = ()
     allow_private_urls: Annotated[bool, _field("fetch pictures from private addresses, too")] = False
-    data_dir: Annotated[str | None, _field("folder of results; default: $XDG_DATA_HOME/sgld")] = None
+    data_dir: Annotated[
+        str | None, _field("folder of jobs and results, for one server at a time; default: $XDG_DATA_HOME/sgld")
+    ] = None
+    result_ttl_s: Annotated[
+        float, Meta(gt=0), _field("how long results are kept, in seconds", aliases=("result_ttl",))
+    ] = 30 * 86400.0
+    result_max_bytes: (
+        Annotated[int, Meta(ge=0), _field("how much is kept of results; the oldest go first. Default: no limit")] | None
+    ) = None
     max_pixels: Annotated[int, Meta(ge=1), _field("pixels of a picture or frame at most")] = 4096 * 4096
     max_frames: Annotated[int, Meta(ge=1), _field("frames of a video at most")] = 512
     max_steps: Annotated[int, Meta(ge=1), _field("denoising steps of a request at most")] = 200

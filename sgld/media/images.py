@@ -85,6 +85,12 @@ def check_image(source: Path | BytesIO, name: str | None = None) -> tuple[int, i
         return image.size
 
 
+def has_alpha(content: bytes) -> bool:
+    """Whether an encoded picture has transparency."""
+    with _opened(BytesIO(content)) as image:
+        return image.has_transparency_data
+
+
 @contextmanager
 def _opened(source: Path | BytesIO, name: str | None = None) -> Iterator[Image.Image]:
     """An image file whose header was read; errors inside the with block are translated, too."""

@@ -6,6 +6,7 @@ front turns all into files: what isn't one is put into memory that has a path, a
 """
 
 import os
+import shutil
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -130,6 +131,31 @@ async def as_files(params: SamplingParams, policy: InputPolicy) -> AsyncIterator
             image_path=tuple(paths[source] for source in params.image_path),
             diffusers_kwargs=replaced(params.diffusers_kwargs, lambda r: {_IMAGE: paths[r.source], _MODE: r.mode}),
         )
+
+
+async def kept_in(folder: Path, params: SamplingParams, policy: InputPolicy) -> SamplingParams:
+    """The params with copies in a folder in the place of all sources; without pictures there is no folder.
+
+    :raises InvalidRequest: a picture can't be had, or isn't one.
+    :raises OSError: the folder can't be written.
+    """
+    async with as_files(params, policy) as readable:
+        return await run_sync(_copied_to, folder, readable)
+
+
+def _copied_to(folder: Path, params: SamplingParams) -> SamplingParams:
+    copies: dict[str, str] = {}
+
+    def copy_of(path: str) -> str:
+        if path not in copies:
+            folder.mkdir(parents=True, exist_ok=True)
+            copies[path] = str(folder / str(len(copies)))
+            shutil.copyfile(path, copies[path])
+        return copies[path]
+
+    kwargs = replaced(params.diffusers_kwargs, lambda r: {_IMAGE: copy_of(r.source), _MODE: r.mode})
+    image_path = tuple(copy_of(path) for path in params.image_path)
+    return msgspec.structs.replace(params, image_path=image_path, diffusers_kwargs=kwargs)
 
 
 def _all_references(value: Any) -> list[Reference]:

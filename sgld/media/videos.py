@@ -43,9 +43,7 @@ def write_video(
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
         raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
-    rate = Fraction(fps).limit_denominator(_MAX_FPS_DENOMINATOR)
-    if rate <= 0:
-        raise ValueError(f"The frame rate must be positive, got {fps}.")
+    rate = _rate(fps)
     tags = {} if metadata is None else mp4_tags(metadata)
     sound = None
     if audio is not None:
@@ -54,9 +52,62 @@ def write_video(
     write_atomically(path, lambda temporary: _encode(temporary, frames[..., :3], rate, crf_of(quality), tags, sound))
 
 
+class GrowingVideo:
+    """Encodes frames as they come into an MP4 file whose beginning plays before its end is there.
+
+    A fragmented MP4 of H.264, without sound. A frame's fragment is there when the next frame is.
+
+    :param size: height and width.
+    """
+
+    def __init__(self, size: tuple[int, int], *, fps: float, quality: int = 90) -> None:
+        self._sink = _Sink()
+        flags = "frag_keyframe+frag_every_frame+empty_moov+default_base_moof"
+        self._container = av.open(self._sink, "w", format="mp4", options={"movflags": flags})
+        # Without zerolatency the encoder keeps dozens of frames back.
+        options = {"crf": str(crf_of(quality)), "preset": _PRESET, "tune": "zerolatency"}
+        self._stream = self._container.add_stream("libx264", rate=_rate(fps), options=options)
+        _describe(self._stream, height=size[0], width=size[1])
+
+    def add(self, frames: NDArray[np.uint8]) -> bytes:
+        """Encode frames, (F, H, W, 3 or 4), uint8; what there is of the file since the last call."""
+        for frame in frames:
+            self._container.mux(self._stream.encode(_to_yuv(frame[..., :3])))
+        return self._sink.take()
+
+    def close(self) -> bytes:
+        """The end of the file."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._sink.take()
+
+
+class _Sink:
+    """A file that is read while it is written."""
+
+    def __init__(self) -> None:
+        self._content = bytearray()
+
+    def write(self, content: bytes) -> int:
+        self._content += content
+        return len(content)
+
+    def take(self) -> bytes:
+        content = bytes(self._content)
+        self._content.clear()
+        return content
+
+
 def crf_of(quality: int) -> int:
     """The constant rate factor of x264 for a quality of 1 to 100: 45 (poor) to 15; 90 gives 18, visually lossless."""
     return round(45 - 0.3 * quality)
+
+
+def _rate(fps: float) -> Fraction:
+    rate = Fraction(fps).limit_denominator(_MAX_FPS_DENOMINATOR)
+    if rate <= 0:
+        raise ValueError(f"The frame rate must be positive, got {fps}.")
+    return rate
 
 
 def _encode(

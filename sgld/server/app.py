@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from sgld.errors import SgldError
-from sgld.server import events, images, info, login, metrics
+from sgld.server import events, images, info, login, metrics, video_events, videos
 from sgld.server.auth import Auth, Keys, LocalOnly, is_loopback
 from sgld.server.drain import Drain
 from sgld.server.edge import Activity, Edge
@@ -39,6 +39,15 @@ ROUTES = [
     Route("/v1/requests/{id}", events.delete_request, methods=["DELETE"]),
     Route("/v1/requests/{id}/events", events.request_events),
     Route("/v1/requests/{id}/preview", events.get_preview),
+    Route("/v1/videos", videos.create, methods=["POST"]),
+    Route("/v1/videos", videos.list_videos, methods=["GET"]),
+    Route("/v1/videos/{id}", videos.get_video, methods=["GET"]),
+    Route("/v1/videos/{id}", videos.delete_video, methods=["DELETE"]),
+    Route("/v1/videos/{id}/content", videos.get_content, methods=["GET"]),
+    Route("/v1/videos/{id}/cancel", videos.cancel_video, methods=["POST"]),
+    Route("/v1/videos/{id}/remix", videos.remix, methods=["POST"]),
+    Route("/v1/videos/{id}/events", video_events.events, methods=["GET"]),
+    Route("/v1/videos/{id}/stream", video_events.stream, methods=["GET"]),
 ]
 
 

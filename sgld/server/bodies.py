@@ -1,5 +1,6 @@
 """What requests carry: JSON or a form, with pictures as files or URLs."""
 
+import re
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ MASK = "mask"
 # Fields that hold objects; SGLang's clients write them as JSON.
 _OBJECTS = frozenset({"diffusers_kwargs", *CONTAINERS})
 _MAX_FIELDS = 1000
+# A field, or an item of a list of such fields.
+_LIST = re.compile(r"[^\[]*(\[\d*\])?", re.ASCII)
 
 
 @dataclass
@@ -71,7 +74,7 @@ async def read_form(request: Request, pictures: frozenset[str], *, max_bytes: in
     async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=max_bytes) as parts:
         for name, value in parts.multi_items():
             base = name.partition("[")[0]
-            if base in pictures and value:
+            if base in pictures and value and _LIST.fullmatch(name):
                 form.pictures.setdefault(base, []).append(await _source(name, value, max_pixels))
             elif isinstance(value, UploadFile):
                 raise InvalidRequest(f"{name} is a file, but no picture is expected there", name)
@@ -95,7 +98,12 @@ def _as_url(name: str, file: BinaryIO, max_pixels: int, is_mask: bool) -> str:
     width, height = check_image(BytesIO(content), name)
     if width * height > max_pixels:
         raise InvalidRequest(f"{name} has {width}x{height} pixels; this server allows at most {max_pixels}", name)
-    return f"data:;base64,{b64encode(mask_of(content) if is_mask else content).decode()}"
+    return data_url(mask_of(content) if is_mask else content)
+
+
+def data_url(content: bytes) -> str:
+    """A source that is the content itself."""
+    return f"data:;base64,{b64encode(content).decode()}"
 
 
 def mask_of(content: bytes) -> bytes:

@@ -125,6 +125,13 @@ def from_event(event: Failed | Cancelled) -> ApiError:
     return ApiError(status, event.message, code, headers=_NO_RETRY)
 
 
+def from_code(code: str, message: str) -> ApiError:
+    """The answer for a job that didn't end well."""
+    return from_event(
+        Cancelled(request_id="") if code == _CANCELLED else Failed(request_id="", code=code, message=message)
+    )
+
+
 def from_validation(error: msgspec.MsgspecError) -> ApiError:
     """The answer for a body that can't be decoded, or isn't what it must be."""
     message = str(error)

@@ -3,25 +3,26 @@
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from functools import partial
+from typing import Any, Literal, Self, assert_never
 
 import msgspec
 from anyio.to_thread import run_sync
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from sgld import __version__
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.media.files import extension_of
-from sgld.media.images import encode_image
-from sgld.media.inputs import references
+from sgld.media.images import encode_image, has_alpha
 from sgld.server.auth import owner_of
-from sgld.server.bodies import read_form, read_json, unless_gone
-from sgld.server.errors import ApiError, from_event, json_response, not_found, shutting_down
+from sgld.server.bodies import data_url, read_form, read_json, unless_gone
+from sgld.server.errors import ApiError, from_code, from_event, json_response, not_found, shutting_down
+from sgld.server.idempotency import idempotency_key, submit_job
+from sgld.server.job_store import Asked, Job, StoredFile
 from sgld.server.limits import check_limits, check_sources
+from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
-from sgld.server.results import Record, StoredFile
 from sgld.server.schemas import (
     CompletedImage,
     CompletedType,
@@ -39,8 +40,6 @@ from sgld.server.sse import EventStream, encode_event
 KIND = "img"
 _PICTURES = frozenset({"image", "mask", "url"})
 _Verb = Literal["image_generation", "image_edit"]
-# What changed nothing of what a picture shows.
-_NOT_OF_PICTURES = frozenset({"num_previews", "priority", "deadline_s"})
 _PARTIAL: dict[_Verb, PartialType] = {
     "image_generation": "image_generation.partial_image",
     "image_edit": "image_edit.partial_image",
@@ -85,43 +84,60 @@ async def variations(request: Request) -> Response:
 
 async def get_image(request: Request) -> Response:
     """GET /v1/images/{id}."""
-    record = await _record(request)
-    urls = [_url(request, record.id, variant) for variant in range(len(record.files))]
-    data = [ImageData(seed=file.seed, url=url) for file, url in zip(record.files, urls, strict=True)]
-    return json_response({"id": record.id, "created": record.created_at, "prompt": record.prompt, "data": data})
+    job = await _finished(request)
+    urls = [_url(request, job.id, variant) for variant in range(len(job.files))]
+    data = [ImageData(seed=file.seed, url=url) for file, url in zip(job.files, urls, strict=True)]
+    prompt = job.asked.params.prompt
+    return json_response({"id": job.id, "created": job.created_at, "prompt": prompt, "data": data})
 
 
 async def get_content(request: Request) -> Response:
     """GET /v1/images/{id}/content?variant=N."""
-    record = await _record(request)
+    job = await _finished(request)
     variant = request.query_params.get("variant", "0")
-    if not variant.isdecimal() or int(variant) >= len(record.files):
-        raise not_found(f"variant {variant[:20]} of {record.id}: it has {len(record.files)}, counted from 0")
-    file = record.files[int(variant)]
-    storage = services_of(request).results.storage
+    if not variant.isdecimal() or int(variant) >= len(job.files):
+        raise not_found(f"variant {variant[:20]} of {job.id}: it has {len(job.files)}, counted from 0")
+    file = job.files[int(variant)]
+    storage = services_of(request).jobs.storage
     if (path := await storage.file(file.key)) is not None:
         return FileResponse(path, media_type=file.media_type)
     if (url := await storage.url(file.key)) is not None:
         return RedirectResponse(url, 302)
-    raise not_found(f"content of {record.id} any more")
+    raise not_found(f"content of {job.id} any more")
 
 
 async def delete_image(request: Request) -> Response:
     """DELETE /v1/images/{id}: ends it if it runs, and removes what there is of it."""
-    services, request_id = services_of(request), request.path_params["id"]
-    if (live := services.requests.get(request_id, owner_of(request))) is not None:
+    services, request_id, owner = services_of(request), request.path_params["id"], owner_of(request)
+    if (job := await services.jobs.get(request_id, KIND, owner)) is not None:
+        await services.jobs.delete(job)
+    elif (live := services.requests.get(request_id, owner)) is not None:
         live.cancel()
     else:
-        await services.results.delete(await _record(request))
+        raise not_found(f"image {request_id[:80]!r}")
     return json_response({"id": request_id, "object": "image.deleted", "deleted": True})
 
 
-async def _record(request: Request) -> Record:
+async def _finished(request: Request) -> Job:
     request_id = request.path_params["id"]
-    record = await services_of(request).results.get(request_id, KIND, owner_of(request))
-    if record is None:
+    job = await services_of(request).jobs.get(request_id, KIND, owner_of(request))
+    if job is None or job.status != "completed":
         raise not_found(f"image {request_id[:80]!r}")
-    return record
+    return job
+
+
+async def data_url_of(request: Request, image_id: str) -> str:
+    """The first picture of an image, as the input of another request.
+
+    :raises InvalidRequest: there is none.
+    """
+    services = services_of(request)
+    job = await services.jobs.get(image_id, KIND, owner_of(request))
+    content = await services.jobs.storage.read(job.files[0].key) if job is not None and job.files else None
+    if content is None:
+        message = f"there is no image {image_id[:80]!r}; a file_id is the id of an image that was made here"
+        raise InvalidRequest(message, "file_id")
+    return data_url(content)
 
 
 async def _edit_request(request: Request) -> ImageRequest:
@@ -140,48 +156,96 @@ async def _answer(request: Request, asked: ImageRequest, verb: _Verb) -> Respons
     services, owner = services_of(request), owner_of(request)
     check_limits(asked.params, services.config)
     await check_sources(asked.params, services.config)
-    job = _Job(services, asked.options)
+    if idempotency_key(request) is not None or not asked.options.wait:
+        return await _answer_job(request, asked, verb)
+    work = ImageWork(services, asked.options)
 
     async def submit() -> LiveRequest:
-        return await services.requests.submit(asked.params, kind=KIND, owner=owner, finish=job.finish)
+        return await services.requests.submit(asked.params, kind=KIND, owner=owner, finish=work.finish)
 
     if asked.options.stream:
         live = await unless_gone(request, submit)
-        return EventStream(job.stream(live, verb), heartbeat_s=services.config.heartbeat_s)
-
-    if not asked.options.wait:
-        live = await submit()
-        headers = {"location": f"/v1/requests/{live.id}"}
-        return json_response(services.feed.get(live.id, owner), 202, headers)
+        return EventStream(work.stream(live, verb), heartbeat_s=services.config.heartbeat_s)
 
     async def complete() -> Response:
         live = await submit()
         try:
-            return await job.response(live, request)
+            return await work.response(live, request)
         finally:
             live.cancel()
 
     return await unless_gone(request, complete)
 
 
+async def _answer_job(request: Request, asked: ImageRequest, verb: _Verb) -> Response:
+    """Make it a job, which goes on when the client leaves, or find the one that the client's key stands for."""
+    services = services_of(request)
+    options, model_path = msgspec.to_builtins(asked.options), services.engine_config.model_path
+    job = await submit_job(request, KIND, Asked(params=asked.params, options=options, model_path=model_path))
+    if not asked.options.wait:
+        status = services.feed.get(job.id, job.owner) or {"id": job.id, "object": "request", "status": job.status}
+        return json_response(status, 202, {"location": f"/v1/requests/{job.id}"})
+    running = await services.jobs.wait_running(job.id)
+    if running is not None:
+        live, work = running.live, running.work
+        assert isinstance(work, ImageWork), f"{job.id} is no job for pictures"
+        if asked.options.stream:
+            return EventStream(work.stream(live, verb), heartbeat_s=services.config.heartbeat_s)
+        return await unless_gone(request, partial(work.response, live, request))
+    work = await ImageWork.of_finished(services, job, asked.options)
+    if asked.options.stream:
+        return EventStream(work.stream_finished(job, verb), heartbeat_s=services.config.heartbeat_s)
+    return await work.answer(job, request)
+
+
+def image_work(services: Services, job: Job) -> "ImageWork":
+    """What is done with the outputs of a job for pictures."""
+    return ImageWork(services, msgspec.convert(job.asked.options, ImageOptions), is_job=True)
+
+
 def _url(request: Request, request_id: str, variant: int) -> str:
     return f"{request.base_url}v1/images/{request_id}/content?variant={variant}"
 
 
-class _Job:
-    """What is done with the events of one request for pictures."""
+class ImageWork:
+    """What is done with the events of one request for pictures.
 
-    def __init__(self, services: Services, options: ImageOptions) -> None:
+    :param is_job: it goes on when nobody reads them.
+    """
+
+    def __init__(self, services: Services, options: ImageOptions, *, is_job: bool = False) -> None:
         self._services = services
+        self._is_job = is_job
         self._options = options
         self._started_at = time.monotonic()
         self._pictures: dict[int, list[Picture]] = {}
+
+    @classmethod
+    async def of_finished(cls, services: Services, job: Job, options: ImageOptions) -> Self:
+        """That of a job that has ended, with its pictures.
+
+        :raises ApiError: it has none.
+        """
+        now = await services.jobs.get(job.id, job.kind, job.owner)
+        if now is None or not now.is_finished:
+            raise shutting_down()
+        if now.error is not None:
+            raise from_code(now.error.code, now.error.message)
+        work = cls(services, options, is_job=True)
+        for file in now.files:
+            content = await services.jobs.storage.read(file.key)
+            if content is None:
+                raise not_found(f"content of {job.id} any more")
+            index = int(file.key.rpartition("/")[2].partition("-")[0])
+            work._pictures.setdefault(index, []).append(Picture(content, file, await run_sync(has_alpha, content)))
+        return work
 
     async def finish(self, live: LiveRequest, completed: Completed) -> None:
         """Encode an output, which may have several pictures, such as layers; with the last one, store them all."""
         if not len(completed.frames):
             raise PipelineFailed("the model made no picture; ask for what it makes")
-        metadata = self._metadata(live, completed) if self._options.metadata else None
+        model_path = self._services.engine_config.model_path
+        metadata = metadata_of(model_path, live.params, completed.seed) if self._options.metadata else None
         self._pictures[completed.output_index] = [
             await self._picture(f"{live.id}/{completed.output_index}-{number}", frame, completed.seed, metadata)
             for number, frame in enumerate(completed.frames)
@@ -192,28 +256,21 @@ class _Job:
     async def _picture(self, name: str, frame: Any, seed: int, metadata: dict[str, Any] | None) -> Picture:
         image_format = self._options.format
         height, width, channels = frame.shape
+        content = await self._encoded(frame, metadata)
         file = StoredFile(
             key=f"{name}{extension_of(image_format)}",
             media_type=f"image/{image_format}",
             width=width,
             height=height,
             seed=seed,
+            size_bytes=len(content),
         )
-        has_alpha = channels == 4 and image_format != "jpeg"
-        return Picture(await self._encoded(frame, metadata), file, has_alpha)
+        return Picture(content, file, channels == 4 and image_format != "jpeg")
 
     async def _store(self, live: LiveRequest) -> None:
         for picture in self._in_order:
-            await self._services.results.storage.put(picture.file.key, picture.content, picture.file.media_type)
-        record = Record(
-            id=live.id,
-            kind=live.kind,
-            owner=live.owner,
-            created_at=live.created_at,
-            prompt=live.params.prompt,
-            files=tuple(picture.file for picture in self._in_order),
-        )
-        await self._services.results.keep(record)
+            await self._services.jobs.storage.put(picture.file.key, picture.content, picture.file.media_type)
+        await self._services.jobs.keep(live, [picture.file for picture in self._in_order])
 
     @property
     def _in_order(self) -> list[Picture]:
@@ -225,11 +282,15 @@ class _Job:
             async for event in events:
                 if isinstance(event, Failed | Cancelled):
                     raise self._error(event)
+        return await self.answer(live, request)
+
+    async def answer(self, source: LiveRequest | Job, request: Request) -> Response:
+        """All pictures in one answer."""
         pictures = self._in_order
         body = ImagesResponse(
-            id=live.id,
-            created=live.created_at,
-            data=[self._data(picture, _url(request, live.id, i)) for i, picture in enumerate(pictures)],
+            id=source.id,
+            created=source.created_at,
+            data=[self._data(picture, _url(request, source.id, i)) for i, picture in enumerate(pictures)],
             output_format=self._options.format,
             size=pictures[0].size,
             background=pictures[0].background,
@@ -256,13 +317,22 @@ class _Job:
                             return
                         case Progress():
                             if self._options.progress_events:
-                                yield encode_event(f"{verb}.progress", {"type": f"{verb}.progress", **_asdict(event)})
+                                yield encode_event(
+                                    f"{verb}.progress", {"type": f"{verb}.progress", **msgspec.to_builtins(event)}
+                                )
                         case Queued() | Started() | Restarted() | Frames():
                             pass
                         case unknown:
                             assert_never(unknown)
         finally:
-            live.cancel()
+            if not self._is_job:
+                live.cancel()
+
+    async def stream_finished(self, job: Job, verb: _Verb) -> AsyncGenerator[bytes, None]:
+        """The end of the stream of a job that has ended."""
+        for index, pictures in sorted(self._pictures.items()):
+            for picture in pictures:
+                yield await self._completed(job, picture, index, verb)
 
     def _error(self, event: Failed | Cancelled) -> ApiError:
         is_stopped = isinstance(event, Cancelled) and self._services.stopping.is_set()
@@ -281,17 +351,17 @@ class _Job:
         )
         return encode_event(event.type, event)
 
-    async def _completed(self, live: LiveRequest, picture: Picture, index: int, verb: _Verb) -> bytes:
+    async def _completed(self, source: LiveRequest | Job, picture: Picture, index: int, verb: _Verb) -> bytes:
         event = CompletedImage(
             type=_COMPLETED[verb],
             b64_json=picture.content,
-            created_at=live.created_at,
+            created_at=source.created_at,
             size=picture.size,
             background=picture.background,
             output_format=self._options.format,
             index=index,
             seed=picture.file.seed,
-            id=live.id,
+            id=source.id,
         )
         return await run_sync(encode_event, event.type, event)
 
@@ -305,16 +375,3 @@ class _Job:
         if self._options.response_format == "url":
             return ImageData(seed=picture.file.seed, url=url)
         return ImageData(seed=picture.file.seed, b64_json=picture.content)
-
-    def _metadata(self, live: LiveRequest, completed: Completed) -> dict[str, Any]:
-        """What repeats this picture, as `sgld generate` writes it; input pictures aren't in it."""
-        params = msgspec.structs.replace(live.params, seed=completed.seed, image_path=(), num_outputs_per_prompt=1)
-        chosen = {n: v for n, v in _asdict(params).items() if v not in (None, (), [], {}) and n not in _NOT_OF_PICTURES}
-        if any(references(params.diffusers_kwargs)):
-            del chosen["diffusers_kwargs"]
-        return {"version": __version__, "model_path": self._services.engine_config.model_path, "params": chosen}
-
-
-def _asdict(struct: msgspec.Struct) -> dict[str, Any]:
-    fields: dict[str, Any] = msgspec.to_builtins(struct)
-    return fields

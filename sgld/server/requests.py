@@ -71,10 +71,13 @@ class LiveRequest:
         self.params = params
         self.created_at = int(time.time())
         self.observers: Sequence[Observer] = ()
+        self.epoch = secrets.token_hex(4)
+        """What numbers of its events are worth anything with: a job that runs again has others."""
         self._finish = finish
         self._scope = anyio.CancelScope()
         self._open = set(range(params.num_outputs_per_prompt))
-        self._history: list[AnyEvent] = []
+        self._history: list[tuple[int, AnyEvent]] = []
+        self._num_events = 0
         self._subscriptions: set[Subscription] = set()
         self._is_decided = anyio.Event()
         self._refusal: Exception | None = None
@@ -88,11 +91,12 @@ class LiveRequest:
         self._scope.cancel()
 
     @contextmanager
-    def subscribe(self, *, ignores: tuple[type[Event], ...] = ()) -> Iterator[Subscription]:
-        """Its events: those that still matter of the past, then all that come."""
+    def subscribe(self, *, ignores: tuple[type[Event], ...] = (), after: int = 0) -> Iterator[Subscription]:
+        """Its events: those that still matter of the past, from a number on, then all that come."""
         subscription = Subscription(ignores)
-        for event in self._history:
-            subscription.put(event)
+        for number, event in self._history:
+            if number > after:
+                subscription.put(event, number)
         self._subscriptions.add(subscription)
         if self.is_done:
             subscription.close()
@@ -169,11 +173,12 @@ class LiveRequest:
 
     def _publish(self, event: AnyEvent) -> None:
         event = msgspec.structs.replace(event, request_id=self.id)
+        self._num_events += 1
         self._remember(event)
         for observe in self.observers:
             observe(self, event)
         for subscription in self._subscriptions:
-            subscription.put(event)
+            subscription.put(event, self._num_events)
         if isinstance(event, Terminal):
             self._open.discard(event.output_index)
             if self.is_done:
@@ -186,13 +191,18 @@ class LiveRequest:
         if isinstance(event, Terminal):
             outdated = (Progress, Preview, Frames)
         mine = event.output_index
-        self._history = [e for e in self._history if e.output_index != mine or not isinstance(e, outdated)]
-        self._history.append(event)
+        self._history = [(n, e) for n, e in self._history if e.output_index != mine or not isinstance(e, outdated)]
+        self._history.append((self._num_events, event))
 
 
 Finish = Callable[[LiveRequest, Completed], Awaitable[None]]
 Observer = Callable[[LiveRequest, AnyEvent], None]
 """Hears each event of each request, without waiting."""
+
+
+def new_id(kind: str) -> str:
+    """The id of a new request."""
+    return f"{kind}_{secrets.token_hex(16)}"
 
 
 class Requests:
@@ -222,15 +232,18 @@ class Requests:
         self.cancel_all()
         return await self._tasks.__aexit__(exc_type, exc, traceback)
 
-    async def submit(self, params: SamplingParams, *, kind: str, owner: str, finish: Finish) -> LiveRequest:
+    async def submit(
+        self, params: SamplingParams, *, kind: str, owner: str, finish: Finish, request_id: str | None = None
+    ) -> LiveRequest:
         """Start a request and wait until it is queued; cancelled meanwhile, it is cancelled, too.
 
         :param kind: what its id begins with, `img` or `video`.
+        :param request_id: its id, where it has one already.
         :raises SgldError: it is refused.
         """
         if not self._is_open:
             raise EngineClosed("the server is shutting down")
-        live = LiveRequest(f"{kind}_{secrets.token_hex(16)}", kind, owner, params, finish)
+        live = LiveRequest(request_id or new_id(kind), kind, owner, params, finish)
         live.observers = self.observers
         self._live[live.id] = live
         self._tasks.start_soon(self._run, live)
@@ -249,6 +262,11 @@ class Requests:
     def all(self, owner: str) -> list[LiveRequest]:
         """The owner's requests on their way, in the order in which they came."""
         return [live for live in self._live.values() if live.owner == owner]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it accepts requests; not when the server is about to leave."""
+        return self._is_open
 
     @property
     def num_live(self) -> int:

@@ -38,6 +38,10 @@ LATER: dict[str, tuple[object, ...]] = {
     "flow_shift": (),
     "profile": (False,),
     "perf_dump_path": (),
+    "video_reference": (),
+    "video_url": (),
+    "video_path": (),
+    "x264_preset": (),
 }
 # Objects inside which SGLang's clients send further fields.
 CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
@@ -45,7 +49,7 @@ CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
 _OWN_WORDS = frozenset({"image_path", "num_previews", "num_outputs_per_prompt", "num_frames", "fps", "seed"})
 SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - _OWN_WORDS
 _ALIASES = {"num_outputs": "n", "num_outputs_per_prompt": "n"}
-_OUTPUT_QUALITY = {"default": 90, "maximum": 100, "high": 90, "medium": 75, "low": 50}
+OUTPUT_QUALITY = {"default": 90, "maximum": 100, "high": 90, "medium": 75, "low": 50}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 PartialType = Literal["image_generation.partial_image", "image_edit.partial_image"]
 CompletedType = Literal["image_generation.completed", "image_edit.completed"]
@@ -102,7 +106,7 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def encoding_quality(self) -> int:
         if self.output_compression is not None:
             return max(1, self.output_compression)
-        return _OUTPUT_QUALITY[self.output_quality or "default"]
+        return OUTPUT_QUALITY[self.output_quality or "default"]
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,30 +195,30 @@ def image_request(
     :raises InvalidRequest: a field has a value that it can't have.
     :raises msgspec.ValidationError: a field has another type.
     """
-    fields = dict(_known(_unpacked(given)))
+    fields = dict(known(unpacked(given), ImageOptions))
     sampling = {name: fields.pop(name) for name in SAMPLING_FIELDS & fields.keys()}
-    options = _convert(fields, ImageOptions, is_form)
+    options = convert(fields, ImageOptions, is_form)
     if options.stream and not options.wait:
         raise InvalidRequest("a stream is a way to wait: choose stream, or wait: false", "wait")
     if "prompt" not in sampling and not images:
         raise InvalidRequest("there is no prompt", "prompt")
-    sampling |= _size(options.size, sampling)
+    sampling |= size_of(options.size, sampling)
     previews = options.partial_images or 0 if options.stream else options.num_previews
     # A video model gives a picture when it makes one frame; others take no notice.
     sampling |= {"num_outputs_per_prompt": options.n, "num_frames": 1, "num_previews": previews}
-    sampling |= {"seed": _seed(options.seed, options.n), "image_path": images}
-    params = _convert(sampling, SamplingParams, is_form)
+    sampling |= {"seed": seed_of(options.seed, options.n), "image_path": images}
+    params = convert(sampling, SamplingParams, is_form)
     if mask is not None:
         kwargs = {**params.diffusers_kwargs, "mask_image": {"$image": mask, "mode": "L"}}
         params = msgspec.structs.replace(params, diffusers_kwargs=kwargs)
     return ImageRequest(options=options, params=params)
 
 
-def _convert(fields: Mapping[str, Any], struct: type[_Struct], is_form: bool) -> _Struct:
+def convert(fields: Mapping[str, Any], struct: type[_Struct], is_form: bool) -> _Struct:
     return msgspec.convert(fields, struct, strict=not is_form)
 
 
-def _unpacked(given: Mapping[str, Any]) -> dict[str, Any]:
+def unpacked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields with those inside SGLang's containers, which count less."""
     fields: dict[str, Any] = {}
     for name in CONTAINERS:
@@ -225,9 +229,14 @@ def _unpacked(given: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {name: value for name, value in given.items() if name not in CONTAINERS}
 
 
-def _known(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The fields that count, under their own names; null is as if nothing were given."""
-    ours = SAMPLING_FIELDS | set(ImageOptions.__struct_fields__)
+def known(
+    fields: Mapping[str, Any], options: type[msgspec.Struct], sampling: frozenset[str] = SAMPLING_FIELDS
+) -> Iterator[tuple[str, Any]]:
+    """The fields that count, under their own names; null is as if nothing were given.
+
+    :param options: has the fields of this endpoint that aren't sampling params.
+    """
+    ours = sampling | set(options.__struct_fields__)
     for given, value in fields.items():
         name = _ALIASES.get(given, given)
         if name in ours:
@@ -242,7 +251,7 @@ def _known(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             raise ApiError(400, f"there is no parameter {name!r}{hint}", "unknown_parameter", param=name)
 
 
-def _size(size: str, sampling: Mapping[str, Any]) -> dict[str, int]:
+def size_of(size: str, sampling: Mapping[str, Any]) -> dict[str, int]:
     if size == "auto":
         return {}
     match = _SIZE.fullmatch(size)
@@ -254,7 +263,7 @@ def _size(size: str, sampling: Mapping[str, Any]) -> dict[str, int]:
     return chosen
 
 
-def _seed(given: int | list[int] | None, n: int) -> int:
+def seed_of(given: int | list[int] | None, n: int) -> int:
     """The seed of the first output; output i has seed + i."""
     if given is None:
         return secrets.randbelow(MAX_RANDOM_SEED)

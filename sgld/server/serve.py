@@ -12,8 +12,9 @@ import ssl
 import time
 from asyncio import InvalidStateError
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -27,13 +28,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sgld.config import EngineConfig, ServerConfig, data_root
 from sgld.media.inputs import InputPolicy
 from sgld.messages import ModelInfo
+from sgld.server import images, videos
 from sgld.server.app import create_app
 from sgld.server.auth import Keys, read_keys
 from sgld.server.edge import Activity
 from sgld.server.feed import Feed
+from sgld.server.job_store import JobStore
+from sgld.server.jobs import Jobs, Works
 from sgld.server.metrics import RequestMetrics
 from sgld.server.requests import Generates, Requests
-from sgld.server.results import Results
 from sgld.server.services import Services
 from sgld.server.stats import stats_after
 from sgld.storage.local import LocalStorage
@@ -61,6 +64,7 @@ class Listener:
     socket: socket.socket
     keys: Keys
     folder: Path
+    store: JobStore
 
     @property
     def url(self) -> str:
@@ -83,7 +87,12 @@ def listen(config: ServerConfig) -> Listener:
     folder = Path(config.data_dir).expanduser() if config.data_dir else data_root()
     folder.mkdir(parents=True, exist_ok=True)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    return Listener(config, socket.create_server((config.host, config.port), family=family), keys, folder)
+    listening = socket.create_server((config.host, config.port), family=family)
+    try:
+        return Listener(config, listening, keys, folder, JobStore(folder / "jobs.sqlite3"))
+    except OSError:
+        listening.close()
+        raise
 
 
 async def serve(
@@ -103,19 +112,32 @@ async def serve(
     inputs = InputPolicy(
         allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels
     )
-    results = Results(LocalStorage(listener.folder / "results"))
-    async with engine_factory(engine_config) as engine, Requests(engine, inputs) as requests:
-        feed = Feed()
-        requests.observers.append(feed.observe)
-        services = Services(engine, engine_config, config, requests, results, feed)
-        counted = RequestMetrics(services.registry)
-        requests.observers.append(lambda live, event: counted.observe(live, event, time.monotonic()))
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
-            tasks.start_soon(engine.ready)
-            tasks.start_soon(_tell_stats, services)
-            tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
-            task_status.started(services)
+    with closing(listener.store) as store:
+        async with engine_factory(engine_config) as engine, Requests(engine, inputs) as requests:
+            jobs = Jobs(
+                store,
+                requests,
+                LocalStorage(listener.folder / "results"),
+                folder=listener.folder / "inputs",
+                policy=inputs,
+                model_path=engine_config.model_path,
+                config=config,
+            )
+            feed = Feed()
+            requests.observers.append(feed.observe)
+            services = Services(engine, engine_config, config, requests, jobs, feed)
+            counted = RequestMetrics(services.registry)
+            requests.observers.append(lambda live, event: counted.observe(live, event, time.monotonic()))
+            works: Works = {
+                images.KIND: partial(images.image_work, services),
+                videos.KIND: partial(videos.video_work, services),
+            }
+            async with jobs.open(works), anyio.create_task_group() as tasks:
+                tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
+                tasks.start_soon(engine.ready)
+                tasks.start_soon(_tell_stats, services)
+                tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
+                task_status.started(services)
 
 
 async def _serve_http(services: Services, listener: Listener, server: CancelScope) -> None:

@@ -9,8 +9,8 @@ from starlette.requests import Request
 
 from sgld.config import EngineConfig, ServerConfig
 from sgld.server.feed import Feed
+from sgld.server.jobs import Jobs
 from sgld.server.requests import Generates, Requests
-from sgld.server.results import Results
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Services:
     engine_config: EngineConfig
     config: ServerConfig
     requests: Requests
-    results: Results
+    jobs: Jobs
     feed: Feed
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     """The metrics."""

@@ -187,7 +187,8 @@ def _with_urls(status: RequestStatus, outputs: tuple[OutputStatus, ...]) -> tupl
     """Where the files are: pictures are counted through all outputs."""
     numbers = count()
     if status.kind == "video":
-        return tuple(msgspec.structs.replace(o, urls=(f"/v1/videos/{status.id}/content",)) for o in outputs)
+        video = f"/v1/videos/{status.id}/content?index="
+        return tuple(msgspec.structs.replace(o, urls=(f"{video}{index}",)) for index, o in enumerate(outputs))
     base = f"/v1/images/{status.id}/content?variant="
     return tuple(
         msgspec.structs.replace(o, urls=tuple(f"{base}{next(numbers)}" for _ in range(o.num_files))) for o in outputs

@@ -20,19 +20,21 @@ class Subscription:
 
     def __init__(self, ignores: tuple[type[Event], ...] = ()) -> None:
         self._ignores = ignores
-        self._events: OrderedDict[object, AnyEvent] = OrderedDict()
+        self._events: OrderedDict[object, tuple[int, AnyEvent]] = OrderedDict()
+        self.number = 0
+        """That of the event that was read last, among those of its request."""
         self._numbers = count()
         self._has_news = anyio.Event()
         self._is_closed = False
 
-    def put(self, event: AnyEvent) -> None:
+    def put(self, event: AnyEvent, number: int = 0) -> None:
         """Add an event, in the place of one that it outdates."""
         if isinstance(event, self._ignores):
             return
         is_replaceable = isinstance(event, Progress | Preview)
         key = (event.request_id, event.output_index, type(event)) if is_replaceable else next(self._numbers)
         self._events.pop(key, None)
-        self._events[key] = event
+        self._events[key] = number, event
         self._has_news.set()
 
     def close(self) -> None:
@@ -50,4 +52,5 @@ class Subscription:
                 raise StopAsyncIteration
             self._has_news = anyio.Event()
             await self._has_news.wait()
-        return self._events.popitem(last=False)[1]
+        self.number, event = self._events.popitem(last=False)[1]
+        return event

@@ -14,7 +14,7 @@ import numpy as np
 from sgld import errors
 from sgld.config import EngineConfig, ServerConfig
 from sgld.engine.statistics import Statistics
-from sgld.events import AnyEvent, Completed, Failed, Preview, Progress, Queued, Started
+from sgld.events import AnyEvent, Completed, Failed, Frames, Preview, Progress, Queued, Started
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import ModelInfo
 from sgld.sampling_params import SamplingParams
@@ -46,7 +46,8 @@ class FakeEngine:
 
     `refuse CODE` is refused, `fail CODE` ends as Failed after a step, `break` raises what no engine should, `hang`
     never goes on after its first step, `wait` not before `go` is set, `show` not after its first
-    preview before that, `nothing` makes no picture, `layers N` makes N.
+    preview before that, `nothing` makes no picture, `layers N` makes N, `pause` is a video that stops after half of its
+    frames until `go` is set. With num_frames above 1 there are as many frames.
     """
 
     def __init__(self, *, is_ready: bool = True) -> None:
@@ -119,8 +120,16 @@ class FakeEngine:
                 if verb == "show":
                     await self.go.wait()
         num_frames = {"nothing": 0, "layers": int(rest or 0) if verb == "layers" else 1}.get(verb, 1)
+        is_video = (params.num_frames or 1) > 1
+        num_frames = (params.num_frames or 1) if is_video else num_frames
         frames = np.full((num_frames, params.height or 16, params.width or 24, 3), params.seed % 256, np.uint8)
-        yield Completed(**about, frames=frames, seed=params.seed, fps=None, elapsed_s=0.5)
+        if is_video:
+            yield Frames(**about, index=0, frames=frames[: num_frames // 2])
+            if verb == "pause":
+                self.hanging.set()
+                await self.go.wait()
+            yield Frames(**about, index=num_frames // 2, frames=frames[num_frames // 2 :])
+        yield Completed(**about, frames=frames, seed=params.seed, fps=params.fps, elapsed_s=0.5, is_video=is_video)
 
 
 _REFUSALS: dict[str, Callable[[str], errors.SgldError]] = {

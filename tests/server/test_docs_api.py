@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from sgld.server.schemas import IGNORED, SAMPLING_FIELDS, ImageOptions
+from sgld.server.video_schemas import VideoOptions
 
 from .fakes import running
 from .test_edits import png
@@ -47,6 +48,7 @@ async def test_programs_run(tmp_path: Path, program: str) -> None:
 
 
 def test_every_field_is_there() -> None:
-    fields = {*ImageOptions.__struct_fields__, *SAMPLING_FIELDS, *IGNORED}
+    options = {*ImageOptions.__struct_fields__, *VideoOptions.__struct_fields__}
+    fields = {*options, *SAMPLING_FIELDS, *IGNORED, "num_frames", "fps"}
 
     assert [name for name in sorted(fields) if f"`{name}`" not in PAGE] == []

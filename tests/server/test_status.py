@@ -71,7 +71,7 @@ def test_a_video_has_one_file() -> None:
     status = told(started(kind="video"), completed(num_frames=9, is_video=True))
 
     assert status.kind == "video"
-    assert status.outputs[0].urls == ("/v1/videos/id/content",)
+    assert status.outputs[0].urls == ("/v1/videos/id/content?index=0",)
 
 
 def test_a_request_whose_rank_was_lost_waits_again() -> None:

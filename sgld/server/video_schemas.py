@@ -1,0 +1,158 @@
+"""What clients of videos send and get, under OpenAI's names and SGLang's."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sgld.errors import InvalidRequest
+from sgld.sampling_params import SamplingParams
+from sgld.server.job_store import Job, Status
+from sgld.server.schemas import OUTPUT_QUALITY, SAMPLING_FIELDS, convert, known, seed_of, size_of, unpacked
+
+DEFAULT_FPS = 24.0
+"""Where neither the client nor the model says."""
+_SAMPLING = SAMPLING_FIELDS | {"num_frames", "fps"}
+
+
+class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Fields of requests for videos that aren't sampling params."""
+
+    model: Annotated[str | None, Meta(description="any name is accepted; the server has one model")] = None
+    n: Annotated[int, Meta(ge=1, description="number of videos")] = 1
+    size: Annotated[str, Meta(description="auto, or WIDTHxHEIGHT")] = "auto"
+    seconds: (
+        Annotated[str | float, Meta(description="length; num_frames says it in frames, and counts more")] | None
+    ) = None
+    seed: (
+        Annotated[
+            int | list[int],
+            Meta(description="seed of the first video, or one for each, counting up; by default a random one"),
+        ]
+        | None
+    ) = None
+    quality: Annotated[
+        Literal["auto", "standard", "hd", "low", "medium", "high"],
+        Meta(description="without effect: choose num_inference_steps"),
+    ] = "auto"
+    input_reference: (
+        Annotated[
+            str | dict[str, str],
+            Meta(description='the picture it begins with: its URL, {"image_url": URL}, or {"file_id": id of an image}'),
+        ]
+        | None
+    ) = None
+    reference_url: Annotated[str, Meta(description="the same, in SGLang's words")] | None = None
+    output_compression: (
+        Annotated[int, Meta(ge=0, le=100, description="quality of the file; 100 is the best")] | None
+    ) = None
+    output_quality: Annotated[
+        Literal["default", "maximum", "high", "medium", "low"] | None, Meta(description="the same, in SGLang's words")
+    ] = None
+    partial_images: Annotated[int, Meta(ge=0, le=20, description="previews in its events")] = 3
+    metadata: Annotated[bool, Meta(description="embed the parameters into the files")] = True
+
+    @property
+    def encoding_quality(self) -> int:
+        if self.output_compression is not None:
+            return max(1, self.output_compression)
+        return OUTPUT_QUALITY[self.output_quality or "default"]
+
+
+class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for videos, understood, but for the pictures that it begins with."""
+
+    options: VideoOptions
+    params: SamplingParams
+
+
+class VideoError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a video failed."""
+
+    code: str
+    message: str
+
+
+class Video(msgspec.Struct, frozen=True, kw_only=True):
+    """A job for videos, as clients see it."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Status
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    seconds: str
+    size: str
+    quality: Literal["standard"] = "standard"
+    seed: int
+    num_outputs: int
+    eta_s: float | None
+    remixed_from_video_id: str | None
+    error: VideoError | None
+    url: str | None
+    urls: list[str]
+
+
+class VideoList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def video_request(given: Mapping[str, Any], *, model_fps: float | None, is_form: bool = False) -> VideoRequest:
+    """Understand the fields of a request for videos.
+
+    :param model_fps: frames per second that the model's author recommends.
+    :param is_form: numbers and switches are strings.
+    :raises ApiError: a field is unknown, or not served.
+    :raises InvalidRequest: a field has a value that it can't have.
+    :raises msgspec.ValidationError: a field has another type.
+    """
+    fields = dict(known(unpacked(given), VideoOptions, _SAMPLING))
+    sampling = {name: fields.pop(name) for name in _SAMPLING & fields.keys()}
+    options = convert(fields, VideoOptions, is_form)
+    if not sampling.get("prompt"):
+        raise InvalidRequest("there is no prompt", "prompt")
+    sampling |= size_of(options.size, sampling)
+    sampling |= {"num_outputs_per_prompt": options.n, "num_previews": options.partial_images}
+    sampling |= {"seed": seed_of(options.seed, options.n)}
+    params = convert(sampling, SamplingParams, is_form)
+    if params.num_frames is None and options.seconds is not None:
+        fps = params.fps or model_fps or DEFAULT_FPS
+        num_frames = max(1, round(_seconds(options.seconds) * fps))
+        params = msgspec.structs.replace(params, num_frames=num_frames, fps=fps)
+    return VideoRequest(options=options, params=params)
+
+
+def _seconds(given: str | float) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not isfinite(seconds) or seconds <= 0:
+        raise InvalidRequest(f"seconds is {str(given)[:40]!r}; it must be a positive number", "seconds")
+    return seconds
+
+
+def length_of(job: Job) -> str:
+    """The length of a job's videos in seconds, as far as it is known."""
+    params = job.asked.params
+    num_frames, fps = (job.files[0].num_frames, job.files[0].fps) if job.files else (params.num_frames, params.fps)
+    return f"{num_frames / fps:.3g}" if num_frames and fps else "auto"
+
+
+def size_of_frames(job: Job) -> str:
+    """The size of a job's videos, as far as it is known."""
+    params = job.asked.params
+    width, height = (job.files[0].width, job.files[0].height) if job.files else (params.width, params.height)
+    return f"{width}x{height}" if width and height else "auto"

@@ -1,0 +1,76 @@
+"""`sgld serve` itself, killed in the middle of its work."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from sgld.config import EMBEDDED_VIDEO_MODEL
+
+TIMEOUT_S = 200
+NUM_JOBS = 20
+SMALL = {"num_frames": 5, "num_inference_steps": 2, "partial_images": 0}
+
+
+@contextmanager
+def sgld_serve(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
+    """A server with the shipped model for videos, and a client of it."""
+    argv = [sys.executable, "-m", "sgld_cli", "serve", "--model-path", EMBEDDED_VIDEO_MODEL, "--device", "cpu"]
+    argv += ["--port", "0", "--data-dir", str(folder), "--max-running-requests", "3"]
+    with (
+        (folder / "log").open("a") as log,
+        subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=log, text=True) as process,
+    ):
+        assert process.stderr is not None
+        try:
+            found = re.search(r"http://\S+", process.stderr.readline())
+            assert found, process.stderr.read()
+            with httpx2.Client(base_url=found[0], timeout=TIMEOUT_S) as client:
+                yield process, client
+        finally:
+            process.kill()
+
+
+def wait_for(client: httpx2.Client, is_enough: Any) -> list[dict[str, Any]]:
+    """The videos, once they are as they should be."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        videos: list[dict[str, Any]] = client.get("/v1/videos", params={"limit": 100}).json()["data"]
+        if is_enough([video["status"] for video in videos]):
+            return videos
+        # An event stream ends with its video: a wait for one of them.
+        on_its_way = [video["id"] for video in videos if video["status"] == "in_progress"]
+        client.get(f"/v1/videos/{on_its_way[0]}/events" if on_its_way else "/health_generate")
+    raise AssertionError([video["status"] for video in videos])
+
+
+def test_a_server_that_is_killed_in_the_middle_of_20_jobs_does_each_once(tmp_path: Path) -> None:
+    with sgld_serve(tmp_path) as (process, client):
+        made = [
+            client.post("/v1/videos", json={"prompt": "a red circle", "seed": seed, **SMALL}).json()["id"]
+            for seed in range(NUM_JOBS)
+        ]
+        before = wait_for(client, lambda states: states.count("completed") >= 5 and "in_progress" in states)
+        process.send_signal(signal.SIGKILL)
+        process.wait(TIMEOUT_S)
+    with sgld_serve(tmp_path) as (_, client):
+        after = wait_for(client, lambda states: states.count("completed") == NUM_JOBS)
+        sizes = [len(client.get(video["url"]).content) for video in after]
+
+    unfinished = [video for video in before if video["status"] != "completed"]
+    assert unfinished
+    assert [video["id"] for video in after] == made[::-1]
+    assert sorted(video["seed"] for video in after) == list(range(NUM_JOBS))
+    assert min(sizes) > 1000
+    done = {video["id"]: video for video in after}
+    # What was finished wasn't done again.
+    for video in before:
+        if video["status"] == "completed":
+            assert done[video["id"]]["completed_at"] == video["completed_at"]
