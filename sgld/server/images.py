@@ -20,7 +20,7 @@ from sgld.server.bodies import data_url, read_form, read_json, unless_gone
 from sgld.server.errors import ApiError, from_code, from_event, json_response, not_found, shutting_down
 from sgld.server.idempotency import idempotency_key, submit_job
 from sgld.server.job_store import Asked, Job, StoredFile
-from sgld.server.limits import check_limits, check_sources
+from sgld.server.limits import check_limits, check_sources, number_in
 from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
 from sgld.server.schemas import (
@@ -95,9 +95,9 @@ async def get_content(request: Request) -> Response:
     """GET /v1/images/{id}/content?variant=N."""
     job = await _finished(request)
     variant = request.query_params.get("variant", "0")
-    if not variant.isdecimal() or int(variant) >= len(job.files):
+    if (number := number_in(variant, len(job.files))) is None:
         raise not_found(f"variant {variant[:20]} of {job.id}: it has {len(job.files)}, counted from 0")
-    file = job.files[int(variant)]
+    file = job.files[number]
     storage = services_of(request).jobs.storage
     if (path := await storage.file(file.key)) is not None:
         return FileResponse(path, media_type=file.media_type)
@@ -111,6 +111,7 @@ async def delete_image(request: Request) -> Response:
     services, request_id, owner = services_of(request), request.path_params["id"], owner_of(request)
     if (job := await services.jobs.get(request_id, KIND, owner)) is not None:
         await services.jobs.delete(job)
+        services.feed.forget(job.id)
     elif (live := services.requests.get(request_id, owner)) is not None:
         live.cancel()
     else:

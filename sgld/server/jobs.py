@@ -115,6 +115,7 @@ class Jobs:
     async def open(self, works: Works) -> AsyncIterator[None]:
         """Work on jobs until the block ends, first on what an earlier server left; what has no end then waits."""
         self._works = works
+        await self._remove_orphans()
         left = await self._left_over()
         self._waiting = {job.id: anyio.Event() for job in left}
         async with self._tasks, anyio.create_task_group() as background:
@@ -257,6 +258,12 @@ class Jobs:
         else:
             await self._store.put_back(job_id, is_to_blame=False)
 
+    async def _remove_orphans(self) -> None:
+        """Remove pictures of requests that a server which was killed hadn't accepted yet."""
+        for name in await run_sync(_names_in, self._folder):
+            if await self._store.get(name) is None:
+                await run_sync(shutil.rmtree, self._folder / name, True)
+
     async def _left_over(self) -> list[Job]:
         """What an earlier server left unfinished and this one does."""
         left: list[Job] = []
@@ -312,6 +319,10 @@ class Jobs:
             except OSError as error:
                 logger.error("results that have expired can't be removed: %s", error)
             await anyio.sleep(SWEEP_S)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.exists() else []
 
 
 def _without_inputs(params: SamplingParams) -> SamplingParams:

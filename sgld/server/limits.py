@@ -44,6 +44,12 @@ def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[st
         yield "diffusers_kwargs", f"the number of {name}", num_steps, config.max_steps
 
 
+def number_in(text: str, limit: int) -> int | None:
+    """The number from 0 to below `limit` that a text of a client's is; None if it is none."""
+    is_number = text.isascii() and text.isdecimal()
+    return int(text) if is_number and len(text) <= len(str(limit)) and int(text) < limit else None
+
+
 async def check_sources(params: SamplingParams, config: ServerConfig) -> None:
     """Refuse files of this machine, unless the operator named a folder above them.
 

@@ -28,11 +28,15 @@ from sgld.server.auth import owner_of
 from sgld.server.bodies import unless_gone
 from sgld.server.errors import from_event, shutting_down
 from sgld.server.jobs import RunningJob
+from sgld.server.limits import number_in
 from sgld.server.requests import LiveRequest
 from sgld.server.services import services_of
 from sgld.server.sse import HEADERS, EventStream, encode_event
 from sgld.server.video_schemas import DEFAULT_FPS
 from sgld.server.videos import KIND, VideoWork, get_content, output_index, video_job, video_of
+
+# More than a request has to tell.
+_MAX_EVENTS = 10**9
 
 
 async def events(request: Request) -> Response:
@@ -72,7 +76,7 @@ async def stream(request: Request) -> Response:
 
 async def _live_events(running: RunningJob, last_id: str) -> AsyncGenerator[bytes, None]:
     epoch, _, number = last_id.partition("-")
-    after = int(number) if epoch == running.live.epoch and number.isdecimal() else 0
+    after = (number_in(number, _MAX_EVENTS) or 0) if epoch == running.live.epoch else 0
     with running.live.subscribe(after=after) as subscription:
         async for event in subscription:
             if (told := await run_sync(_told, event)) is not None:

@@ -20,7 +20,7 @@ from sgld.server.errors import ApiError, json_response, not_found
 from sgld.server.idempotency import submit_job
 from sgld.server.job_store import Asked, Job, StoredFile
 from sgld.server.jobs import RunningJob
-from sgld.server.limits import check_limits, check_sources
+from sgld.server.limits import check_limits, check_sources, number_in
 from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
 from sgld.server.services import Services, services_of
@@ -79,14 +79,14 @@ async def list_videos(request: Request) -> Response:
     """GET /v1/videos?after&limit&order."""
     services, query = services_of(request), request.query_params
     limit, order = query.get("limit", "20"), query.get("order", "desc")
-    if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_PAGE:
+    if not (num := number_in(limit, _MAX_PAGE + 1)):
         raise InvalidRequest(f"limit is {limit[:20]!r}; it must be 1 to {_MAX_PAGE}", "limit")
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order is {order[:20]!r}; it must be asc or desc", "order")
     found = await services.jobs.page(
-        owner_of(request), KIND, after=query.get("after"), limit=int(limit) + 1, is_newest_first=order == "desc"
+        owner_of(request), KIND, after=query.get("after"), limit=num + 1, is_newest_first=order == "desc"
     )
-    data = [video_of(request, job) for job in found[: int(limit)]]
+    data = [video_of(request, job) for job in found[:num]]
     first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
     return json_response(VideoList(data=data, first_id=first_id, last_id=last_id, has_more=len(found) > len(data)))
 
@@ -98,8 +98,9 @@ async def get_video(request: Request) -> Response:
 
 async def delete_video(request: Request) -> Response:
     """DELETE /v1/videos/{id}: ends it if it is unfinished, and removes what there is of it."""
-    job = await video_job(request)
-    await services_of(request).jobs.delete(job)
+    services, job = services_of(request), await video_job(request)
+    await services.jobs.delete(job)
+    services.feed.forget(job.id)
     return json_response({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
@@ -149,9 +150,9 @@ def output_index(job: Job, request: Request) -> int:
     variant = request.query_params.get("variant", "")
     index = variant if variant.isdecimal() else request.query_params.get("index", "0")
     num_outputs = job.asked.params.num_outputs_per_prompt
-    if not index.isdecimal() or int(index) >= num_outputs:
+    if (number := number_in(index, num_outputs)) is None:
         raise not_found(f"output {index[:20]} of {job.id}: it has {num_outputs}, counted from 0")
-    return int(index)
+    return number
 
 
 def output_of(job: Job, request: Request) -> StoredFile:

@@ -77,6 +77,11 @@ def left_in(folder: Path) -> list[Path]:
     return [*folder.glob("inputs/*"), *folder.glob("results/*")]
 
 
+def write(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+
+
 def content_of(path: str) -> bytes:
     return Path(path).read_bytes()
 
@@ -178,6 +183,16 @@ async def test_pictures_of_a_job_are_there_for_the_next_server(tmp_path: Path) -
         assert (params.image_path, params.diffusers_kwargs["mask_image"]) == ((picture,), mask)
         await server.jobs.delete(job)
     assert not left_in(tmp_path)
+
+
+async def test_pictures_of_a_request_that_was_not_accepted_are_removed(tmp_path: Path) -> None:
+    async with serving(tmp_path, is_killed=True) as server:
+        job = await server.submit("hang", image_path=(data_url(png()),))
+    write(tmp_path / "inputs" / "video_0" / "0")
+    async with serving(tmp_path) as server:
+        left = [path.name for path in left_in(tmp_path)]
+
+    assert left == [job.id]
 
 
 async def test_a_job_that_kills_two_servers_fails_and_its_company_does_not(tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ async def test_lengths(tmp_path: Path, fields: dict[str, Any], num_frames: int |
         ({"prompt": "a cat", "seconds": "long"}, "seconds"),
         ({"prompt": "a cat", "seconds": -1}, "seconds"),
         ({"prompt": "a cat", "seconds": 1e9}, "num_frames"),
+        ({"prompt": "a cat", "seconds": 1e300}, "num_frames"),
         ({"prompt": "a cat", "num_frames": 513}, "num_frames"),
         ({"prompt": "a cat", "n": 11}, "n"),
         ({"prompt": "a cat", "size": "wide"}, "size"),
@@ -231,12 +232,13 @@ async def test_videos_are_listed_page_by_page(tmp_path: Path) -> None:
         newest = [video.id async for video in client.videos.list(limit=2)]
         oldest = [video.id async for video in client.videos.list(limit=2, order="asc", after=made[1])]
         page = (await server.http.get("/v1/videos?limit=5")).json()
-        wrong = [await server.http.get(f"/v1/videos?{query}") for query in ("limit=0", "limit=101", "order=up")]
+        queries = ("limit=0", "limit=101", "order=up", "limit=" + "9" * 5000)
+        wrong = [await server.http.get(f"/v1/videos?{query}") for query in queries]
 
     assert newest == made[::-1]
     assert oldest == made[2:]
     assert (page["first_id"], page["last_id"], page["has_more"]) == (made[4], made[0], False)
-    assert [answer.status_code for answer in wrong] == [400] * 3
+    assert [answer.status_code for answer in wrong] == [400] * 4
 
 
 async def test_a_deleted_video_is_gone_with_its_work(tmp_path: Path) -> None:
@@ -267,6 +269,23 @@ async def test_a_cancelled_video_ends_the_polling_of_openais_client(tmp_path: Pa
     assert answer.json() == again.json()
     assert (answer.json()["status"], answer.json()["error"]["code"]) == ("failed", "cancelled")
     assert polled[0].status == "failed"
+
+
+async def test_a_request_that_is_deleted_is_a_cancelled_video(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        video = await create(server, "hang")
+        await server.engine.hanging.wait()
+        await server.http.delete(f"/v1/requests/{video['id']}")
+        cancelled = await ended(server, video)
+        shown = [status["id"] for status in (await server.http.get("/v1/requests")).json()["data"]]
+        await server.http.delete(f"/v1/videos/{video['id']}")
+        after = (await server.http.get("/v1/requests")).json()["data"]
+    async with running(tmp_path) as server:
+        listed = (await server.http.get("/v1/videos")).json()["data"]
+
+    assert cancelled["error"]["code"] == "cancelled"
+    assert shown == [video["id"]]
+    assert after == listed == []
 
 
 async def test_a_remix_is_the_same_with_another_prompt(tmp_path: Path) -> None:
@@ -370,6 +389,18 @@ async def test_a_failure_with_a_key_is_the_same_again(tmp_path: Path, prompt: st
 
     assert [answer.status_code for answer in answers] == [status] * 2
     assert len(server.engine.params) == 1
+
+
+async def test_a_picture_that_nobody_waits_for_is_a_job(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        accepted = await server.post(prompt="hang", wait=False, size="16x16", seed=3)
+        await server.engine.hanging.wait()
+    engine = FakeEngine()
+    async with running(tmp_path, engine) as server:
+        job = await server.services.jobs.wait_running(accepted.json()["id"])
+
+        assert job is not None
+        assert (job.live.params.prompt, job.live.params.seed) == ("hang", 3)
 
 
 async def test_nothing_blocks_the_event_loop(tmp_path: Path) -> None:
