@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from sgld.errors import SgldError
-from sgld.server import events, images, info, login, metrics, video_events, videos
+from sgld.server import events, images, info, login, metrics, openapi, pages, video_events, videos
 from sgld.server.auth import Auth, Keys, LocalOnly, is_loopback
 from sgld.server.drain import Drain
 from sgld.server.edge import Activity, Edge
@@ -17,6 +17,12 @@ from sgld.server.limits import BodyLimit
 from sgld.server.services import Services
 
 ROUTES = [
+    Route("/", pages.dashboard),
+    Route("/dashboard.css", pages.asset),
+    Route("/dashboard.js", pages.asset),
+    Route("/docs", pages.docs),
+    Route("/docs.js", pages.asset),
+    Route("/openapi.json", openapi.openapi),
     Route("/liveness", info.liveness),
     Route("/health", info.health),
     Route("/health_generate", info.health_generate),

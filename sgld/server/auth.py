@@ -21,7 +21,7 @@ from sgld.server.errors import ApiError
 ANYBODY = "anybody"
 """The owner of all requests where no keys are asked for."""
 OPEN_PATHS = frozenset(
-    {"/health", "/liveness", "/", "/dashboard.css", "/dashboard.js", "/docs", "/openapi.json", "/login"}
+    {"/health", "/liveness", "/", "/dashboard.css", "/dashboard.js", "/docs", "/docs.js", "/openapi.json", "/login"}
 )
 """What needs no key: probes, and pages that hold nothing of anybody."""
 COOKIE = "sgld_session"

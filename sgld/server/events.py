@@ -117,7 +117,11 @@ async def get_request(request: Request) -> Response:
 async def delete_request(request: Request) -> Response:
     """DELETE /v1/requests/{id}: ends it; one that is over isn't listed any more, but its files stay."""
     services, status = services_of(request), _status(request)
-    if (live := services.requests.get(status.id, owner_of(request))) is not None:
+    owner = owner_of(request)
+    if (live := services.requests.get(status.id, owner)) is not None:
+        # A job would run again with the next server.
+        if (job := await services.jobs.get(live.id, live.kind, owner)) is not None:
+            await services.jobs.cancel(job)
         live.cancel()
     else:
         services.feed.forget(status.id)

@@ -1,0 +1,299 @@
+"""/openapi.json: OpenAPI 3.1, made of the routes, the docstrings of their handlers, and their types."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from sgld import __version__
+from sgld.sampling_params import SamplingParams
+from sgld.server import events, images, info, login, metrics, video_events, videos
+from sgld.server.errors import ErrorResponse, json_response
+from sgld.server.schemas import (
+    IGNORED,
+    SAMPLING_FIELDS,
+    CompletedImage,
+    ImageOptions,
+    ImagesResponse,
+    PartialImage,
+)
+from sgld.server.stats import ServerStats
+from sgld.server.status import RequestProgress, RequestStatus
+from sgld.server.video_schemas import Video, VideoList, VideoOptions
+from sgld.server.watcher import EVENT_NAMES
+
+Schema = dict[str, Any]
+_JSON, _FORM, _SSE = "application/json", "multipart/form-data", "text/event-stream"
+_FILE: Schema = {"type": "string", "format": "binary"}
+_OBJECT: Schema = {"type": "object"}
+_REF = "#/components/schemas/{name}"
+_STATES = ("queued", "running", "completed", "failed", "cancelled")
+_ERRORS = {
+    400: "a value can't be what it is; `param` names the field",
+    401: "no known key",
+    403: "a foreign host, or a page of another origin",
+    404: "there is no such thing, or it belongs to another key",
+    409: "the request was cancelled",
+    416: "there is no such part of the file",
+    413: "the body is too large",
+    415: "the body is of another type",
+    429: "the queue is full; see `retry-after`",
+    500: "the request failed",
+    503: "the model isn't ready, or the server is shutting down",
+}
+_ALWAYS = (401, 403)
+_MAKING = (400, 404, 409, 413, 415, 429, 500, 503)
+
+
+def _ref(struct: type[msgspec.Struct] | str) -> Schema:
+    return {"$ref": _REF.format(name=struct if isinstance(struct, str) else struct.__name__)}
+
+
+def _event(names: Iterable[str], *data: type[msgspec.Struct]) -> Schema:
+    """Schema of each event of a stream."""
+    content = {"anyOf": [*map(_ref, data), _OBJECT]}
+    text = {"type": "string", "contentMediaType": _JSON, "contentSchema": content}
+    return {"type": "object", "properties": {"event": {"enum": sorted(names)}, "data": text}}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a handler takes and gives, beside what its docstring says.
+
+    :ivar queries: query parameters and their schemas.
+    :ivar bodies: schemas of the body by media type.
+    :ivar answers: schemas of what it gives by media type, with their status.
+    :ivar errors: statuses of its errors, beside those that every handler has.
+    """
+
+    tag: str
+    queries: Mapping[str, Schema] = field(default_factory=dict)
+    bodies: Mapping[str, Schema] = field(default_factory=dict)
+    answers: Mapping[int, Mapping[str, Schema]] = field(default_factory=dict)
+    errors: tuple[int, ...] = ()
+
+
+def _gives(tag: str, struct: type[msgspec.Struct], *errors: int, **queries: Schema) -> Spec:
+    """A handler that takes no body and gives one type."""
+    return Spec(tag, queries=queries, answers={200: {_JSON: _ref(struct)}}, errors=errors)
+
+
+_IMAGE_EVENTS = {f"image_{verb}.{what}" for verb in ("generation", "edit") for what in ("partial_image", "completed")}
+_IMAGES: Mapping[int, Mapping[str, Schema]] = {
+    200: {
+        _JSON: _ref(ImagesResponse),
+        _SSE: _event(_IMAGE_EVENTS, PartialImage, CompletedImage),
+    },
+    202: {_JSON: _ref(RequestStatus)},
+}
+_DELETED = {200: {_JSON: _ref(events.Deleted)}}
+_NEWS = _event(
+    {"snapshot", *EVENT_NAMES}, events.Snapshot, RequestStatus, RequestProgress, events.PreviewEvent, ServerStats
+)
+_PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {f"image/{name}": _FILE for name in ("png", "jpeg", "webp")}}
+_FILM: Mapping[str, Schema] = dict.fromkeys(("video/mp4", "image/webp", "image/jpeg"), _FILE)
+_NUMBER: Schema = {"type": "integer", "minimum": 0, "default": 0}
+_EDIT = Spec("Pictures", bodies={_FORM: _ref("ImageEdit")}, answers=_IMAGES, errors=_MAKING)
+SPECS: dict[Callable[..., Any], Spec] = {
+    images.generations: Spec("Pictures", bodies={_JSON: _ref("ImageGeneration")}, answers=_IMAGES, errors=_MAKING),
+    images.edits: _EDIT,
+    images.variations: _EDIT,
+    images.get_image: Spec("Pictures", answers={200: {_JSON: _OBJECT}}, errors=(404,)),
+    images.get_content: Spec("Pictures", queries={"variant": _NUMBER}, answers=_PICTURE, errors=(404,)),
+    images.delete_image: Spec("Pictures", answers=_DELETED, errors=(404,)),
+    videos.create: Spec(
+        "Videos",
+        bodies={_JSON: _ref("VideoGeneration"), _FORM: _ref("VideoUpload")},
+        answers={200: {_JSON: _ref(Video)}},
+        errors=_MAKING,
+    ),
+    videos.list_videos: _gives(
+        "Videos",
+        VideoList,
+        400,
+        after={"type": "string"},
+        limit={"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        order={"enum": ["asc", "desc"], "default": "desc"},
+    ),
+    videos.get_video: _gives("Videos", Video, 404),
+    videos.delete_video: Spec("Videos", answers=_DELETED, errors=(404,)),
+    videos.cancel_video: _gives("Videos", Video, 404),
+    videos.remix: Spec(
+        "Videos", bodies={_JSON: _ref("VideoRemix")}, answers={200: {_JSON: _ref(Video)}}, errors=_MAKING
+    ),
+    videos.get_content: Spec(
+        "Videos",
+        queries={"variant": {"enum": ["video", "thumbnail", "spritesheet"], "default": "video"}, "index": _NUMBER},
+        answers=dict.fromkeys((200, 206), _FILM),
+        errors=(400, 404, 409, 416, 500),
+    ),
+    video_events.events: Spec(
+        "Videos",
+        answers={200: {_SSE: {"type": "object", "properties": {"data": {"type": "string"}}}}},
+        errors=(404, 503),
+    ),
+    video_events.stream: Spec("Videos", queries={"index": _NUMBER}, answers={200: _FILM}, errors=(404, 409, 500, 503)),
+    events.events: Spec(
+        "Live events",
+        queries={"types": {"type": "string"}, "request_id": {"type": "string"}},
+        answers={200: {_SSE: _NEWS}},
+        errors=(400, 503),
+    ),
+    events.list_requests: _gives(
+        "Live events",
+        events.RequestList,
+        400,
+        limit={"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+        status={"enum": list(_STATES)},
+    ),
+    events.get_request: _gives("Live events", RequestStatus, 404),
+    events.delete_request: Spec("Live events", answers=_DELETED, errors=(404,)),
+    events.request_events: Spec("Live events", answers={200: {_SSE: _NEWS}}, errors=(404, 503)),
+    events.get_preview: Spec(
+        "Live events", queries={"output": _NUMBER}, answers={200: {"image/jpeg": _FILE}}, errors=(404,)
+    ),
+    info.liveness: Spec("Server", answers={200: {_JSON: _OBJECT}}),
+    info.health: Spec("Server", answers={200: {_JSON: _OBJECT}}, errors=(503,)),
+    info.health_generate: Spec("Server", answers={200: {_JSON: _OBJECT}}, errors=(429, 503)),
+    info.models: _gives("Server", info.ModelList),
+    info.model: _gives("Server", info.ModelCard, 404),
+    info.server_info: Spec("Server", answers={200: {_JSON: _OBJECT}}),
+    metrics.metrics: Spec("Server", answers={200: {"text/plain": {"type": "string"}}}),
+    login.get_login: _gives("Server", login.LoginState),
+    login.login: Spec(
+        "Server",
+        bodies={_JSON: _ref(login.Login)},
+        answers={200: {_JSON: _ref(login.LoginState)}},
+        errors=(400, 413, 415),
+    ),
+    login.logout: _gives("Server", login.LoginState),
+}
+_TYPES = (
+    ErrorResponse,
+    ImagesResponse,
+    PartialImage,
+    CompletedImage,
+    RequestStatus,
+    RequestProgress,
+    ServerStats,
+    Video,
+    VideoList,
+    events.RequestList,
+    events.PreviewEvent,
+    events.Deleted,
+    info.ModelList,
+    login.Login,
+    login.LoginState,
+)
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json."""
+    return json_response(document(request.app.routes))
+
+
+def document(routes: Iterable[Route]) -> Schema:
+    """The document of these routes; those that have no spec are pages."""
+    paths: dict[str, Schema] = {}
+    for route in routes:
+        if (spec := SPECS.get(route.endpoint)) is not None:
+            (method,) = (route.methods or set()) - {"HEAD"}
+            paths.setdefault(route.path.replace(":path}", "}"), {})[method.lower()] = _operation(route, spec)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "sgld", "version": __version__, "description": "Pictures and videos by diffusion models."},
+        "paths": paths,
+        "components": {
+            "schemas": _components(),
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "cookie": {"type": "apiKey", "in": "cookie", "name": "sgld_session"},
+            },
+        },
+        "security": [{}, {"key": []}, {"cookie": []}],
+    }
+
+
+def _operation(route: Route, spec: Spec) -> Schema:
+    summary = (route.endpoint.__doc__ or "").partition("\n")[0].partition(": ")[2].rstrip(".")
+    operation: Schema = {
+        "operationId": route.endpoint.__name__,
+        "tags": [spec.tag],
+        "summary": summary or route.path,
+        "parameters": list(_parameters(route, spec)),
+        "responses": {str(status): _answer(status, content) for status, content in spec.answers.items()}
+        | {str(status): _error(status) for status in sorted({*spec.errors, *_ALWAYS})},
+    }
+    if spec.bodies:
+        operation["requestBody"] = {"required": True, "content": _content(spec.bodies)}
+    return operation
+
+
+def _parameters(route: Route, spec: Spec) -> Iterator[Schema]:
+    for name in route.param_convertors:
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    for name, schema in spec.queries.items():
+        yield {"name": name, "in": "query", "required": False, "schema": schema}
+
+
+def _answer(status: int, content: Mapping[str, Schema]) -> Schema:
+    return {"description": "accepted" if status == 202 else "done", "content": _content(content)}
+
+
+def _error(status: int) -> Schema:
+    return {"description": _ERRORS[status], "content": _content({_JSON: _ref(ErrorResponse)})}
+
+
+def _content(schemas: Mapping[str, Schema]) -> Schema:
+    return {media_type: {"schema": schema} for media_type, schema in schemas.items()}
+
+
+@cache
+def _components() -> Schema:
+    structs = [*_TYPES, ImageOptions, VideoOptions, SamplingParams]
+    schemas = dict(msgspec.json.schema_components(structs, ref_template=_REF)[1])
+    options, of_videos, params = (
+        schemas.pop(struct.__name__)["properties"] for struct in (ImageOptions, VideoOptions, SamplingParams)
+    )
+    shared = {name: schema for name, schema in params.items() if name in SAMPLING_FIELDS}
+    shared |= {name: {"description": "accepted, without effect"} for name in sorted(IGNORED)}
+    pictures: Schema = {"oneOf": [_FILE, {"type": "array", "items": _FILE}]}
+    uploads = {"image": pictures, "mask": _FILE, "url": {"type": "string"}}
+    schemas["ImageGeneration"] = _struct("A request for pictures.", shared | options, "prompt")
+    schemas["ImageEdit"] = _struct("Pictures made of others.", shared | options | uploads, "image")
+    fields = shared | {name: params[name] for name in ("num_frames", "fps")} | of_videos
+    upload = {"input_reference": {"oneOf": [_FILE, {"type": "string"}]}}
+    prompt = {"prompt": {"type": "string", "minLength": 1}}
+    schemas["VideoGeneration"] = _struct("A request for a video.", fields, "prompt")
+    schemas["VideoUpload"] = _struct("The same, with a file.", fields | upload, "prompt")
+    schemas["VideoRemix"] = _struct("The same with another prompt.", prompt, "prompt")
+    # A snapshot has its requests as they were encoded.
+    schemas["Snapshot"] = _struct(
+        "All that is known.",
+        {
+            "part": {"type": "integer"},
+            "num_parts": {"type": "integer"},
+            "requests": {"type": "array", "items": _ref(RequestStatus)},
+            "server": _OBJECT,
+            "stats": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+        },
+        "part",
+        "num_parts",
+        "requests",
+    )
+    return schemas
+
+
+def _struct(title: str, properties: Schema, *required: str) -> Schema:
+    return {
+        "type": "object",
+        "description": title,
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }

@@ -1,0 +1,217 @@
+"""The dashboard in a browser, in front of a real server with the model that ships.
+
+It needs Playwright and Chromium: `pytest -m browser`;
+with `SGLD_SCREENSHOTS=docs/images` it takes the pictures of the docs.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).parents[2]
+TIMEOUT_MS = 120_000
+KEY = "secret"
+PROMPTS = [
+    "a beautiful sunset over the mountains",
+    "a night sky over the sea",
+    "snowy mountains at dawn",
+    "a desert at noon",
+    "sunset over the sea",
+    "a night sky over the mountains",
+]
+
+
+@contextmanager
+def server(folder: Path, port: int = 0, *flags: str) -> Iterator[str]:
+    """`sgld serve` in a process of its own; its URL."""
+    argv = [
+        sys.executable,
+        "-m",
+        "sgld_cli",
+        "serve",
+        "--port",
+        str(port),
+        "--data-dir",
+        str(folder),
+        "--shutdown-timeout-s",
+        "0",
+        *flags,
+    ]
+    environment = {**os.environ, "SGLANG_DIFFUSION_CACHE_ROOT": str(folder / "cache")}
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
+        assert process.stderr is not None
+        try:
+            found = re.search(r"http://\S+", process.stderr.readline())
+            assert found, process.stderr.read()
+            warm_up(found[0])
+            yield found[0]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+
+
+def warm_up(url: str) -> None:
+    """Make a picture, and leave no trace of it."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx2.Client(base_url=url, timeout=120, headers=headers) as client:
+        # It waits for the model.
+        body = {"prompt": "a red circle", "num_inference_steps": 2}
+        made = client.post("/v1/images/generations", json=body).raise_for_status().json()["id"]
+        client.delete(f"/v1/images/{made}").raise_for_status()
+        client.delete(f"/v1/requests/{made}").raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def errors() -> list[str]:
+    """What pages complained about."""
+    return []
+
+
+@contextmanager
+def opened(browser: Any, url: str, errors: list[str], **options: Any) -> Iterator[Any]:
+    """The dashboard in a new window."""
+    context = browser.new_context(**options)
+    context.set_default_timeout(TIMEOUT_MS)
+    page = context.new_page()
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(url)
+    page.locator("#connection[data-state=live]").wait_for()
+    yield page
+    context.close()
+
+
+def ask(page: Any, prompt: str, *, steps: int, **fields: str) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("[name=num_inference_steps]", str(steps))
+    for name, value in fields.items():
+        if not page.locator(f"[name={name}]").is_visible():
+            page.click("#more summary")
+        page.fill(f"[name={name}]", value)
+    # The server's answer enables it again.
+    page.press("#prompt", "Control+Enter")
+    page.locator("#generate:enabled").wait_for()
+
+
+def test_a_prompt_becomes_a_picture(tmp_path: Path, browser: Any, errors: list[str]) -> None:
+    flags = ("--max-running-requests", "1")
+    with server(tmp_path, 0, *flags) as url, opened(browser, url, errors) as page, opened(browser, url, errors) as tab:
+        ask(page, PROMPTS[0], steps=60, seed="7")
+        ask(page, PROMPTS[1], steps=60)
+        ask(page, PROMPTS[2], steps=60)
+        page.locator("#queue li", has_text=PROMPTS[2]).wait_for()
+        page.locator("#running .card", has_text=PROMPTS[0]).locator("img").wait_for()
+        page.wait_for_function("() => document.querySelector('#running progress')?.value > 0")
+        # Another tab sees the same, and cancels one that waits.
+        tab.locator("#queue li", has_text=PROMPTS[2]).get_by_role("button").click()
+        page.locator("#queue li", has_text=PROMPTS[2]).wait_for(state="detached")
+        page.locator("#gallery .item", has_text=PROMPTS[0]).wait_for()
+        # And one that runs.
+        page.locator("#running .card", has_text=PROMPTS[1]).get_by_role("button").click()
+        page.locator("#running .card").wait_for(state="detached")
+        tab.locator("#gallery .item", has_text=PROMPTS[0]).click()
+        tab.locator("#viewer-media img").wait_for()
+        params = tab.locator("#viewer-params").inner_text()
+        is_picture = tab.evaluate("document.querySelector('#viewer-media img').naturalWidth")
+        finished = page.locator("#gallery .item").count()
+
+    assert re.search(r"Steps\s+60", params)
+    assert re.search(r"Seed\s+7", params)
+    assert is_picture == 256
+    assert finished == 1
+    assert errors == []
+
+
+def test_it_comes_back_after_a_restart(tmp_path: Path, browser: Any, errors: list[str]) -> None:
+    with server(tmp_path) as url:
+        context = opened(browser, url, errors)
+        page = context.__enter__()
+        ask(page, PROMPTS[0], steps=4)
+        page.locator("#gallery .item", has_text=PROMPTS[0]).wait_for()
+    page.locator("#connection[data-state=lost]").wait_for()
+    with server(tmp_path, int(url.rpartition(":")[2])):
+        page.locator("#connection[data-state=live]").wait_for()
+        ask(page, PROMPTS[1], steps=4)
+        page.locator("#gallery .item", has_text=PROMPTS[1]).wait_for()
+        prompts = page.locator("#gallery .item .prompt").all_inner_texts()
+        context.__exit__(None, None, None)
+
+    assert prompts == [PROMPTS[1], PROMPTS[0]]
+    assert errors == []
+
+
+def test_a_key_is_asked_for(tmp_path: Path, browser: Any, errors: list[str]) -> None:
+    with server(tmp_path, 0, "--api-key", KEY) as url:
+        context = browser.new_context()
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        page.locator("#login-problem:visible").wait_for()
+        page.fill("#key", KEY)
+        page.press("#key", "Enter")
+        page.locator("#connection[data-state=live]").wait_for()
+        ask(page, PROMPTS[0], steps=4)
+        page.locator("#gallery .item", has_text=PROMPTS[0]).wait_for()
+        page.click("#logout")
+        page.locator("#login[open]").wait_for()
+        context.close()
+
+    assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dashboard", {"viewport": {"width": 1360, "height": 900}, "color_scheme": "light"}),
+        ("dashboard-dark", {"viewport": {"width": 1360, "height": 900}, "color_scheme": "dark"}),
+        ("dashboard-phone", {"viewport": {"width": 400, "height": 860}, "device_scale_factor": 2, "has_touch": True}),
+    ],
+)
+def test_all_of_it_is_seen_on_every_screen(
+    tmp_path: Path, browser: Any, errors: list[str], name: str, options: dict[str, Any]
+) -> None:
+    with (
+        server(tmp_path, 0, "--max-running-requests", "3") as url,
+        opened(browser, url, errors, **options) as page,
+    ):
+        for seed, prompt in enumerate(PROMPTS):
+            ask(page, prompt, steps=12, seed=str(seed + 3))
+        page.locator("#gallery img").nth(len(PROMPTS) - 1).wait_for()
+        # Each has less to do than those before it, and goes first.
+        for number, (prompt, steps) in enumerate(zip(PROMPTS[3:], (200, 120, 60), strict=True)):
+            ask(page, prompt, steps=steps, seed=str(number))
+            page.locator("#running .card", has_text=prompt).locator("img").wait_for()
+        for prompt in PROMPTS[:3]:
+            ask(page, prompt, steps=60)
+        page.locator("#queue li").nth(2).wait_for()
+        page.evaluate("document.activeElement.blur(); document.getElementById('more').open = false; scrollTo(0, 0)")
+        is_wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        if folder := os.environ.get("SGLD_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+    assert not is_wide
+    assert errors == []
