@@ -38,6 +38,8 @@ CREATE TABLE job (
 ) STRICT;
 CREATE INDEX job_of_owner ON job (owner, kind, number);
 """
+# A server that was told to leave may still be closing the file.
+_LEAVE_S = 1.0
 _UNFINISHED = "status IN ('queued', 'in_progress')"
 _COLUMNS = "id, kind, owner, created_at, status, attempts, asked, files, error, completed_at"
 
@@ -194,7 +196,7 @@ class JobStore:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=_LEAVE_S, isolation_level=None, check_same_thread=False)
     try:
         # Before WAL: then it needs no memory that processes share, and keeps others out.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")

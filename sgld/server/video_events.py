@@ -37,12 +37,16 @@ from sgld.server.videos import KIND, VideoWork, get_content, output_index, video
 
 # More than a request has to tell.
 _MAX_EVENTS = 10**9
+_END = "end"
 
 
 async def events(request: Request) -> Response:
     """GET /v1/videos/{id}/events: all that happens until it has an end; Last-Event-ID says what was heard already."""
     job = await video_job(request)
     services = services_of(request)
+    if request.headers.get("last-event-id") == _END:
+        # A browser comes back when a stream ends; this makes it stay away.
+        return Response(status_code=204)
 
     async def stream() -> AsyncGenerator[bytes, None]:
         running = None if job.is_finished else await services.jobs.wait_running(job.id)
@@ -112,10 +116,10 @@ async def _end(request: Request) -> bytes:
     """What became of a job; nothing yet, if the server goes before it has an end."""
     job = await services_of(request).jobs.get(request.path_params["id"], KIND, owner_of(request))
     if job is None:
-        return encode_event("deleted", {"type": "deleted", "id": request.path_params["id"]})
+        return encode_event("deleted", {"type": "deleted", "id": request.path_params["id"]}, event_id=_END)
     if not job.is_finished:
         return encode_event("error", shutting_down().body)
-    return encode_event(job.status, {"type": job.status, "id": job.id, "video": video_of(request, job)})
+    return encode_event(job.status, {"type": job.status, "id": job.id, "video": video_of(request, job)}, event_id=_END)
 
 
 async def film(live: LiveRequest, index: int, *, fps: float, quality: int) -> AsyncGenerator[bytes, None]:

@@ -56,6 +56,7 @@ async def test_events_tell_how_a_video_is_made(tmp_path: Path) -> None:
         video = await create(server, **fields, max_sequence_length=kwargs["max_sequence_length"])
         events = [data for _, data in await events_of(server, video["id"])]
         late = await events_of(server, video["id"])
+        again = await server.http.get(f"/v1/videos/{video['id']}/events", headers={"last-event-id": late[0][0] or ""})
 
     kinds = [event["type"] for event in events]
     frames = [event for event in events if event["type"] == "frames"]
@@ -67,6 +68,8 @@ async def test_events_tell_how_a_video_is_made(tmp_path: Path) -> None:
     assert Image.open(BytesIO(b64decode(frames[0]["b64_webp"][0]))).size == (16, 16)
     assert events[-1]["video"]["status"] == "completed"
     assert [data["type"] for _, data in late] == ["completed"]
+    # What keeps a browser from asking again.
+    assert again.status_code == 204
 
 
 async def test_who_comes_back_hears_what_is_new(tmp_path: Path) -> None:
