@@ -15,6 +15,8 @@ from sgld import __version__
 from sgld.errors import InvalidRequest
 from sgld.server.auth import owner_of
 from sgld.server.errors import json_response, not_found, shutting_down
+from sgld.server.feed import Feed
+from sgld.server.limits import number_in
 from sgld.server.previews import MEDIA_TYPE, LivePreview
 from sgld.server.services import Services, services_of
 from sgld.server.sse import EventStream, encode_event
@@ -89,7 +91,11 @@ async def events(request: Request) -> Response:
 
 async def request_events(request: Request) -> Response:
     """GET /v1/requests/{id}/events: what happens to one request, until it is over."""
-    status = _status(request)
+    services, status = services_of(request), _status(request)
+    missed = _missed(services.feed, request.headers.get("last-event-id"))
+    if status.has_ended and missed is not None and not any(news.request_id == status.id for news in missed):
+        # A browser that has heard all comes back until it gets this.
+        return Response(status_code=204)
     return _stream(request, status.id, EVENT_NAMES - {"server.stats"}, ends_with_request=True)
 
 
@@ -97,7 +103,7 @@ async def list_requests(request: Request) -> Response:
     """GET /v1/requests?limit=..&status=..: requests on their way or not long over, the newest first."""
     query = request.query_params
     limit = query.get("limit", str(_DEFAULT_LIMIT))
-    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= _MAX_LIMIT):
+    if not (num := number_in(limit, _MAX_LIMIT + 1)):
         raise InvalidRequest(f"limit is {limit[:20]!r}; it must be a number from 1 to {_MAX_LIMIT}", "limit")
     wanted = query.get("status")
     if wanted not in (None, "queued", "running", "completed", "failed", "cancelled"):
@@ -106,7 +112,7 @@ async def list_requests(request: Request) -> Response:
     known = services_of(request).feed.all(owner_of(request))
     found = [status for status in known if wanted in (None, status.status)]
     newest = sorted(found, key=lambda status: status.created_at, reverse=True)
-    return json_response(RequestList(data=newest[: int(limit)], has_more=len(found) > int(limit)))
+    return json_response(RequestList(data=newest[:num], has_more=len(found) > num))
 
 
 async def get_request(request: Request) -> Response:
@@ -131,10 +137,9 @@ async def delete_request(request: Request) -> Response:
 async def get_preview(request: Request) -> Response:
     """GET /v1/requests/{id}/preview?output=..: the latest preview of an output that isn't finished."""
     status, output = _status(request), request.query_params.get("output", "0")
-    is_number = output.isascii() and output.isdecimal()
-    index = int(output[:9]) if is_number else -1
-    preview = services_of(request).feed.preview(status.id, owner_of(request), index)
-    if preview is None:
+    index = number_in(output, len(status.outputs))
+    feed = services_of(request).feed
+    if index is None or (preview := feed.preview(status.id, owner_of(request), index)) is None:
         raise not_found(f"preview of output {output[:20]} of {status.id} now")
     return Response(await preview.content(), media_type=MEDIA_TYPE, headers={"cache-control": "no-store"})
 
@@ -170,6 +175,13 @@ def _stream(
     return EventStream(events, heartbeat_s=services.config.heartbeat_s)
 
 
+def _missed(feed: Feed, last_id: str | None) -> list[News] | None:
+    """The news after the one with this id; None where it can't be known."""
+    epoch, _, text = (last_id or "").partition("-")
+    number = number_in(text, feed.number + 1) if epoch == feed.epoch else None
+    return None if number is None else feed.since(number)
+
+
 class _Reader:
     """One stream."""
 
@@ -186,7 +198,7 @@ class _Reader:
             for piece in self._beginning(watcher, last_id):
                 yield piece
             if ends_with_request and self._has_ended():
-                return
+                watcher.close()
             while (news := await watcher.next()) != "closed":
                 if news == "lost":
                     for piece in self._snapshot(watcher):
@@ -202,9 +214,7 @@ class _Reader:
 
     def _beginning(self, watcher: Watcher, last_id: str | None) -> list[bytes]:
         """All of it at once, so that nothing happens in between."""
-        epoch, _, number = (last_id or "").partition("-")
-        is_ours = epoch == self._feed.epoch and number.isascii() and number.isdecimal()
-        missed = self._feed.since(int(number[:15])) if is_ours else None
+        missed = _missed(self._feed, last_id)
         if missed is None:
             return [_RETRY, *self._snapshot(watcher)]
         for news in [*missed, *self._feed.current(self._owner)]:

@@ -8,15 +8,16 @@ snapshot.
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from sgld.events import AnyEvent, Frames, Preview, Queued, Started, Terminal
+from sgld.server.job_store import Job
 from sgld.server.previews import LivePreview
 from sgld.server.requests import LiveRequest
 from sgld.server.stats import ServerStats
-from sgld.server.status import RequestStatus, after, moved, new_status, progress_of
+from sgld.server.status import RequestStatus, after, moved, new_status, of_job, progress_of
 from sgld.server.watcher import ENDS, EVENT_NAMES, EventName, News, Watcher
 
 HIDDEN_KINDS = frozenset({"health"})
@@ -67,6 +68,11 @@ class Feed:
             self._end(live.owner, status)
         name = _name_of(before if known else None, status)
         self._tell(name, live.owner, live.id, progress_of(status) if name == "request.progress" else status)
+
+    def recall(self, jobs: Iterable[Job]) -> None:
+        """Begin with what an earlier server finished."""
+        for job in jobs:
+            self._ended[job.id] = job.owner, of_job(job)
 
     def tick(self, stats: ServerStats) -> None:
         """Tell how the server does, and who has moved up in the queue."""

@@ -140,6 +140,11 @@ class JobStore:
         condition = f"WHERE owner = ? AND kind = ? {cursor} ORDER BY number {direction} LIMIT ?"
         return await self._select(condition, owner, kind, *((after, owner) if after else ()), limit)
 
+    async def latest(self, limit: int) -> list[Job]:
+        """Of all owners those that have an end, the last ones, in the order in which they ended."""
+        condition = f"WHERE NOT {_UNFINISHED} ORDER BY completed_at DESC, number DESC LIMIT ?"
+        return (await self._select(condition, limit))[::-1]
+
     async def unfinished(self) -> list[Job]:
         """All that have no end yet, in the order in which they came."""
         return await self._select(f"WHERE {_UNFINISHED} ORDER BY number")

@@ -162,6 +162,10 @@ class Jobs:
         """Jobs of an owner after a certain one."""
         return await self._store.page(owner, kind, after=after, limit=limit, is_newest_first=is_newest_first)
 
+    async def latest(self, limit: int) -> list[Job]:
+        """The last jobs of all owners that have an end, in this order."""
+        return await self._store.latest(limit)
+
     def running(self, job_id: str) -> RunningJob | None:
         """A job that is on its way now."""
         return self._running.get(job_id)

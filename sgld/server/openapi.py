@@ -83,11 +83,13 @@ def _gives(tag: str, struct: type[msgspec.Struct], *errors: int, **queries: Sche
     return Spec(tag, queries=queries, answers={200: {_JSON: _ref(struct)}}, errors=errors)
 
 
-_IMAGE_EVENTS = {f"image_{verb}.{what}" for verb in ("generation", "edit") for what in ("partial_image", "completed")}
+_IMAGE_EVENTS = {
+    f"image_{verb}.{what}" for verb in ("generation", "edit") for what in ("partial_image", "completed", "progress")
+}
 _IMAGES: Mapping[int, Mapping[str, Schema]] = {
     200: {
         _JSON: _ref(ImagesResponse),
-        _SSE: _event(_IMAGE_EVENTS, PartialImage, CompletedImage),
+        _SSE: _event({*_IMAGE_EVENTS, "error"}, PartialImage, CompletedImage),
     },
     202: {_JSON: _ref(RequestStatus)},
 }
@@ -153,7 +155,7 @@ SPECS: dict[Callable[..., Any], Spec] = {
     ),
     events.get_request: _gives("Live events", RequestStatus, 404),
     events.delete_request: Spec("Live events", answers=_DELETED, errors=(404,)),
-    events.request_events: Spec("Live events", answers={200: {_SSE: _NEWS}}, errors=(404, 503)),
+    events.request_events: Spec("Live events", answers={200: {_SSE: _NEWS}, 204: {}}, errors=(404, 503)),
     events.get_preview: Spec(
         "Live events", queries={"output": _NUMBER}, answers={200: {"image/jpeg": _FILE}}, errors=(404,)
     ),

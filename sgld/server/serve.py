@@ -32,7 +32,7 @@ from sgld.server import images, videos
 from sgld.server.app import create_app
 from sgld.server.auth import Keys, read_keys
 from sgld.server.edge import Activity
-from sgld.server.feed import Feed
+from sgld.server.feed import MAX_ENDED, Feed
 from sgld.server.job_store import JobStore
 from sgld.server.jobs import Jobs, Works
 from sgld.server.metrics import RequestMetrics
@@ -124,6 +124,7 @@ async def serve(
                 config=config,
             )
             feed = Feed()
+            feed.recall(await jobs.latest(MAX_ENDED))
             requests.observers.append(feed.observe)
             services = Services(engine, engine_config, config, requests, jobs, feed)
             counted = RequestMetrics(services.registry)

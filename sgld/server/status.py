@@ -1,5 +1,6 @@
 """How far a request is, in one value that is sent to clients: a pure function of its events."""
 
+from collections import Counter
 from itertools import count
 from typing import Any, Literal, assert_never
 
@@ -19,11 +20,14 @@ from sgld.events import (
 )
 from sgld.media.inputs import references
 from sgld.sampling_params import SamplingParams
+from sgld.server.job_store import Job
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 ENDED: frozenset[State] = frozenset({"completed", "failed", "cancelled"})
 # Of a prompt as of the other params: events stay small.
 _MAX_CHARS = 600
+CANCELLED = "cancelled"
+"""The code of a job that was cancelled."""
 # Not a choice of the client's, or said elsewhere.
 _HIDDEN = frozenset({"prompt", "image_path", "num_previews", "num_outputs_per_prompt"})
 
@@ -134,6 +138,25 @@ def after(status: RequestStatus, event: AnyEvent, now: float) -> RequestStatus:
         eta_s=max(etas, default=None),
         attempt=event.attempt if isinstance(event, Restarted) else status.attempt,
         error=errors[0] if errors else None,
+    )
+
+
+def of_job(job: Job) -> RequestStatus:
+    """A finished job, as its events would have told of it."""
+    status = new_status(job.id, job.kind, job.asked.params, job.created_at)
+    error = RequestError(code=job.error.code, message=job.error.message[:_MAX_CHARS]) if job.error else None
+    state: State = "completed" if error is None else "cancelled" if error.code == CANCELLED else "failed"
+    nums = Counter(file.seed for file in job.files)
+    outputs = tuple(
+        msgspec.structs.replace(output, status=state, num_files=nums[output.seed]) for output in status.outputs
+    )
+    return msgspec.structs.replace(
+        status,
+        status=state,
+        progress=1.0,
+        ended_at=job.completed_at,
+        outputs=_with_urls(status, outputs) if state == "completed" else outputs,
+        error=error if state == "failed" else None,
     )
 
 

@@ -189,6 +189,24 @@ async def test_a_stream_of_one_request_ends_with_it(tmp_path: Path) -> None:
     assert ended["requests"][0]["status"] == "completed"
 
 
+async def test_who_comes_back_to_a_request_that_is_over_hears_its_end_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        request_id = (await server.post(prompt="wait", **NO_WAIT)).json()["id"]
+        path = f"/v1/requests/{request_id}/events"
+        async with listening(server, path) as events:
+            await events.next()
+        server.engine.go.set()
+        await server.services.requests.wait_idle()
+        async with listening(server, path, **{"last-event-id": events.last_id or ""}) as again:
+            names, _ = await again.until("request.completed")
+            with pytest.raises(EOFError):
+                await again.next()
+        over = await server.http.get(path, headers={"last-event-id": again.last_id or ""})
+
+    assert "snapshot" not in names
+    assert over.status_code == 204
+
+
 async def test_a_request_is_ended_by_delete(tmp_path: Path) -> None:
     async with running(tmp_path) as server, listening(server) as events:
         request_id = (await server.post(prompt="hang", **NO_WAIT)).json()["id"]
@@ -202,6 +220,39 @@ async def test_a_request_is_ended_by_delete(tmp_path: Path) -> None:
     assert cancelled["id"] == request_id
     assert again.status_code == 200
     assert error_of(gone)["code"] == "not_found"
+
+
+async def test_what_an_earlier_server_finished_is_still_shown(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        for prompt, n in (("a cat", 2), ("layers 3", 1)):
+            await server.post(prompt=prompt, n=n, seed=7)
+        await server.post(prompt="fail out_of_memory", **NO_WAIT)
+        await server.services.requests.wait_idle()
+        before = (await server.http.get("/v1/requests")).json()["data"]
+    async with running(tmp_path) as server:
+        after = (await server.http.get("/v1/requests")).json()["data"]
+        found = [(await server.http.get(url)).status_code for r in after for o in r["outputs"] for url in o["urls"]]
+
+    def told(requests: list[dict[str, Any]]) -> list[Any]:
+        names = ("id", "kind", "status", "prompt", "params", "error")
+        urls = {r["id"]: [o["urls"] for o in r["outputs"]] for r in requests}
+        return sorted([r["id"], *(r[name] for name in names), urls[r["id"]]] for r in requests)
+
+    assert told(after) == told(before)
+    assert found == [200] * 5
+
+
+async def test_what_was_cancelled_does_not_come_back(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        request_id = (await server.post(prompt="hang", **NO_WAIT)).json()["id"]
+        await server.engine.hanging.wait()
+        await server.http.delete(f"/v1/requests/{request_id}")
+        await server.services.requests.wait_idle()
+    async with running(tmp_path) as server:
+        (status,) = (await server.http.get("/v1/requests")).json()["data"]
+
+    assert (status["status"], status["error"]) == ("cancelled", None)
+    assert server.engine.params == []
 
 
 async def test_requests_are_listed_newest_first(tmp_path: Path) -> None:
@@ -223,6 +274,7 @@ async def test_requests_are_listed_newest_first(tmp_path: Path) -> None:
     [
         ("/v1/requests?limit=0", "limit"),
         ("/v1/requests?limit=x", "limit"),
+        (f"/v1/requests?limit={'1' * 5000}", "limit"),
         ("/v1/requests?status=done", "status"),
         ("/v1/events?types=request.finished", "types"),
     ],

@@ -11,7 +11,7 @@ let shown = null; // the id in the viewer
 let source = null;
 let isDrawing = false;
 
-const GALLERY = "sgld.gallery", FORM = "sgld.form", KEPT = 60, NUM_PREVIEWS = 12, RETRY_MS = 2000, CHART_S = 300;
+const FORM = "sgld.form", NUM_PREVIEWS = 12, RETRY_MS = 2000, CHART_S = 300;
 const EXAMPLES = ["a beautiful sunset over the mountains", "a night sky over the sea", "snowy mountains at dawn", "a desert at noon"];
 const NAMES = { num_inference_steps: "Steps", guidance_scale: "Guidance", negative_prompt: "Avoid", seed: "Seed", width: "Width", height: "Height", num_frames: "Frames", fps: "Frames per second", priority: "Priority", deadline_s: "Done within (s)", exact: "Exact", num_input_images: "Input pictures" };
 
@@ -64,11 +64,9 @@ const on = {
     }
     for (const request of data.requests) incoming.set(request.id, request);
     if (data.part + 1 < data.num_parts) return;
-    // Pictures of an earlier server are still shown, as long as they are there.
-    const kept = [...requests.values(), ...remembered()].filter((r) => r.status === "completed" && !incoming.has(r.id));
     const previews = new Map([...requests].map(([id, r]) => [id, r.previews]));
     requests.clear();
-    for (const request of [...kept, ...incoming.values()])
+    for (const request of incoming.values())
       requests.set(request.id, { ...request, previews: previews.get(request.id) ?? [], heardAt: Date.now() });
     setState("live");
     draw();
@@ -84,7 +82,6 @@ const on = {
   },
   "request.completed"(data) {
     hear(data);
-    remember();
     announce(`Finished: ${short(data.prompt)}`);
   },
   "request.failed"(data) {
@@ -141,27 +138,6 @@ async function send(method, path, body) {
     throw new Error(data.error?.message ?? answer.statusText);
   }
   return data;
-}
-
-// Results that outlive a server's memory
-
-function remembered() {
-  try {
-    return JSON.parse(localStorage.getItem(GALLERY)) ?? [];
-  } catch {
-    return [];
-  }
-}
-
-function remember() {
-  const done = [...requests.values()].filter((r) => r.status === "completed").sort((a, b) => b.ended_at - a.ended_at);
-  localStorage.setItem(GALLERY, JSON.stringify(done.slice(0, KEPT).map(({ previews, heardAt, ...request }) => request)));
-}
-
-function forget(id) {
-  requests.delete(id);
-  remember();
-  draw();
 }
 
 // What is shown
@@ -258,6 +234,11 @@ function queuedView(request) {
       setText(left, eta(now));
     },
   };
+}
+
+function forget(id) {
+  requests.delete(id);
+  draw();
 }
 
 function media(request, url, props = {}) {
@@ -363,9 +344,7 @@ function reuse() {
 async function remove() {
   const request = requests.get(shown);
   $("viewer").close();
-  const folder = request.kind === "video" ? "videos" : "images";
-  const paths = [`v1/${folder}/${request.id}`, `v1/requests/${request.id}`];
-  await Promise.allSettled(paths.map((path) => send("DELETE", path)));
+  await send("DELETE", `v1/${request.kind === "video" ? "videos" : "images"}/${request.id}`).catch((error) => announce(error.message));
   forget(request.id);
 }
 
@@ -450,7 +429,7 @@ function start() {
   });
   $("logout").addEventListener("click", async () => {
     await send("DELETE", "login");
-    localStorage.removeItem(GALLERY);
+    localStorage.removeItem(FORM);
     location.reload();
   });
   setInterval(draw, 1000);
