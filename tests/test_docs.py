@@ -1,9 +1,14 @@
 """The docs and the README say what the code does."""
 
+import argparse
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _auth
 
 from sgld_cli.later import LATER
 from sgld_cli.main import build_parser
@@ -14,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 CLI = (ROOT / "docs" / "cli.md").read_text()
 STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
 README = (ROOT / "README.md").read_text()
+VARIABLES = (ROOT / "docs" / "environment_variables.md").read_text()
 
 
 def row(option: Option) -> str:
@@ -40,6 +46,43 @@ def test_no_row_is_left_of_an_option_that_went() -> None:
     known = {flag for option in options() for flag in option.flags} | {"--config", "--from", "--print-config", "--json"}
 
     assert set(re.findall(r"^\| `(--[a-z0-9-]+)", CLI, re.MULTILINE)) <= known
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_every_flag_is_listed(command: str) -> None:
+    (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    parser: argparse.ArgumentParser = commands.choices[command]
+    flags = {action.option_strings[0] for action in parser._actions} - {"-h"}
+    listed = {flag for flag in flags if flag.replace("--no-", "--") not in flags - {flag}}
+    # Those whose feature isn't there yet are listed as keys.
+    keys = {flag: flag.removeprefix("--").replace("-", "_") for flag in listed}
+
+    assert [flag for flag in sorted(listed) if not re.search(rf"`({flag}|{keys[flag]})[` ]", CLI)] == []
+
+
+def read_variables(source: str) -> Iterator[str]:
+    """The environment variables that a module reads; fails where it reads one that isn't named there."""
+    accesses = ast.walk(ast.parse(source))
+    for node in accesses:
+        match node:
+            case ast.Subscript(value=ast.Attribute(attr="environ"), slice=ast.Constant(value=str(name))):
+                yield name
+            case ast.Call(
+                func=ast.Attribute(value=ast.Attribute(attr="environ")) | ast.Attribute(attr="getenv"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield name
+
+
+def test_every_variable_that_is_read_is_listed_and_no_other() -> None:
+    sources = [path.read_text() for package in ("sgld", "sgld_cli") for path in (ROOT / package).rglob("*.py")]
+    read = [name for source in sources for name in read_variables(source)]
+    ours, of_libraries = VARIABLES.split("What libraries read", 1)
+
+    assert len(read) == sum(len(re.findall(r"\benviron\b|\bgetenv\b", source)) for source in sources)
+    assert set(re.findall(r"^\| `(\w+)`", ours, re.MULTILINE)) == set(read)
+    hub = "".join(Path(module.__file__ or "").read_text() for module in (constants, _auth))
+    assert set(re.findall(r"^\| `(\w+)`", of_libraries, re.MULTILINE)) <= set(re.findall(r"\"(\w+)\"", hub))
 
 
 def test_keys_that_are_refused_until_later_are_listed() -> None:
