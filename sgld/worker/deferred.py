@@ -92,7 +92,7 @@ class Promise:
         """The result, with promised tensors."""
 
         def promised(path: Path, node: Any) -> Any:
-            return Deferred(self, node.empty("meta"), node.device, path, ()) if isinstance(node, Geometry) else node
+            return Deferred(self, node.empty("meta"), node.device, path) if isinstance(node, Geometry) else node
 
         return rebuilt(self._outline, promised)
 
@@ -129,12 +129,14 @@ class Promise:
 
 
 class Deferred(torch.Tensor):
-    """A tensor of a promised result, or a view or cast of one."""
+    """A tensor of a promised result, or a view or cast of another such tensor, its source."""
 
     _promise: Promise
     _shadow: torch.Tensor
     _path: Path
-    _chain: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+    _source: "Deferred | None"
+    """A view of a cast shares memory with that cast, and so keeps it alive."""
+    _follow: Callable[[torch.Tensor], torch.Tensor]
     _kept: torch.Tensor | None
 
     @staticmethod
@@ -144,7 +146,6 @@ class Deferred(torch.Tensor):
         shadow: torch.Tensor,
         device: torch.device,
         path: Path,
-        chain: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...],
     ) -> "Deferred":
         made: Deferred = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -154,7 +155,7 @@ class Deferred(torch.Tensor):
             dtype=shadow.dtype,
             device=device,
         )
-        made._promise, made._shadow, made._path, made._chain, made._kept = promise, shadow, path, chain, None
+        made._promise, made._shadow, made._path, made._source, made._kept = promise, shadow, path, None, None
         return made
 
     def value(self) -> torch.Tensor:
@@ -163,9 +164,7 @@ class Deferred(torch.Tensor):
             base = self._promise.tensor(self._path)
             # Keeping the promise may have kept this, too.
             if self._kept is None:
-                for function, args, kwargs in self._chain:
-                    base = function(base, *args, **kwargs)
-                self._kept = base
+                self._kept = base if self._source is None else self._follow(self._source.value())
         return self._kept
 
     @classmethod
@@ -186,8 +185,8 @@ class Deferred(torch.Tensor):
 
     def _followed_by(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Deferred":
         kwargs = {name: value for name, value in kwargs.items() if name != "device"}
-        chain = (*self._chain, (function, args, kwargs))
-        made = Deferred(self._promise, function(self._shadow, *args, **kwargs), self.device, self._path, chain)
+        made = Deferred(self._promise, function(self._shadow, *args, **kwargs), self.device, self._path)
+        made._source, made._follow = self, lambda source: function(source, *args, **kwargs)
         if function is _CAST:
             self._promise.note_cast(made)
         return made

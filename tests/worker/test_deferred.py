@@ -121,6 +121,21 @@ def test_cast_is_made_before_somebody_writes_to_its_source() -> None:
     assert torch.equal(cast + 0, VALUE.double())
 
 
+def test_view_of_a_cast_is_one_of_the_cast_not_of_its_source() -> None:
+    tensor, _ = promised()
+    view = tensor.double()[0]
+    tensor.add_(100)
+    assert torch.equal(view + 0, VALUE.double()[0])
+
+
+def test_view_of_a_cast_shares_memory_with_it() -> None:
+    tensor, _ = promised()
+    cast = tensor.double()
+    view = cast[0]
+    cast.add_(100)
+    assert torch.equal(view + 0, VALUE.double()[0] + 100)
+
+
 def test_result_with_other_strides_gets_those_that_were_promised() -> None:
     tensor, _ = promised(VALUE.transpose(0, 1).contiguous().transpose(0, 1), outline_from=VALUE)
     flat = tensor.view(24)
