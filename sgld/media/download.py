@@ -6,6 +6,7 @@ redirects too, and the connection goes to the very address that was checked: a n
 
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -32,11 +33,12 @@ def download(url: str, *, max_bytes: int, timeout_s: float, allow_private_hosts:
     :raises Refused: it isn't http(s), leads to a private host or nowhere, is too large, or takes too long.
     :raises OSError: the host can't be reached.
     """
+    deadline = time.monotonic() + timeout_s
     with _watchdog(timeout_s) as watch:
 
         def connect(host: str, port: int) -> socket.socket:
             addresses = public_addresses(host, port, allow_private_hosts=allow_private_hosts)
-            return watch(_connected(addresses, timeout_s))
+            return watch(_connected(addresses, deadline))
 
         for _ in range(1 + MAX_REDIRECTS):
             answer = _fetch(_checked(url), connect, max_bytes)
@@ -58,6 +60,10 @@ def _watchdog(timeout_s: float) -> Iterator[Callable[[socket.socket], socket.soc
     def watch(sock: socket.socket) -> socket.socket:
         # A copy, as wrapping a socket for TLS takes its descriptor away.
         copies.append(sock.dup())
+        # In this order: what `end` doesn't see any more is seen here.
+        if is_over:
+            sock.close()
+            raise TimeoutError
         return sock
 
     def end() -> None:
@@ -143,13 +149,13 @@ def _target(parts: SplitResult) -> str:
     return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
-def _connected(addresses: list[tuple[int, tuple[str, int]]], timeout_s: float) -> socket.socket:
-    """A connection to the first address that answers."""
+def _connected(addresses: list[tuple[int, tuple[str, int]]], deadline: float) -> socket.socket:
+    """A connection to the first address that answers until then; a host may have many."""
     problem = OSError("the host has no address")
     for family, address in addresses:
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            sock.settimeout(timeout_s)
+            sock.settimeout(max(deadline - time.monotonic(), 1e-3))
             sock.connect(address)
         except OSError as error:
             problem = error

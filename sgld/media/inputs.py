@@ -18,6 +18,8 @@ from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
 import msgspec
+from anyio import CapacityLimiter
+from anyio.lowlevel import RunVar
 from anyio.to_thread import run_sync
 
 from sgld.errors import InvalidRequest
@@ -26,9 +28,12 @@ from sgld.media.images import MAX_INPUT_PIXELS, check_image
 from sgld.sampling_params import SamplingParams
 
 MAX_INPUTS = 64
+# So many are read at a time: servers that answer slowly hold their threads, and others are needed for results.
+MAX_READERS = 16
 _IMAGE, _MODE = "$image", "mode"
 _MODES = ("RGB", "RGBA", "L")
 Scheme = Literal["data", "http", "file"]
+_readers: RunVar[CapacityLimiter] = RunVar("readers")
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ async def as_files(params: SamplingParams, policy: InputPolicy) -> AsyncIterator
         paths: dict[str, str] = {}
         for source in dict.fromkeys(reference.source for reference in found):
             # A thread that waits for a server ends by itself, at its deadline.
-            path, close = await run_sync(_as_file, source, policy, abandon_on_cancel=False)
+            path, close = await run_sync(_as_file, source, policy, abandon_on_cancel=False, limiter=_limiter())
             stack.callback(close)
             paths[source] = path
         yield msgspec.structs.replace(
@@ -131,6 +136,15 @@ async def as_files(params: SamplingParams, policy: InputPolicy) -> AsyncIterator
             image_path=tuple(paths[source] for source in params.image_path),
             diffusers_kwargs=replaced(params.diffusers_kwargs, lambda r: {_IMAGE: paths[r.source], _MODE: r.mode}),
         )
+
+
+def _limiter() -> CapacityLimiter:
+    """That of this event loop."""
+    try:
+        return _readers.get()
+    except LookupError:
+        _readers.set(limiter := CapacityLimiter(MAX_READERS))
+        return limiter
 
 
 async def kept_in(folder: Path, params: SamplingParams, policy: InputPolicy) -> SamplingParams:

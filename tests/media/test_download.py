@@ -145,6 +145,28 @@ def test_server_that_dribbles_is_left_at_the_deadline(server: Server) -> None:
     assert is_left.wait(20)
 
 
+def test_time_that_is_over_before_a_connection_is_made_counts(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = threading.Event()
+
+    def addresses(host: str, port: int, *, allow_private_hosts: bool) -> list[tuple[int, tuple[str, int]]]:
+        assert is_over.wait(20)
+        return public_addresses(host, port, allow_private_hosts=allow_private_hosts)
+
+    class Clock(threading.Timer):
+        """Says when it has struck."""
+
+        def run(self) -> None:
+            super().run()
+            is_over.set()
+
+    monkeypatch.setattr(module, "public_addresses", addresses)
+    monkeypatch.setattr(module, "Timer", Clock)
+    server.answers["/"] = page()
+    with pytest.raises(Refused, match=r"longer than 0\.05 s"):
+        fetched(server.url("/"), timeout_s=0.05)
+    assert server.seen == []
+
+
 def test_host_that_does_not_answer_is_an_error() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

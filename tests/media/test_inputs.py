@@ -1,13 +1,17 @@
 import base64
+import threading
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 from PIL import Image
 
 from sgld.errors import InvalidRequest
+from sgld.media import inputs
 from sgld.media.images import load_image
 from sgld.media.inputs import InputPolicy, Reference, as_files, references, replaced, scheme_of
 from sgld.sampling_params import SamplingParams
@@ -120,6 +124,34 @@ async def test_picture_that_can_not_be_had_is_refused(source: str, policy: Input
         with pytest.raises(InvalidRequest, match=message):
             async with as_files(params, policy):
                 pass
+
+
+async def test_slow_servers_leave_threads_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    can_answer, others_ran = threading.Event(), anyio.Event()
+
+    def download(*_args: Any, **_kwargs: Any) -> bytes:
+        assert can_answer.wait(20)
+        return png()
+
+    async def asks() -> None:
+        async with as_files(SamplingParams(image_path=("http://host/a.png",)), ANY):
+            pass
+
+    async def works() -> None:
+        await anyio.to_thread.run_sync(lambda: None)
+        others_ran.set()
+
+    monkeypatch.setattr(inputs, "download", download)
+    async with anyio.create_task_group() as tasks:
+        for _ in range(100):
+            tasks.start_soon(asks)
+        await anyio.wait_all_tasks_blocked()
+        try:
+            with anyio.fail_after(10):
+                tasks.start_soon(works)
+                await others_ran.wait()
+        finally:
+            can_answer.set()
 
 
 async def test_too_many_pictures_are_refused() -> None:
