@@ -12,7 +12,7 @@ from sgld.worker.batch import Trait
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.reuse import Encodings
-from sgld.worker.task import Outcome, Raised, Value
+from sgld.worker.task import Outcome, Raised, Value, forget_locals
 from sgld.worker.trees import Path, leaves
 from sgld.worker.verdicts import Recent, Verdicts, axes_key
 
@@ -225,7 +225,7 @@ class Executor:
         guilty: set[Trait] = set()
         for other in calls[1:]:
             tried = suspects & batch.differing([calls[0], other], axes, self._digests)
-            guilty |= proof.culprits(calls[0], other, axes, tried)
+            guilty |= proof.culprits(calls[0], other, axes, tried, self.pulse)
             suspects = suspects - tried
         return guilty
 
@@ -236,6 +236,8 @@ def single(call: Call) -> Outcome:
         with call.random.entered():
             return Value(call.run(call.args, call.kwargs))
     except Exception as error:  # noqa: BLE001 - whatever a component raises is the outcome of the call
+        # What the forward allocated: the next one may run before the task takes note of its error.
+        forget_locals(error)
         return Raised(error)
 
 

@@ -68,7 +68,9 @@ def _bound(result: Any, repeated_error: float) -> float:
     return min(max(PROOF_FACTOR * repeated_error, floor), ceiling)
 
 
-def culprits(one: Call, other: Call, axes: CallAxes, traits: set[Trait]) -> set[Trait]:
+def culprits(
+    one: Call, other: Call, axes: CallAxes, traits: set[Trait], pulse: Callable[[], None] = lambda: None
+) -> set[Trait]:
     """Which of the traits make a merged forward wrong by themselves.
 
     Each argument of `other` is put into `one` alone. Never the first one: nothing could merge if that had to be equal.
@@ -76,7 +78,8 @@ def culprits(one: Call, other: Call, axes: CallAxes, traits: set[Trait]) -> set[
     if num_rows(one.tree, axes) != num_rows(other.tree, axes):
         return set()
     suspects = {trait for trait in traits if trait[0] != axes.reference}
-    return {trait for trait in suspects if _is_wrong_with(one, _with_argument(one, other, trait[0]), axes, trait[0])}
+    mixtures = {trait: _with_argument(one, other, trait[0]) for trait in suspects}
+    return {trait for trait, mixture in mixtures.items() if _is_wrong_with(one, mixture, axes, trait[0], pulse)}
 
 
 def _with_argument(one: Call, other: Call, path: Path) -> Call:
@@ -84,14 +87,19 @@ def _with_argument(one: Call, other: Call, path: Path) -> Call:
     return replace(one, args=args, kwargs=kwargs)
 
 
-def _is_wrong_with(one: Call, other: Call, axes: CallAxes, path: Path) -> bool:
+def _is_wrong_with(one: Call, other: Call, axes: CallAxes, path: Path, pulse: Callable[[], None]) -> bool:
     calls = [one, other]
     mixed = batch.merged_tree(calls, axes, {path})
     repeated = batch.merged_tree([one, one], axes, {path})
     try:
-        values = [forward(call, call.tree) for call in calls]
+        values = []
+        for call in calls:
+            values.append(forward(call, call.tree))
+            pulse()
     except torch.OutOfMemoryError:
         raise
     except Exception:  # noqa: BLE001 - a model may refuse such a mixture of two calls; that says nothing of merging
         return False
-    return problem(calls, axes, values, mixed, repeated) is not None
+    has_problem = problem(calls, axes, values, mixed, repeated, pulse) is not None
+    pulse()
+    return has_problem

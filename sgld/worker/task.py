@@ -190,7 +190,7 @@ class Task:
         self._body = None
         self._calls.clear()
         if isinstance(self._end, Raised):
-            _forget_locals(self._end.error)
+            forget_locals(self._end.error)
         self._stopped.release()
 
     def _run(self) -> Outcome:
@@ -206,7 +206,7 @@ class Task:
             return Raised(error)
 
 
-def _forget_locals(error: BaseException | None) -> None:
+def forget_locals(error: BaseException | None) -> None:
     """Clear the frames of an exception and of those that led to it; they still print."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -471,6 +472,19 @@ def test_out_of_memory_with_one_row_fails_its_call_only() -> None:
     outcomes = together(executor, [big, small]).outcomes
     assert isinstance(raised(outcomes[0]), torch.OutOfMemoryError)
     torch.testing.assert_close(values([outcomes[1]]), [linear(rows(1)[0])])
+
+
+def test_error_of_a_call_keeps_nothing_that_its_forward_allocated() -> None:
+    activations: list[weakref.ref[torch.Tensor]] = []
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        activation = x + 1
+        activations.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("so large")
+
+    outcome = Executor().run([call_of(Model(fails), rows(1)[0])]).outcomes[0]
+    assert isinstance(raised(outcome), torch.OutOfMemoryError)
+    assert activations[0]() is None
 
 
 class TestRagged:

@@ -65,6 +65,23 @@ def test_arguments_that_make_a_forward_wrong_are_found(function: Callable[..., A
     assert culprits(*two(function), AXES, {X, A, B}) == guilty
 
 
+def test_search_for_the_guilty_shows_life_after_each_forward() -> None:
+    num_forwards = num_pulses = 0
+
+    def function(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        nonlocal num_forwards
+        num_forwards += 1
+        return x + a[0] + b
+
+    def pulse() -> None:
+        nonlocal num_pulses
+        num_pulses += 1
+        assert num_pulses == num_forwards
+
+    culprits(*two(function), AXES, {A, B}, pulse)
+    assert num_pulses == 8
+
+
 def test_nobody_is_to_blame_where_arguments_do_not_fit_each_other() -> None:
     assert culprits(*two(lambda x, a, b: x + a[0], rows=2), AXES, {X, A}) == set()
 
