@@ -38,6 +38,8 @@ class CallInfo(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     step_index: int
     num_steps: int
+    is_exclusive: bool = False
+    """Its task changes what it shares: until that ends nobody else's calls run."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -247,6 +247,7 @@ class Session:
                     rows=call.rows,
                     step_index=call.step_index,
                     num_steps=call.num_steps,
+                    is_exclusive=task is self._exclusive,
                 )
             )
         )

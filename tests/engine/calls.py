@@ -39,6 +39,7 @@ def call(
     cost_key: str = "c",
     kind: CallKind = "denoise",
     rows: int = 1,
+    is_exclusive: bool = False,
 ) -> CallInfo:
     return CallInfo(
         id=next(_ids),
@@ -50,6 +51,7 @@ def call(
         rows=rows,
         step_index=step,
         num_steps=num_steps,
+        is_exclusive=is_exclusive,
     )
 
 

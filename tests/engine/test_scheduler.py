@@ -4,7 +4,7 @@ import pytest
 from engine.calls import LinearCost, batch_of, call, running
 from sgld.engine.cost import CostModel, FlatCost
 from sgld.engine.demand import Demand
-from sgld.engine.scheduler import STANDING_ORDER_S, Scheduler
+from sgld.engine.scheduler import ETA_ORDER_S, STANDING_ORDER_S, Scheduler
 from sgld.errors import DeadlineImpossible, QueueFull
 
 
@@ -294,6 +294,25 @@ def test_standing_order_for_all_that_run_together() -> None:
     cost = LinearCost(fixed_s=1e-3, row_s=0.0)
     assert batch_of(running(cost, call("a"), call("b"))).num_ticks > 1
     assert batch_of(running(cost, call("a"), call("a"))).num_ticks > 1
+
+
+def test_nobody_else_runs_while_one_is_exclusive() -> None:
+    """The rank runs only its calls then: whoever else was told to run would be blamed for what it does."""
+    other, exclusive = call("short", num_steps=1), call("long", num_steps=99, is_exclusive=True)
+    scheduler = running(LinearCost(), other, exclusive)
+    assert batch_of(scheduler).call_ids == (exclusive.id,)
+    scheduler.ran([exclusive.id], 1.0)
+    assert batch_of(scheduler).call_ids == (other.id,)
+
+
+def test_order_for_etas_is_kept_for_a_moment_only() -> None:
+    scheduler = running(LinearCost(), call("a", num_steps=5), call("b", num_steps=8, merge_key="n"))
+    assert scheduler.eta_s("a", 0.0) == 5.0
+    scheduler.stepped("b", 7)
+    assert scheduler.eta_s("b", ETA_ORDER_S / 2) == pytest.approx(5.0 + 1 / 8)
+    assert scheduler.eta_s("b", ETA_ORDER_S) == pytest.approx(1 / 8)
+    scheduler.remove("a")
+    assert scheduler.eta_s("a", ETA_ORDER_S) is None
 
 
 def test_eta_is_unknown_until_something_is_known() -> None:

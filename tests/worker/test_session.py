@@ -107,6 +107,7 @@ def test_exclusive_task_can_be_cancelled_and_leaves_no_trace(log: Log) -> None:
     calls = pag_calls()
     plain = pipeline(**pag_calls()[1]).images
     log.session.start(Job("a", pipeline, calls[0]))
+    assert not log.waiting()["a"].call.is_exclusive
     processors = dict(pipeline.unet.attn_processors)
     while pipeline.unet.attn_processors == processors:
         log.session.run([log.waiting()["a"].call.id])
@@ -127,6 +128,7 @@ def test_request_that_waits_for_an_exclusive_one_can_be_cancelled(log: Log) -> N
     log.session.start(Job("a", pipeline, calls[0]))
     while log.session.executor.verdicts.modes.get("unet") != "exclusive":
         log.session.run([log.waiting()["a"].call.id])
+    assert log.waiting()["a"].call.is_exclusive
     log.session.start(Job("b", pipeline, calls[1]))
     log.session.cancel("b")
     assert "b" in log.ends
