@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
@@ -210,7 +212,8 @@ def test_all_of_it_is_seen_on_every_screen(
         page.evaluate("document.activeElement.blur(); document.getElementById('more').open = false; scrollTo(0, 0)")
         is_wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
         if folder := os.environ.get("SGLD_SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+            picture = Image.open(BytesIO(page.screenshot(full_page=True))).convert("RGB").quantize(256)
+            picture.save(Path(folder) / f"{name}.png", optimize=True)
 
     assert not is_wide
     assert errors == []
