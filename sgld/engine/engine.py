@@ -6,14 +6,12 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
-from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self, assert_never
 
 import anyio
 import msgspec
-import numpy as np
 from anyio import to_thread
 
 from sgld.config import EngineConfig
@@ -22,21 +20,13 @@ from sgld.engine.demand import demand_of
 from sgld.engine.entry import Entry
 from sgld.engine.learned import LearnedFile
 from sgld.engine.replica import Rank, RankFactory, rank_process
+from sgld.engine.requests import Requests, output_id
 from sgld.engine.scheduler import Batch, Scheduler
 from sgld.engine.statistics import CostStatistics, Statistics, Tally
 from sgld.engine.trace import Trace
 from sgld.errors import EngineClosed, InvalidRequest, ModelError, RankLost
 from sgld.events import (
     AnyEvent,
-    Cancelled,
-    Completed,
-    Failed,
-    Frames,
-    Preview,
-    Progress,
-    Queued,
-    Restarted,
-    Started,
     Terminal,
 )
 from sgld.fields import FieldError
@@ -63,7 +53,7 @@ from sgld.messages import (
     TaskCancelled,
     TaskFailed,
 )
-from sgld.request import Request, RequestState
+from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -71,8 +61,6 @@ logger = logging.getLogger(__name__)
 HANG_FACTOR = 20.0
 # Where nothing can be predicted yet, a forward may take so many times the shortest deadline.
 UNKNOWN_FACTOR = 10.0
-# A request that was running when so many ranks were lost is to blame.
-MAX_LOSSES = 2
 # What the message that starts a request takes beside its params, and more.
 _START_BYTES = 1024
 # So many ranks in a row may be lost before they are ready, where one was ready before.
@@ -80,7 +68,6 @@ MAX_LOST_LOADS = 3
 # How often what was learned is kept while the engine is open.
 KEEP_S = 60.0
 _ANY_INPUT = InputPolicy()
-_ids = count(1)
 
 
 class Engine:
@@ -101,7 +88,6 @@ class Engine:
             max_queued_requests=config.max_queued_requests,
             max_batch_size=config.max_batch_size,
         )
-        self._entries: dict[str, Entry] = {}
         self._rank: Rank | None = None
         """None while no rank is ready."""
         self._model: ModelInfo | None = None
@@ -115,6 +101,7 @@ class Engine:
         self._is_open = False
         self._stack = AsyncExitStack()
         self._tally = Tally(None)
+        self._requests = Requests(self._scheduler, self._tally)
         self._opened_at = time.monotonic()
 
     async def __aenter__(self) -> Self:
@@ -131,8 +118,7 @@ class Engine:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._is_open = False
-        for entry in list(self._entries.values()):
-            self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+        self._requests.cancel_all()
         self._is_decided.set()
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
@@ -158,13 +144,12 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """What the engine has done and knows."""
-        states = [entry.state for entry in self._entries.values()]
         tensor_queue, channel = self._rank.statistics() if self._rank is not None else (None, None)
         ended = self._tally.num_ended
         return Statistics(
             uptime_s=time.monotonic() - self._opened_at,
-            num_queued=states.count(RequestState.QUEUED),
-            num_running=states.count(RequestState.RUNNING),
+            num_queued=self._requests.num_in(RequestState.QUEUED),
+            num_running=self._requests.num_in(RequestState.RUNNING),
             num_completed=ended[RequestState.COMPLETED],
             num_failed=ended[RequestState.FAILED],
             num_cancelled=ended[RequestState.CANCELLED],
@@ -224,20 +209,7 @@ class Engine:
         # Again: meanwhile its pictures may have been downloaded.
         self._check_open(params)
         _check_message(params)
-        group, now, demand = f"r{next(_ids)}", time.monotonic(), demand_of(params)
-        entries: list[Entry] = []
-        for index in range(params.num_outputs_per_prompt):
-            request = Request(
-                id=output_id(group, index), output_index=index, params=params.output(index), arrived_at=now
-            )
-            entry = Entry(request, group, entries[0].stream if entries else None)
-            self._entries[request.id] = entry
-            self._scheduler.add(request.id, now, demand)
-            entries.append(entry)
-        for entry in entries:
-            position = self._scheduler.position(entry.request.id, now)
-            eta_s = self._scheduler.eta_s(entry.request.id, now)
-            entry.put(entry.event(Queued, position=position, eta_s=eta_s))
+        entries = self._requests.add(params)
         self._tick()
         return entries
 
@@ -247,7 +219,7 @@ class Engine:
             return
         if entry.state is RequestState.RUNNING and self._rank is not None:
             self._send(Cancel(request_id=entry.request.id))
-        self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+        self._requests.cancel(entry)
         self._tick()
 
     async def _serve(self) -> None:
@@ -256,7 +228,10 @@ class Engine:
             async with self._rank_factory(self._config) as rank:
                 problem = await self._drive(rank)
             if problem is not None:
-                self._recover(problem)
+                logger.warning("%s; it is started again", problem)
+                self._tally.num_restarts += 1
+                batch, self._running = self._running, None
+                self._requests.run_again(problem, batch.request_ids if batch is not None else None)
                 await anyio.sleep(self._num_lost_loads)
 
     async def _drive(self, rank: Rank) -> str | None:
@@ -307,12 +282,8 @@ class Engine:
         """Start what may start and, when the rank has nothing to run, give it the next batch."""
         if self._rank is None:
             return
-        for request_id in self._scheduler.admit(time.monotonic()):
-            entry = self._entries[request_id]
-            entry.change(RequestState.RUNNING)
-            self._tally.started(entry.request, time.monotonic())
-            self._send(Start(request_id=request_id, params=entry.request.params))
-            entry.put(entry.event(Started))
+        for command in self._requests.admit():
+            self._send(command)
         if self._running is None and (batch := self._scheduler.next_batch(time.monotonic())) is not None:
             self._running = batch
             self._send(Run(call_ids=batch.call_ids, num_ticks=batch.num_ticks))
@@ -320,7 +291,7 @@ class Engine:
 
     def _silence_limit_s(self) -> float | None:
         """How long the rank may be silent: while it has work, as long as its forward may take."""
-        if self._running is None and not any(e.state is RequestState.RUNNING for e in self._entries.values()):
+        if self._running is None and not self._requests.num_in(RequestState.RUNNING):
             return None
         predicted_s = self._running.predicted_s if self._running else None
         if predicted_s is None:
@@ -340,13 +311,13 @@ class Engine:
             case Alive(stage=stage):
                 logger.debug("the rank is %s", stage)
             case Ready(model=model):
-                self._rank, self._model = rank, model
+                self._rank, self._model, self._requests.fps = rank, model, model.fps
                 self._is_decided.set()
             case LoadFailed(message=message):
                 self._fail_load(message)
             case Pending(call=call):
                 # Of requests that have ended meanwhile nobody would forget it.
-                if call.request_id in self._entries:
+                if call.request_id in self._requests:
                     self._tally.pending(call)
                 self._scheduler.pending(call)
             case Judged():
@@ -358,97 +329,17 @@ class Engine:
                     self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
             case Idle():
                 self._running = None
-            case Previewed() | Decoded() | Heard():
-                self._take_result(rank, reply)
-            case Stepped() | Finished() | TaskFailed() | TaskCancelled():
-                self._report(reply)
+            case Previewed() | Decoded() | Heard() | Stepped() | Finished() | TaskFailed() | TaskCancelled():
+                self._requests.heard(reply, rank.tensors)
             case unknown:
                 assert_never(unknown)
-
-    def _take_result(self, rank: Rank, reply: Previewed | Decoded | Heard) -> None:
-        """Copy pixels or sound out of the tensor queue: the consumer may keep them, the rank needs the slots."""
-        entry = self._entries.get(reply.request_id)
-        with rank.tensors.borrowed(reply.samples if isinstance(reply, Heard) else reply.pixels) as view:
-            if entry is None:
-                return
-            copied = view.copy()
-        match reply:
-            case Previewed(step=step):
-                entry.put(entry.event(Preview, step=step, image=copied))
-            case Decoded(index=index, is_video=is_video):
-                entry.is_video = is_video
-                if (new := entry.keep(index, copied)) is not None and is_video:
-                    entry.put(entry.event(Frames, index=new[0], frames=new[1]))
-            case Heard(sample_rate=sample_rate):
-                entry.sample_rate = sample_rate
-                entry.sound.append(copied.view(np.float32).T)
-
-    def _report(self, reply: Stepped | Finished | TaskFailed | TaskCancelled) -> None:
-        entry = self._entries.get(reply.request_id)
-        if entry is None:
-            return
-        match reply:
-            case Stepped(step=step, num_steps=num_steps):
-                self._scheduler.stepped(reply.request_id, step)
-                eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
-                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
-            case Finished():
-                self._end(entry, RequestState.COMPLETED, self._completed(entry))
-            case TaskFailed(code=code, message=message):
-                self._end(entry, RequestState.FAILED, entry.event(Failed, code=code, message=message))
-            case TaskCancelled():
-                self._end(entry, RequestState.CANCELLED, entry.event(Cancelled))
-
-    def _completed(self, entry: Entry) -> Completed:
-        assert self._model is not None
-        params = entry.request.params
-        return entry.event(
-            Completed,
-            frames=np.concatenate(entry.frames) if entry.frames else np.empty((0, 0, 0, 3), np.uint8),
-            is_video=entry.is_video,
-            audio=np.concatenate(entry.sound, axis=1) if entry.sound else None,
-            sample_rate=entry.sample_rate,
-            seed=params.seed,
-            fps=params.fps or self._model.fps,
-            elapsed_s=time.monotonic() - entry.request.arrived_at,
-        )
-
-    def _end(self, entry: Entry, state: RequestState, event: Terminal) -> None:
-        self._entries.pop(entry.request.id)
-        self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
-        self._tally.ended(entry.request, state, time.monotonic())
-        entry.change(state)
-        entry.put(event)
-
-    def _recover(self, problem: str) -> None:
-        """The rank is lost: its requests run again, but one that was running when two ranks were lost fails."""
-        logger.warning("%s; it is started again", problem)
-        self._tally.num_restarts += 1
-        blamed = set(self._running.request_ids) if self._running else None
-        self._running = None
-        for entry in [e for e in self._entries.values() if e.state is RequestState.RUNNING]:
-            entry.attempt += 1
-            is_blamed = blamed is None or entry.request.id in blamed
-            entry.num_losses += is_blamed
-            if entry.num_losses >= MAX_LOSSES:
-                message = f"{problem}, for the second time while it worked on this request"
-                self._end(entry, RequestState.FAILED, entry.event(Failed, code=RankLost.code, message=message))
-                continue
-            self._tally.restarted(entry.request, time.monotonic())
-            entry.change(RequestState.QUEUED)
-            self._scheduler.requeue(entry.request.id, is_suspect=is_blamed)
-            entry.put(entry.event(Restarted, attempt=entry.attempt))
 
     def _fail_load(self, message: str) -> None:
         """The model can't be served: everybody is told, and nothing is accepted any more."""
         self._load_error = ModelError(message)
         self._model = None
         self._is_decided.set()
-        for entry in list(self._entries.values()):
-            self._entries.pop(entry.request.id)
-            self._tally.ended(entry.request, RequestState.FAILED, time.monotonic())
-            entry.change(RequestState.FAILED)
-            entry.stream.close()
+        self._requests.abandon_all()
 
 
 def _check_message(params: SamplingParams) -> None:
@@ -463,11 +354,6 @@ def _check_message(params: SamplingParams) -> None:
     if size > MAX_MESSAGE_BYTES - _START_BYTES:
         limit = MAX_MESSAGE_BYTES - _START_BYTES
         raise InvalidRequest(f"the request takes {size} bytes, the limit is {limit}; shorten its prompts")
-
-
-def output_id(group: str, index: int) -> str:
-    """The id of one output of a client's call."""
-    return f"{group}-{index}"
 
 
 def _open_trace(path: str | None) -> Trace | None:

@@ -86,3 +86,9 @@ def difference(pixels: NDArray[np.uint8], expected: NDArray[np.uint8]) -> int:
     """The largest difference of two pictures of one shape."""
     assert pixels.shape == expected.shape
     return int(np.abs(pixels.astype(int) - expected.astype(int)).max())
+
+
+def is_idle(engine: Engine) -> bool:
+    """Whether no request is on its way."""
+    now = engine.statistics()
+    return not now.num_queued + now.num_running

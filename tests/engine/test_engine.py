@@ -12,7 +12,18 @@ import torch
 from blockbuster import blockbuster_ctx
 from pipelines import build
 
-from engine.streams import TIMEOUT_S, completed, difference, ends_of, events_of, leave_at, names, params_of, plain
+from engine.streams import (
+    TIMEOUT_S,
+    completed,
+    difference,
+    ends_of,
+    events_of,
+    is_idle,
+    leave_at,
+    names,
+    params_of,
+    plain,
+)
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.errors import EngineClosed, InvalidRequest, QueueFull
@@ -40,7 +51,7 @@ async def serving(pipeline: Any, config: EngineConfig = CONFIG) -> AsyncIterator
     """An engine that serves a pipeline in a thread; it must be empty and its threads gone in the end."""
     async with Engine(config, rank_factory=InlineReplica(pipeline)) as engine:
         yield engine
-        assert not engine._entries
+        assert is_idle(engine)
     assert not threads_of("task-"), "threads of tasks are left"
 
 
@@ -225,7 +236,7 @@ async def test_leaving_the_iteration_frees_the_engine(pixart: Pipeline, num_even
     async with serving(pipeline) as engine:
         events = await leave_at(engine, params_of(kwargs, num_inference_steps=20, num_previews=9), num_events)
         assert len(events) == num_events
-        assert not engine._entries
+        assert is_idle(engine)
         following = params_of(kwargs, seed=3)
         assert difference((await completed(engine, following)).frames, plain(pipeline, following)) == 0
         # Commands are done in their order: the cancelled task ended before the following one.
@@ -252,7 +263,7 @@ async def test_leaving_cancels_all_outputs(pixart: Pipeline) -> None:
     config = EngineConfig(device="cpu", max_running_requests=1)
     async with serving(pipeline, config) as engine:
         await leave_at(engine, params_of(kwargs, num_inference_steps=20, num_outputs_per_prompt=3), 5)
-        assert not engine._entries
+        assert is_idle(engine)
         assert names(await events_of(engine, params_of(kwargs)))[-1] == "Completed"
 
 
@@ -267,7 +278,7 @@ async def test_cancelled_consumer_frees_the_engine(wan: Pipeline, kind: str) -> 
                 if type(event).__name__ == kind:
                     scope.cancel()
         assert kind in names(seen)
-        assert not engine._entries
+        assert is_idle(engine)
         following = params_of(kwargs, seed=3)
         assert difference((await completed(engine, following)).frames, plain(pipeline, following)) == 0
 

@@ -22,7 +22,7 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pipelines import build
 
-from engine.streams import TIMEOUT_S, completed, difference, events_of, leave_at, names, params_of, plain
+from engine.streams import TIMEOUT_S, completed, difference, events_of, is_idle, leave_at, names, params_of, plain
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.errors import ModelError
@@ -177,7 +177,7 @@ def test_request_that_costs_two_ranks_fails_and_another_completes(served: Served
         assert names(ends["bad"]).count("Restarted") == 1
         assert isinstance(done, Completed)
         assert difference(done.frames, plain(model.pipeline, good)) <= 1
-        assert not engine._entries
+        assert is_idle(engine)
 
     served.run(body)
 
@@ -191,7 +191,7 @@ def test_request_left_while_its_rank_starts_again_is_gone(served: Served, model:
                 if isinstance(event, Restarted):
                     break
         assert names(await leave_at(engine, model.params(seed=4), 1)) == ["Queued"]
-        assert not engine._entries
+        assert is_idle(engine)
         following = model.params(seed=5)
         assert difference((await completed(engine, following)).frames, plain(model.pipeline, following)) == 0
 

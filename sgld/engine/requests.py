@@ -1,0 +1,177 @@
+"""The requests on their way: what the rank's replies say of them becomes their events."""
+
+import time
+from collections.abc import Collection
+from itertools import count
+from typing import assert_never
+
+import numpy as np
+
+from sgld.engine.demand import demand_of
+from sgld.engine.entry import Entry
+from sgld.engine.scheduler import Scheduler
+from sgld.engine.statistics import Tally
+from sgld.errors import RankLost
+from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started, Terminal
+from sgld.ipc.tensor_queue import TensorReader
+from sgld.messages import Decoded, Finished, Heard, Previewed, Start, Stepped, TaskCancelled, TaskFailed
+from sgld.request import Request, RequestState
+from sgld.sampling_params import SamplingParams
+
+# A request that was running when so many ranks were lost is to blame.
+MAX_LOSSES = 2
+_ids = count(1)
+Result = Previewed | Decoded | Heard
+Report = Stepped | Finished | TaskFailed | TaskCancelled
+
+
+class Requests:
+    """All requests that haven't ended. The scheduler and the tally are kept in step with them."""
+
+    def __init__(self, scheduler: Scheduler, tally: Tally) -> None:
+        self.fps: float | None = None
+        """Of the model's videos, where their params don't say."""
+        self._scheduler = scheduler
+        self._tally = tally
+        self._entries: dict[str, Entry] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def num_in(self, state: RequestState) -> int:
+        """How many are in a state."""
+        return sum(entry.state is state for entry in self._entries.values())
+
+    def add(self, params: SamplingParams) -> list[Entry]:
+        """Queue a request for each output; they share a stream."""
+        group, now, demand = f"r{next(_ids)}", time.monotonic(), demand_of(params)
+        entries: list[Entry] = []
+        for index in range(params.num_outputs_per_prompt):
+            request = Request(
+                id=output_id(group, index), output_index=index, params=params.output(index), arrived_at=now
+            )
+            entry = Entry(request, group, entries[0].stream if entries else None)
+            self._entries[request.id] = entry
+            self._scheduler.add(request.id, now, demand)
+            entries.append(entry)
+        for entry in entries:
+            position = self._scheduler.position(entry.request.id, now)
+            eta_s = self._scheduler.eta_s(entry.request.id, now)
+            entry.put(entry.event(Queued, position=position, eta_s=eta_s))
+        return entries
+
+    def admit(self) -> list[Start]:
+        """Let those run whose turn it is; what to tell the rank."""
+        commands = []
+        for request_id in self._scheduler.admit(time.monotonic()):
+            entry = self._entries[request_id]
+            entry.change(RequestState.RUNNING)
+            self._tally.started(entry.request, time.monotonic())
+            entry.put(entry.event(Started))
+            commands.append(Start(request_id=request_id, params=entry.request.params))
+        return commands
+
+    def cancel(self, entry: Entry) -> None:
+        """End a request that is on its way."""
+        self.end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+
+    def cancel_all(self) -> None:
+        """End them all."""
+        for entry in list(self._entries.values()):
+            self.cancel(entry)
+
+    def abandon_all(self) -> None:
+        """None of them can be served: their streams end without an event."""
+        for entry in list(self._entries.values()):
+            self._entries.pop(entry.request.id)
+            self._tally.ended(entry.request, RequestState.FAILED, time.monotonic())
+            entry.change(RequestState.FAILED)
+            entry.stream.close()
+
+    def heard(self, reply: Result | Report, tensors: TensorReader) -> None:
+        """The rank says something of a request; it may have ended meanwhile."""
+        match reply:
+            case Previewed() | Decoded() | Heard():
+                self._take_result(tensors, reply)
+            case Stepped() | Finished() | TaskFailed() | TaskCancelled():
+                self._report(reply)
+            case unknown:
+                assert_never(unknown)
+
+    def run_again(self, problem: str, blamed: Collection[str] | None) -> None:
+        """The rank is lost: its requests run again, but one that was running when two ranks were lost fails.
+
+        :param blamed: those that were running; None: that isn't known.
+        """
+        for entry in [e for e in self._entries.values() if e.state is RequestState.RUNNING]:
+            entry.attempt += 1
+            is_blamed = blamed is None or entry.request.id in blamed
+            entry.num_losses += is_blamed
+            if entry.num_losses >= MAX_LOSSES:
+                message = f"{problem}, for the second time while it worked on this request"
+                self.end(entry, RequestState.FAILED, entry.event(Failed, code=RankLost.code, message=message))
+                continue
+            self._tally.restarted(entry.request, time.monotonic())
+            entry.change(RequestState.QUEUED)
+            self._scheduler.requeue(entry.request.id, is_suspect=is_blamed)
+            entry.put(entry.event(Restarted, attempt=entry.attempt))
+
+    def _take_result(self, tensors: TensorReader, reply: Previewed | Decoded | Heard) -> None:
+        """Copy pixels or sound out of the tensor queue: the consumer may keep them, the rank needs the slots."""
+        entry = self._entries.get(reply.request_id)
+        with tensors.borrowed(reply.samples if isinstance(reply, Heard) else reply.pixels) as view:
+            if entry is None:
+                return
+            copied = view.copy()
+        match reply:
+            case Previewed(step=step):
+                entry.put(entry.event(Preview, step=step, image=copied))
+            case Decoded(index=index, is_video=is_video):
+                entry.is_video = is_video
+                if (new := entry.keep(index, copied)) is not None and is_video:
+                    entry.put(entry.event(Frames, index=new[0], frames=new[1]))
+            case Heard(sample_rate=sample_rate):
+                entry.sample_rate = sample_rate
+                entry.sound.append(copied.view(np.float32).T)
+
+    def _report(self, reply: Stepped | Finished | TaskFailed | TaskCancelled) -> None:
+        entry = self._entries.get(reply.request_id)
+        if entry is None:
+            return
+        match reply:
+            case Stepped(step=step, num_steps=num_steps):
+                self._scheduler.stepped(reply.request_id, step)
+                eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
+                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
+            case Finished():
+                self.end(entry, RequestState.COMPLETED, self._completed(entry))
+            case TaskFailed(code=code, message=message):
+                self.end(entry, RequestState.FAILED, entry.event(Failed, code=code, message=message))
+            case TaskCancelled():
+                self.end(entry, RequestState.CANCELLED, entry.event(Cancelled))
+
+    def _completed(self, entry: Entry) -> Completed:
+        params = entry.request.params
+        return entry.event(
+            Completed,
+            frames=np.concatenate(entry.frames) if entry.frames else np.empty((0, 0, 0, 3), np.uint8),
+            is_video=entry.is_video,
+            audio=np.concatenate(entry.sound, axis=1) if entry.sound else None,
+            sample_rate=entry.sample_rate,
+            seed=params.seed,
+            fps=params.fps or self.fps,
+            elapsed_s=time.monotonic() - entry.request.arrived_at,
+        )
+
+    def end(self, entry: Entry, state: RequestState, event: Terminal) -> None:
+        """A request is over, and this is its last event."""
+        self._entries.pop(entry.request.id)
+        self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
+        self._tally.ended(entry.request, state, time.monotonic())
+        entry.change(state)
+        entry.put(event)
+
+
+def output_id(group: str, index: int) -> str:
+    """The id of one output of a client's call."""
+    return f"{group}-{index}"

@@ -1,0 +1,94 @@
+"""Requests on their way, without an engine: what replies and losses make of them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from sgld.engine.cost import FlatCost
+from sgld.engine.entry import Entry
+from sgld.engine.requests import Requests
+from sgld.engine.scheduler import Scheduler
+from sgld.engine.statistics import Tally
+from sgld.events import AnyEvent, Completed, Failed, Progress
+from sgld.ipc.tensor_queue import TensorReader, TensorWriter, tensor_queue
+from sgld.messages import Decoded, Finished, Start, Stepped, TaskFailed
+from sgld.request import RequestState
+from sgld.sampling_params import SamplingParams
+
+PIXELS = np.full((1, 2, 2, 3), 7, np.uint8)
+
+
+@pytest.fixture
+def queue() -> Iterator[tuple[TensorReader, TensorWriter]]:
+    reader, writer = tensor_queue(num_slots=1, slot_bytes=4096)
+    yield reader, writer
+    reader.close()
+    writer.close()
+
+
+def requests_of(*prompts: str) -> tuple[Requests, list[Entry]]:
+    requests = Requests(Scheduler(FlatCost()), Tally(None))
+    return requests, [entry for prompt in prompts for entry in requests.add(SamplingParams(prompt=prompt))]
+
+
+async def told(entry: Entry) -> list[AnyEvent]:
+    """The events until now."""
+    entry.stream.close()
+    events = []
+    while (event := await entry.stream.get()) is not None:
+        events.append(event)
+    return events
+
+
+async def test_replies_become_events_until_the_request_ends(queue: tuple[TensorReader, TensorWriter]) -> None:
+    reader, writer = queue
+    requests, [entry] = requests_of("a")
+    assert requests.admit() == [Start(request_id=entry.request.id, params=entry.request.params)]
+    requests.fps = 8.0
+    request_id = entry.request.id
+    requests.heard(Stepped(request_id=request_id, step=1, num_steps=2), reader)
+    ref = writer.put(PIXELS)
+    requests.heard(Decoded(request_id=request_id, index=0, is_video=False, pixels=ref), reader)
+    requests.heard(Finished(request_id=request_id), reader)
+    assert request_id not in requests
+    requests.heard(Finished(request_id=request_id), reader)
+    *_, progress, completed = await told(entry)
+    assert isinstance(progress, Progress)
+    assert isinstance(completed, Completed)
+    assert np.array_equal(completed.frames, PIXELS)
+    assert completed.fps == 8.0
+
+
+async def test_pixels_of_a_request_that_has_ended_give_back_their_memory(
+    queue: tuple[TensorReader, TensorWriter],
+) -> None:
+    reader, writer = queue
+    requests, [entry] = requests_of("a")
+    requests.cancel(entry)
+    for index in range(3):  # more than there is room for
+        ref = writer.put(PIXELS)
+        requests.heard(Decoded(request_id=entry.request.id, index=index, is_video=False, pixels=ref), reader)
+
+
+async def test_who_is_blamed_twice_fails_and_the_others_run_again(queue: tuple[TensorReader, TensorWriter]) -> None:
+    requests, [bad, good] = requests_of("bad", "good")
+    for _ in range(2):
+        assert len(requests.admit()) == 2
+        requests.run_again("it died", {bad.request.id})
+    assert (bad.state, good.state, good.attempt) == (RequestState.FAILED, RequestState.QUEUED, 3)
+    last = (await told(bad))[-1]
+    assert isinstance(last, Failed)
+    assert "it died, for the second time" in last.message
+    assert requests.num_in(RequestState.QUEUED) == 1
+
+
+async def test_failure_of_one_output_leaves_the_others(queue: tuple[TensorReader, TensorWriter]) -> None:
+    requests = Requests(Scheduler(FlatCost()), Tally(None))
+    first, second = requests.add(SamplingParams(prompt="a", num_outputs_per_prompt=2))
+    requests.admit()
+    requests.heard(TaskFailed(request_id=first.request.id, code="pipeline_failed", message="x"), queue[0])
+    assert (first.state, second.state) == (RequestState.FAILED, RequestState.RUNNING)
+    assert first.stream is second.stream
+    requests.abandon_all()
+    assert second.state is RequestState.FAILED
