@@ -231,7 +231,8 @@ class Deferral:
             return self._task.hand_over(call)
         assert signature is not None
         self._check_arguments()
-        may_wait = call.component in self._paired and (outline := self._outlines.get(signature)) is not None
+        is_useful = call.component in self._paired and self._num_futile < MAX_FUTILE
+        may_wait = is_useful and (outline := self._outlines.get(signature)) is not None
         self._note(call)
         if may_wait:
             self._task.post(call)
@@ -269,7 +270,7 @@ class Deferral:
             if any(tensor._version != version for tensor, version in given):
                 if call in self._task.calls:
                     raise RuntimeError(f"an argument of {call.component} was written to while the call waited")
-                if self._task.step == self._step and call.component not in self._paired:
+                if self._task.step == self._step:
                     self._num_futile = MAX_FUTILE
 
 

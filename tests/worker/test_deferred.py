@@ -185,7 +185,11 @@ class Guided(DiffusionPipeline):  # type: ignore[misc]
                     assert bool(first.isfinite().all())
                 if manner == "writes":
                     given += 1
-                second = self.transformer(x / 2)
+                halved = x / 2
+                second = self.transformer(halved)
+                if manner == "writes before a third":
+                    halved += 1
+                    second = second - self.transformer(halved)
                 x = second + 1.5 * (first - second)
                 bar.update()
         return Sum(images=first if manner == "returns a result" else x)
@@ -234,9 +238,10 @@ def test_pipeline_that_looks_between_its_calls_waits_for_each() -> None:
     assert torch.equal(task.end.value.images, expected)
 
 
-def test_pipeline_that_writes_to_what_it_gave_is_found_out_in_the_first_step() -> None:
-    task, expected = guided("writes")
-    assert numbers_of_waiting_calls(task) == [1] * 8
+@pytest.mark.parametrize(("manner", "num_calls"), [("writes", 2), ("writes before a third", 3)])
+def test_pipeline_that_writes_to_what_it_gave_is_found_out_in_the_first_step(manner: str, num_calls: int) -> None:
+    task, expected = guided(manner)
+    assert numbers_of_waiting_calls(task) == [1] * 4 * num_calls
     assert isinstance(task.end, Value)
     assert torch.equal(task.end.value.images, expected)
 
