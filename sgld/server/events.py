@@ -7,6 +7,7 @@ aren't kept any more or the server is another one, a snapshot. Clients of OpenAI
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
+import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,6 +28,8 @@ from sgld.server.watcher import EVENT_NAMES, EventName, News, Watcher
 _RETRY = b"retry: 2000\n"
 # A message of many requests is sent in pieces: some proxies and clients have limits.
 _PIECE_BYTES = 48 * 1024
+# What comes meanwhile is one message: so long for each who watches, as a message to one takes about as long.
+_PAUSE_S = 1e-4
 _MAX_PREVIEW_BYTES = 32 * 1024
 # Of those that are over, a snapshot shows so many.
 _NUM_ENDED = 100
@@ -204,9 +207,11 @@ class _Reader:
                     for piece in self._snapshot(watcher):
                         yield piece
                     continue
-                yield await self._encoded(news)
-                if ends_with_request and isinstance(news.data, RequestStatus) and news.data.has_ended:
+                together = [news, *watcher.take()]
+                yield b"".join([await self._encoded(some) for some in together])
+                if ends_with_request and any(_is_end(some) for some in together):
                     return
+                await anyio.sleep(_PAUSE_S * self._feed.num_watchers)
 
     def _has_ended(self) -> bool:
         status = self._feed.get(self._request_id or "", self._owner)
@@ -238,10 +243,14 @@ class _Reader:
         if isinstance(news.data, LivePreview):
             assert news.request_id is not None
             return encode_event(news.name, await _preview_event(news.request_id, news.data))
-        return encode_event(news.name, news.json, event_id=None if news.number is None else self._id(news.number))
+        return news.encoded
 
     def _id(self, number: int) -> str:
         return f"{self._feed.epoch}-{number}"
+
+
+def _is_end(news: News) -> bool:
+    return isinstance(news.data, RequestStatus) and news.data.has_ended
 
 
 async def _preview_event(request_id: str, preview: LivePreview) -> PreviewEvent:

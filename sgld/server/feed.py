@@ -176,7 +176,7 @@ class Feed:
         number = None
         if is_kept:
             self._number = number = self._number + 1
-        news = News(name, owner, request_id, data, number)
+        news = News(name, owner, request_id, data, number, self.epoch)
         if is_kept:
             self._ring.append(news)
         for watcher in self._watchers:

@@ -38,7 +38,7 @@ class EventStream(StreamingResponse):
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
         self._events = events
         self._heartbeat_s = heartbeat_s
-        self._lock = anyio.Lock()
+        self._lock = anyio.Lock(fast_acquire=True)
         self._has_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import anyio
-import msgspec
 
 from sgld.server.previews import LivePreview
+from sgld.server.sse import encode_event
 from sgld.server.status import State
 
 EventName = Literal[
@@ -41,11 +41,13 @@ class News:
     request_id: str | None
     data: Any
     number: int | None = None
+    epoch: str = ""
 
     @cached_property
-    def json(self) -> msgspec.Raw:
-        """The data, encoded once for all who watch."""
-        return msgspec.Raw(msgspec.json.encode(self.data))
+    def encoded(self) -> bytes:
+        """It in a stream, encoded once for all who watch."""
+        event_id = None if self.number is None else f"{self.epoch}-{self.number}"
+        return encode_event(self.name, self.data, event_id=event_id)
 
     @property
     def key(self) -> object:
@@ -98,6 +100,11 @@ class Watcher:
         """Forget what is unread: the reader is about to be told all."""
         self._has_lost = False
         self._news.clear()
+
+    def take(self) -> list[News]:
+        """All that is there now."""
+        news, self._news = list(self._news.values()), OrderedDict()
+        return news
 
     async def next(self) -> News | Literal["lost", "closed"]:
         """What comes next; after "lost" the reader needs a snapshot. No deadline: the feed is closed."""

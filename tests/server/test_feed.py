@@ -94,6 +94,19 @@ async def test_who_is_too_far_behind_needs_a_snapshot() -> None:
     assert feed.num_lost > watcher_module.MAX_UNREAD
 
 
+async def test_all_that_is_unread_can_be_taken_together_and_is_encoded_once() -> None:
+    feed = Feed()
+    live = live_request()
+    with feed.watch(OWNER) as first, feed.watch(OWNER) as second:
+        publish(feed, live, queued(live), Started(request_id=live.id), stepped(live, 1))
+        taken = first.take()
+
+        assert [news.name for news in taken] == ["request.queued", "request.started", "request.progress"]
+        assert [news.encoded for news in second.take()] == [news.encoded for news in taken]
+        assert f"id: {feed.epoch}-1\n".encode() in taken[0].encoded
+        assert (first.take(), len(first)) == ([], 0)
+
+
 async def test_others_hear_nothing() -> None:
     feed = Feed()
     live = live_request()
