@@ -20,9 +20,11 @@ SMALL = {"num_frames": 5, "num_inference_steps": 2, "partial_images": 0}
 
 
 @contextmanager
-def sgld_serve(folder: Path) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
-    """A server with the shipped model for videos, and a client of it."""
-    argv = [sys.executable, "-m", "sgld_cli", "serve", "--model-path", EMBEDDED_VIDEO_MODEL, "--device", "cpu"]
+def sgld_serve(
+    folder: Path, model: str = EMBEDDED_VIDEO_MODEL
+) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
+    """A server with a model that ships, by default the one for videos, and a client of it."""
+    argv = [sys.executable, "-m", "sgld_cli", "serve", "--model-path", model, "--device", "cpu"]
     argv += ["--port", "0", "--data-dir", str(folder), "--max-running-requests", "3"]
     with (
         (folder / "log").open("a") as log,
