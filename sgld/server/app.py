@@ -27,6 +27,8 @@ ROUTES = [
     Route("/health", info.health),
     Route("/health_generate", info.health_generate),
     Route("/server_info", info.server_info),
+    Route("/models", info.model_info),
+    Route("/model_info", info.model_info),
     Route("/metrics", metrics.metrics),
     Route("/v1/models", info.models),
     Route("/v1/models/{id:path}", info.model),

@@ -41,6 +41,17 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[ModelCard]
 
 
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The model in SGLang's words."""
+
+    model_path: str
+    pipeline_name: str | None
+    pipeline_class: str | None
+    num_gpus: int
+    dit_precision: str | None
+    vae_precision: str | None
+
+
 async def liveness(request: Request) -> Response:
     """GET /liveness: this process answers."""
     return json_response({"status": "ok"})
@@ -78,6 +89,27 @@ async def model(request: Request) -> Response:
         message = f"there is no model {asked[:80]!r}; this server has {services.model_name}"
         raise ApiError(404, message, "model_not_found", param="model")
     return json_response(_card(services))
+
+
+async def model_info(request: Request) -> Response:
+    """GET /models, /model_info: the model in SGLang's words."""
+    services = services_of(request)
+    served = services.engine.model
+    precisions = served.precisions if served else {}
+    name = served.pipeline_class if served else None
+    info = ServedModel(
+        model_path=services.engine_config.model_path,
+        pipeline_name=name,
+        pipeline_class=name,
+        num_gpus=services.engine_config.parallel.num_gpus,
+        dit_precision=_precision(precisions.get("transformer") or precisions.get("unet")),
+        vae_precision=_precision(precisions.get("vae")),
+    )
+    return json_response(info)
+
+
+def _precision(dtype: str | None) -> str | None:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype or "", dtype)
 
 
 async def server_info(request: Request) -> Response:

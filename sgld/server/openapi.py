@@ -164,6 +164,7 @@ SPECS: dict[Callable[..., Any], Spec] = {
     info.health_generate: Spec("Server", answers={200: {_JSON: _OBJECT}}, errors=(429, 503)),
     info.models: _gives("Server", info.ModelList),
     info.model: _gives("Server", info.ModelCard, 404),
+    info.model_info: _gives("Server", info.ServedModel),
     info.server_info: Spec("Server", answers={200: {_JSON: _OBJECT}}),
     metrics.metrics: Spec("Server", answers={200: {"text/plain": {"type": "string"}}}),
     login.get_login: _gives("Server", login.LoginState),
@@ -189,6 +190,7 @@ _TYPES = (
     events.PreviewEvent,
     events.Deleted,
     info.ModelList,
+    info.ServedModel,
     login.Login,
     login.LoginState,
 )
