@@ -28,7 +28,7 @@ from sgld.server.watcher import EVENT_NAMES, EventName, News, Watcher
 _RETRY = b"retry: 2000\n"
 # A message of many requests is sent in pieces: some proxies and clients have limits.
 _PIECE_BYTES = 48 * 1024
-# What comes meanwhile is one message: so long for each who watches, as a message to one takes about as long.
+# What comes meanwhile is one message. For each who watches, so that with many the event loop has time for others, too.
 _PAUSE_S = 1e-4
 _MAX_PREVIEW_BYTES = 32 * 1024
 # Of those that are over, a snapshot shows so many.
