@@ -41,6 +41,16 @@ def bind(pipeline: Any, task: Task, *, defers: bool = False) -> Any:
     return _Binding(task, Deferral(task) if defers else None).bound(pipeline, "")
 
 
+def release(bound: Any) -> None:
+    """Empty a copy that `bind` made, and all that it has of its own.
+
+    These refer to one another; until the garbage collector finds them they would hold the tensors of the request.
+    """
+    binding = vars(bound)["progress_bar"].__self__
+    for own in binding.take_copies():
+        vars(own).clear()
+
+
 class _Binding:
     """Copies of one task; what appears twice in a pipeline is one copy."""
 
@@ -58,6 +68,10 @@ class _Binding:
         vars(bound)["progress_bar"] = self._progress_bar
         vars(bound)["maybe_free_model_hooks"] = lambda: None
         return bound
+
+    def take_copies(self) -> list[Any]:
+        copies, self._copies = list(self._copies.values()), {}
+        return copies
 
     def _own(self, value: Any, name: str) -> Any:
         if id(value) in self._copies:

@@ -15,7 +15,7 @@ from PIL import Image
 from sgld.errors import Cancelled
 from sgld.worker.arguments import parameters_of
 from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
-from sgld.worker.binding import bind
+from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import single
 from sgld.worker.padding import with_padding
@@ -116,7 +116,15 @@ def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recor
 
 def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome | None]) -> None:
     """Run the pipeline until `answer`, which gets its calls, has none."""
-    task = Task("probe", lambda task: bind(pipeline, task)(**kwargs))
+
+    def body(task: Task) -> Any:
+        bound = bind(pipeline, task)
+        try:
+            return bound(**kwargs)
+        finally:
+            release(bound)
+
+    task = Task("probe", body)
     task.advance()
     while (call := task.call) is not None:
         outcome = answer(call)

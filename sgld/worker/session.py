@@ -11,7 +11,7 @@ from torch import nn
 
 from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Pending, Ran, Stepped, TickMode
-from sgld.worker.binding import bind
+from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, Tick
 from sgld.worker.probe import probed_axes
@@ -86,8 +86,11 @@ class Session:
     def _task_of(self, job: Job) -> Task:
         def body(task: Task) -> Any:
             bound = bind(job.pipeline, task, defers=self.executor.merges and not job.is_exact)
-            job.prepare(task, bound)
-            return job.finish(bound(**job.kwargs))
+            try:
+                job.prepare(task, bound)
+                return job.finish(bound(**job.kwargs))
+            finally:
+                release(bound)
 
         return Task(job.request_id, body, num_steps=job.num_steps, seed=_seed_of(job), on_step=self._stepped)
 

@@ -1,5 +1,7 @@
 """The tasks of a rank: what the scheduler's decisions do to them."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,3 +196,23 @@ def test_hooks_on_parts_of_models_make_a_task_exclusive_and_are_removed() -> Non
     # Each doubles and adds its own number, three times.
     assert [output.images[0, 0].item() for output in report.outputs] == [15.0, 150.0, 1500.0]
     assert not pipeline.transformer.inner._forward_hooks
+
+
+@pytest.mark.parametrize(("name", "merge"), [("pixart", True), ("wan", False)])
+def test_nothing_of_a_request_waits_for_the_garbage_collector(name: str, merge: bool) -> None:
+    pipeline, kwargs = build(name)
+    drawn = torch.Generator().manual_seed(0)
+    gone = weakref.ref(drawn)
+    arguments = kwargs | {"prompt": "a red cat", "num_inference_steps": 2, "generator": drawn, "output_type": "pt"}
+    gc.collect()
+    gc.disable()
+    try:
+        run_together(pipeline, [arguments], merge=merge)
+        before = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+        run_together(pipeline, [arguments | {"generator": torch.Generator()}], merge=merge)
+        after = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+        del arguments, drawn
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert after <= before
