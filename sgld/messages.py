@@ -56,6 +56,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What it is: forwards take the same time on devices with the same name."""
     identity: str | None = None
     """Names the configurations of its components; None: nothing that is learned of it is kept."""
+    decisions: dict[str, str] = {}
+    """Component name, or `model`, to how it was loaded."""
 
 
 class Command(msgspec.Struct, frozen=True, tag_field="type"):

@@ -1,20 +1,30 @@
 """`sgld info`: what a model consists of, without loading it."""
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
+from sgld.config import EngineConfig
 from sgld.models.describe import Description, describe
 from sgld_cli.progress import print_result
+from sgld_cli.settings import accept, fill, merge
+from sgld_cli.sources import read_config
 
 
-def run(model_path: str, *, as_json: bool) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print what the model consists of.
 
+    :raises UsageError: a setting can't be used.
     :raises ModelError: the model can't be found or read.
     """
-    description = describe(model_path)
-    print_result(as_json_text(model_path, description) if as_json else as_text(model_path, description))
+    sources = [accept(vars(args).get("given", {}), "flag")]
+    if args.config:
+        sources.append(accept(read_config(Path(args.config)), args.config))
+    config = fill(EngineConfig, {name: setting.value for name, setting in merge(sources).items()})
+    description = describe(config)
+    print_result(as_json_text(config.model_path, description) if args.json else as_text(config.model_path, description))
     return 0
 
 
@@ -27,12 +37,13 @@ def as_json_text(model_path: str, description: Description) -> str:
         "components": [{name: getattr(component, name) for name in names} for component in description.components],
         "defaults": dict(description.defaults),
         "modes": dict(description.modes),
+        "decisions": dict(description.decisions),
     }
     return msgspec.json.encode(content).decode()
 
 
 def as_text(model_path: str, description: Description) -> str:
-    """The description for people: a table of components, then the defaults."""
+    """The description for people: a table of components, how they are loaded, then the defaults."""
     rows = [("component", "class", "size", "dtype", "requests share forwards")]
     for part in description.components:
         mode = description.modes.get(part.name, "")
@@ -43,6 +54,8 @@ def as_text(model_path: str, description: Description) -> str:
     lines = [f"{model_path}: {description.pipeline_class}, {total}", "", *_table(rows)]
     if not description.modes:
         lines += ["", "Which components merge requests isn't proved yet: it is learned from the first requests."]
+    decisions = [f"  {name}: {said}" for name, said in description.decisions.items()]
+    lines += ["", "loaded as:", *decisions] if decisions else []
     return "\n".join([*lines, "", "defaults:", *defaults] if defaults else lines)
 
 

@@ -84,7 +84,7 @@ def _run(argv: Sequence[str], engine_class: "EngineFactory | None") -> int:
         case "info":
             from sgld_cli import info
 
-            return info.run(args.model_path, as_json=args.json)
+            return info.run(args)
         case "version":
             from sgld_cli import version
 
@@ -126,8 +126,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Show the components of a model, its defaults and what sgld has learned about it."
-    parser.add_argument(
-        "--model-path", "--model", required=True, metavar="PATH", help="folder or Hugging Face model id"
-    )
+    parser.usage = "sgld info --model-path PATH [options]"
+    parser.description = "Show the components of a model, how they would be loaded, and what sgld has learned of them."
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(parser, ignored=[SAMPLING_GROUP, OUTPUT_GROUP, HTTP_GROUP])

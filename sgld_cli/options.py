@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 import msgspec
 from msgspec import Meta, inspect
 
-from sgld.config import EngineConfig, OutputConfig, ParallelConfig, ServerConfig
+from sgld.config import EngineConfig, OutputConfig, ServerConfig
 from sgld.sampling_params import SamplingParams
 from sgld_cli.later import LATER
 
@@ -36,7 +36,7 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True):
 # A name belongs to the first struct that has it: `prompt` to Prompts.
 SAMPLING_GROUP, OUTPUT_GROUP, HTTP_GROUP = "sampling", "output", "HTTP server"
 GROUPS: tuple[tuple[str, tuple[type[msgspec.Struct], ...]], ...] = (
-    ("model and runtime", (EngineConfig, ParallelConfig)),
+    ("model and runtime", (EngineConfig,)),
     (SAMPLING_GROUP, (Prompts, SamplingParams)),
     (OUTPUT_GROUP, (OutputConfig,)),
     (HTTP_GROUP, (ServerConfig,)),
@@ -119,12 +119,15 @@ def options_by_name() -> dict[str, Option]:
 
 
 def _options_of(struct: type[msgspec.Struct], group: str) -> list[Option]:
+    """The options of its fields; a struct inside it is a group of options, not one."""
     hints = get_type_hints(struct, include_extras=True)
-    fields = inspect.type_info(struct).fields  # type: ignore[attr-defined]
-    made = [
-        _option(field, hints[field.name], group) for field in fields if not isinstance(field.type, inspect.StructType)
-    ]
-    return [option for option in made if option is not None]
+    made: list[Option] = []
+    for field in inspect.type_info(struct).fields:  # type: ignore[attr-defined]
+        if isinstance(field.type, inspect.StructType):
+            made += _options_of(field.type.cls, group)
+        elif (option := _option(field, hints[field.name], group)) is not None:
+            made.append(option)
+    return made
 
 
 def _option(field: inspect.Field, hint: Any, group: str) -> Option | None:

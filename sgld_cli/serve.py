@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from sgld.config import EngineConfig, ParallelConfig, ServerConfig
+from sgld.config import EngineConfig, ServerConfig
 from sgld_cli.errors import OK
 from sgld_cli.options import UsageError
 from sgld_cli.settings import accept, fill, merge
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -
         sources.append(accept(read_config(Path(args.config)), args.config))
     values = {name: setting.value for name, setting in merge(sources).items()}
     config = fill(ServerConfig, values)
-    engine_config = fill(EngineConfig, {**values, "parallel": fill(ParallelConfig, values)})
+    engine_config = fill(EngineConfig, values)
     from sgld.server.logs import set_up_logs  # these two take a second
     from sgld.server.serve import listen
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import msgspec.inspect
 
-from sgld.config import EMBEDDED_VIDEO_MODEL, EngineConfig, OutputConfig, ParallelConfig
+from sgld.config import EMBEDDED_VIDEO_MODEL, EngineConfig, OutputConfig
 from sgld.sampling_params import SamplingParams
 from sgld_cli.later import Later, find_later
 from sgld_cli.options import HTTP_GROUP, UsageError, as_flag, options, options_by_name
@@ -94,15 +95,17 @@ def build(merged: Mapping[str, Setting]) -> Settings:
     values = {name: setting.value for name, setting in merged.items()}
     prompts = _prompts(values)
     _check_images(values["image_path"], values["diffusers_kwargs"])
-    engine = fill(EngineConfig, {**values, "parallel": fill(ParallelConfig, values)})
+    engine = fill(EngineConfig, values)
     sampling = _of(SamplingParams, values)
     params = tuple(SamplingParams(**{**sampling, "prompt": prompt}) for prompt in prompts)
     return Settings(engine, params, fill(OutputConfig, values))
 
 
 def fill(struct: type[_Struct], values: Mapping[str, Any]) -> _Struct:
-    """The struct whose fields have these values; others among them aren't for it."""
-    return struct(**_of(struct, values))
+    """The struct whose fields, and those of the structs inside it, have these values; others aren't for it."""
+    fields = msgspec.inspect.type_info(struct).fields  # type: ignore[attr-defined]
+    inner = {f.name: f.type.cls for f in fields if isinstance(f.type, msgspec.inspect.StructType)}
+    return struct(**_of(struct, values), **{name: fill(cls, values) for name, cls in inner.items()})
 
 
 def _of(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, Any]:

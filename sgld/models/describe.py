@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sgld.config import EngineConfig
 from sgld.errors import ModelError
-from sgld.models.resolve import defaults, model_index, one_line, resolve
+from sgld.models.plan import ComponentPlan, plan
+from sgld.models.resolve import defaults, one_line
 from sgld.models.verdicts import VerdictFile
 
 # The first 8 bytes of a safetensors file are the length of its JSON header. Source: github.com/huggingface/safetensors.
@@ -28,39 +30,38 @@ class Component:
 
 @dataclass(frozen=True)
 class Description:
-    """A model: its pipeline, its components, and what was proved of them so far."""
+    """A model: its pipeline, its components, what was decided of them, and what was proved of them so far."""
 
     pipeline_class: str
     components: tuple[Component, ...]
     defaults: dict[str, Any]
     modes: dict[str, str]
     """Component name to merge, interleave or exclusive."""
+    decisions: dict[str, str]
+    """Component name, or `model`, to how it is loaded."""
 
 
-def describe(model_path: str) -> Description:
-    """Describe a model; of one on the hub only what is in its model_index.json.
+def describe(config: EngineConfig) -> Description:
+    """Describe a model as it would be loaded; of one on the hub only what is in its model_index.json.
 
     :raises ModelError: it can't be found or read.
     """
-    source = resolve(model_path)
-    index = model_index(source)
-    if "_class_name" not in index:
-        raise ModelError(f"model_index.json of {model_path} names no pipeline class (_class_name)")
-    entries = {
-        name: value
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[0] is not None
-    }
-    components = (_component(name, str(v[0]), str(v[1]), source.folder) for name, v in entries.items())
-    # A model with code of its own names the file, too.
-    class_name = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
-    return Description(str(class_name), tuple(components), defaults(source), VerdictFile(source, index).read().modes)
+    planned = plan(config)
+    source = planned.source
+    return Description(
+        pipeline_class=planned.pipeline_class,
+        components=tuple(_component(part, source.folder) for part in planned.components),
+        defaults=defaults(source),
+        modes=VerdictFile(source, planned.index).read().modes,
+        decisions=planned.decisions(),
+    )
 
 
-def _component(name: str, library: str, class_name: str, folder: Path | None) -> Component:
-    files = [path for path in (folder / name).rglob("*") if path.is_file()] if folder else []
+def _component(part: ComponentPlan, folder: Path | None) -> Component:
+    files = [path for path in (folder / part.name).rglob("*") if path.is_file()] if folder else []
     weights = [path for path in files if path.suffix == ".safetensors"]
-    return Component(name, library, class_name, sum(path.stat().st_size for path in files), _main_dtype(weights))
+    size_bytes = sum(path.stat().st_size for path in files)
+    return Component(part.name, part.library, part.class_name, size_bytes, _main_dtype(weights))
 
 
 def _main_dtype(weights: list[Path]) -> str | None:

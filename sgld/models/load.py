@@ -16,7 +16,8 @@ from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
 from sgld.models.modular import is_modular, load_modular
-from sgld.models.resolve import ModelSource, defaults, model_index, one_line, resolve
+from sgld.models.plan import Plan, plan
+from sgld.models.resolve import defaults, one_line
 from sgld.models.verdicts import VerdictFile
 
 # What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
@@ -50,6 +51,7 @@ class LoadedModel:
     defaults: dict[str, Any]
     model_path: str
     verdict_file: VerdictFile | None = None
+    decisions: dict[str, str] = field(default_factory=dict)
     _siblings: dict[str, Any] = field(default_factory=dict)
 
     def pipeline_for(self, given: Collection[str]) -> Any:
@@ -82,6 +84,7 @@ class LoadedModel:
             fps=self.defaults.get("fps"),
             device_name=_device_name(self.device),
             identity=self.verdict_file.name if self.verdict_file is not None else None,
+            decisions=self.decisions,
         )
 
 
@@ -90,37 +93,30 @@ def load(config: EngineConfig) -> LoadedModel:
 
     :raises ModelError: it can't be found, read or served.
     """
-    source = resolve(config.model_path)
-    device = _device(config)
+    planned = plan(config)
+    # With its index: a task's thread has to be told which device is its own.
+    device = torch.device("cuda", 0) if planned.device_type == "cuda" else torch.device("cpu")
     # The main thread runs the forwards.
     torch.set_num_threads(config.num_cpu_threads or os.cpu_count() or 1)
-    dtype: Any = _DTYPES[config.dit_precision or ("fp32" if device.type == "cpu" else "bf16")]
-    if config.vae_precision:
-        dtype = {"default": dtype, "vae": _DTYPES[config.vae_precision]}
-    recommended = defaults(source)
-    index = model_index(source, config.revision)
+    recommended = defaults(planned.source)
     try:
-        pipeline = _pipeline(source, index, revision=config.revision, dtype=dtype)
+        pipeline = _pipeline(planned)
         pipeline.to(device)
     except _LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
-    verdict_file = VerdictFile(source, index)
-    return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file)
+    verdict_file = VerdictFile(planned.source, planned.index)
+    return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file, planned.decisions())
 
 
-def _pipeline(source: ModelSource, index: dict[str, Any], *, revision: str | None, dtype: Any) -> Any:
-    if is_modular(index):
+def _pipeline(planned: Plan) -> Any:
+    dtypes = {part.name: _DTYPES[part.precision] for part in planned.components if part.precision}
+    # Of parts that the index doesn't name; most get the same.
+    dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
+    source, revision = planned.source, planned.config.revision
+    if is_modular(planned.index):
         return load_modular(source, revision=revision, dtype=dtype)
     return DiffusionPipeline.from_pretrained(source.pretrained_name, revision=revision, dtype=dtype)
-
-
-def _device(config: EngineConfig) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ModelError("device is 'cuda', but torch finds no GPU here; use --device cpu or auto")
-    # With its index: a task's thread has to be told which device is its own.
-    return torch.device("cuda", 0) if has_cuda and config.device != "cpu" else torch.device("cpu")
 
 
 def _device_name(device: torch.device) -> str:

@@ -16,6 +16,7 @@ DESCRIPTION = Description(
     ),
     defaults={"num_inference_steps": 50},
     modes={"unet": "merge"},
+    decisions={"unet": "bf16"},
 )
 
 
@@ -26,7 +27,7 @@ def test_text_has_a_row_per_component_and_the_defaults() -> None:
         line.split() == ["unet", "diffusers.UNet2DConditionModel", "1.5", "MB", "float32", "merge"] for line in lines
     )
     assert any(line.split() == ["scheduler", "diffusers.DDIMScheduler"] for line in lines)
-    assert lines[-2:] == ["defaults:", "  num_inference_steps: 50"]
+    assert lines[-5:] == ["loaded as:", "  unet: bf16", "", "defaults:", "  num_inference_steps: 50"]
 
 
 def test_text_says_when_nothing_is_proved_yet() -> None:
@@ -38,7 +39,7 @@ def test_json_has_everything() -> None:
     assert content["components"][1] == {
         "name": "scheduler", "library": "diffusers", "class_name": "DDIMScheduler", "size_bytes": 0, "dtype": None,
     }  # fmt: skip
-    assert content["modes"] == {"unet": "merge"}
+    assert (content["modes"], content["decisions"]) == ({"unet": "merge"}, {"unet": "bf16"})
 
 
 def test_sizes_are_readable() -> None:

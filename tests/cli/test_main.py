@@ -69,7 +69,7 @@ def test_no_command_shows_the_help(sgld: Sgld) -> None:
     assert (done.code, done.out[0].startswith("usage: sgld")) == (0, True)
 
 
-@pytest.mark.parametrize("argv", [("paint",), ("info",), ("version", "x"), ("--verbose",)])
+@pytest.mark.parametrize("argv", [("paint",), ("info", "x"), ("version", "x"), ("--verbose",)])
 def test_usage_errors_are_one_line(argv: tuple[str, ...], sgld: Sgld) -> None:
     done = sgld(*argv)
     assert (done.code, done.out, len(done.err)) == (2, [], 1)

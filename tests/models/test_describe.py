@@ -7,14 +7,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sgld.config import EngineConfig
 from sgld.errors import ModelError
-from sgld.models.describe import Component, describe
+from sgld.models.describe import Component, Description, describe
 from sgld.models.resolve import DEFAULTS_FILE, INDEX_FILE, model_index, resolve
 from sgld.models.verdicts import Kept, VerdictFile
 
 
+def described(folder: Path, **config: Any) -> Description:
+    return describe(EngineConfig(model_path=str(folder), device="cpu", **config))
+
+
 def test_components_of_a_folder_have_sizes_and_precisions(sdxl_folder: Path) -> None:
-    description = describe(str(sdxl_folder))
+    description = described(sdxl_folder)
     components = {component.name: component for component in description.components}
     assert description.pipeline_class == "StableDiffusionXLPipeline"
     assert set(components) == {
@@ -38,26 +43,26 @@ def test_precision_is_that_of_most_weights(tmp_path: Path) -> None:
     (folder / "unet").mkdir()
     weights = {"a": torch.ones(9, dtype=torch.bfloat16), "b": torch.ones(2)}
     save_file(weights, folder / "unet" / "model.safetensors", metadata={"format": "pt"})
-    (component,) = describe(str(folder)).components
+    (component,) = described(folder).components
     assert component.dtype == "BF16"
 
 
 def test_components_that_a_model_leaves_out_are_not_listed(tmp_path: Path) -> None:
     index = {"_class_name": "P", "image_encoder": [None, None], "is_fast": True, "vae": ["diffusers", "V"]}
-    description = describe(str(folder_with(tmp_path, index)))
+    description = described(folder_with(tmp_path, index))
     assert description.components == (Component("vae", "diffusers", "V", 0, None),)
 
 
 def test_pipeline_of_a_model_with_code_of_its_own(tmp_path: Path) -> None:
     index = {"_class_name": ["pipeline", "OwnPipeline"], "vae": ["diffusers", "V"]}
-    description = describe(str(folder_with(tmp_path, index)))
+    description = described(folder_with(tmp_path, index))
     assert description.pipeline_class == "OwnPipeline"
     assert [component.name for component in description.components] == ["vae"]
 
 
 def test_index_without_a_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="names no pipeline class"):
-        describe(str(folder_with(tmp_path, {"vae": ["diffusers", "V"]})))
+        described(folder_with(tmp_path, {"vae": ["diffusers", "V"]}))
 
 
 def test_recommended_params_and_proved_modes_are_told(sdxl_folder: Path, tmp_path: Path) -> None:
@@ -66,7 +71,7 @@ def test_recommended_params_and_proved_modes_are_told(sdxl_folder: Path, tmp_pat
     (folder / DEFAULTS_FILE).write_text('{"num_inference_steps": 7}')
     source = resolve(str(folder))
     VerdictFile(source, model_index(source)).write(Kept(modes={"unet": "merge"}))
-    description = describe(str(folder))
+    description = described(folder)
     assert (description.defaults, description.modes) == ({"num_inference_steps": 7}, {"unet": "merge"})
 
 
@@ -76,5 +81,5 @@ def test_weights_that_can_not_be_read_are_told_in_one_line(tmp_path: Path, conte
     (folder / "unet").mkdir()
     (folder / "unet" / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.safetensors") as caught:
-        describe(str(folder))
+        described(folder)
     assert "\n" not in str(caught.value)
