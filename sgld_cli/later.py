@@ -35,7 +35,6 @@ LATER: dict[str, Later] = {
     "model_subfolder": Later("models in subfolders"),
     "model_variant": Later("weight variants"),
     "pipeline_class_name": Later("the choice of a pipeline class"),
-    "trust_remote_code": Later("code that comes with a model", today=_OFF),
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Attention, compilation and caches

@@ -113,10 +113,11 @@ def _pipeline(planned: Plan) -> Any:
     dtypes = {part.name: _DTYPES[part.precision] for part in planned.components if part.precision}
     # Of parts that the index doesn't name; most get the same.
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
-    source, revision = planned.source, planned.config.revision
+    source, config = planned.source, planned.config
+    given: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if is_modular(planned.index):
-        return load_modular(source, revision=revision, dtype=dtype)
-    return DiffusionPipeline.from_pretrained(source.pretrained_name, revision=revision, dtype=dtype)
+        return load_modular(source, dtype=dtype, **given)
+    return DiffusionPipeline.from_pretrained(source.pretrained_name, dtype=dtype, **given)
 
 
 def _device_name(device: torch.device) -> str:

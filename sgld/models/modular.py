@@ -15,12 +15,14 @@ def is_modular(index: dict[str, Any]) -> bool:
     return "_blocks_class_name" in index
 
 
-def load_modular(source: ModelSource, *, revision: str | None, dtype: Any) -> Any:
+def load_modular(source: ModelSource, *, revision: str | None, trust_remote_code: bool, dtype: Any) -> Any:
     """A modular pipeline with all of its components.
 
     :raises ModelError: one of these can't be loaded.
     """
-    pipeline = ModularPipeline.from_pretrained(source.pretrained_name, revision=revision)
+    pipeline = ModularPipeline.from_pretrained(
+        source.pretrained_name, revision=revision, trust_remote_code=trust_remote_code
+    )
     if source.folder is not None:
         _take_from_folder(pipeline, source.folder)
     # diffusers only warns of a component that it can't load; the first line of the traceback's end says why.
