@@ -41,6 +41,22 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         refuse_later(self)
 
 
+class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which kernel computes the attention of denoisers; `sgld.models.attention` knows the names."""
+
+    attention_backend: Annotated[
+        str | None,
+        _field("kernel of attention, by SGLang's name (fa, fa3, torch_sdpa, sage_attn, ...) or diffusers'"),
+    ] = None
+    diffusers_attention_backend: Annotated[
+        str | None, _field("the same: every model runs in diffusers (flash, _flash_3_hub, sage, xformers, native, ...)")
+    ] = None
+    attention_backend_config: Annotated[
+        str | None,
+        _field("JSON, a path of JSON or YAML, or key=value,...: checks is true or false, masks is native or error"),
+    ] = None
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -76,6 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str | None, _field("write a trace of every tick and request to this file, for Perfetto or chrome://tracing")
     ] = None
     parallel: ParallelConfig = ParallelConfig()
+    attention: AttentionConfig = AttentionConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -37,11 +37,8 @@ LATER: dict[str, Later] = {
     "pipeline_class_name": Later("the choice of a pipeline class"),
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
-    # Attention, compilation and caches
+    # Compilation and caches
     "backend": Later("a backend without sgld's scheduler", today=("auto", "sglang")),
-    "attention_backend": Later("the choice of an attention backend", today=("auto", "native", "torch_sdpa")),
-    "attention_backend_config": Later("the choice of an attention backend"),
-    "diffusers_attention_backend": Later("the choice of an attention backend", today=("native",)),
     "cache_dit_config": Later("Cache-DiT"),
     "enable_cache_dit": Later("Cache-DiT", today=_OFF),
     "enable_teacache": Later("TeaCache", today=_OFF),

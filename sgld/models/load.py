@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
+from sgld.models import attention
 from sgld.models.modular import is_modular, load_modular
-from sgld.models.plan import Plan, plan
+from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.resolve import defaults, one_line
 from sgld.models.verdicts import VerdictFile
 
@@ -105,8 +106,10 @@ def load(config: EngineConfig) -> LoadedModel:
     except _LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
+    said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
     verdict_file = VerdictFile(planned.source, planned.index)
-    return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file, planned.decisions())
+    decisions = with_notes(planned.decisions(), said)
+    return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file, decisions)
 
 
 def _pipeline(planned: Plan) -> Any:

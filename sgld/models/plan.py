@@ -9,6 +9,7 @@ from typing import Any
 
 from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
+from sgld.models.attention import Attention, choose
 from sgld.models.resolve import ModelSource, model_index, resolve
 
 # Classes of components that have no weights.
@@ -41,6 +42,7 @@ class Plan:
     device_type: str
     components: tuple[ComponentPlan, ...]
     notes: tuple[str, ...] = ()
+    attention: Attention | None = None
 
     def decisions(self) -> dict[str, str]:
         """What was decided, for people: by component, and of the whole under `model`."""
@@ -59,7 +61,15 @@ def plan(config: EngineConfig) -> Plan:
     components = tuple(
         _component(name, str(v[0]), str(v[1]), config, device_type) for name, v in entries(index).items()
     )
-    return Plan(config, source, index, _pipeline_class(config, index), device_type, components)
+    attention = choose(config.attention, device_type, _dit_precision(config, device_type))
+    notes = (attention.note,) if attention is not None else ()
+    return Plan(config, source, index, _pipeline_class(config, index), device_type, components, notes, attention)
+
+
+def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:
+    """The decisions, and what was found out of components while they were loaded."""
+    joined = {name: "; ".join(filter(None, [decisions.get(name), note])) for name, note in notes.items()}
+    return decisions | joined
 
 
 def entries(index: dict[str, Any]) -> dict[str, list[Any]]:
@@ -82,10 +92,14 @@ def _pipeline_class(config: EngineConfig, index: dict[str, Any]) -> str:
 def _component(name: str, library: str, class_name: str, config: EngineConfig, device_type: str) -> ComponentPlan:
     if _WEIGHTLESS.search(class_name):
         return ComponentPlan(name, library, class_name, None)
-    precision = config.dit_precision or ("fp32" if device_type == "cpu" else "bf16")
+    precision = _dit_precision(config, device_type)
     if name == "vae" and config.vae_precision:
         precision = config.vae_precision
     return ComponentPlan(name, library, class_name, precision)
+
+
+def _dit_precision(config: EngineConfig, device_type: str) -> Precision:
+    return config.dit_precision or ("fp32" if device_type == "cpu" else "bf16")
 
 
 def _device_type(config: EngineConfig) -> str:
