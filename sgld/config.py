@@ -67,6 +67,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, _field("a folder, a Hugging Face model id, or a model that ships with sgld", aliases=("model",))
     ] = EMBEDDED_IMAGE_MODEL
     revision: Annotated[str | None, _field("revision of the model on the hub")] = None
+    component_paths: Annotated[
+        dict[str, str],
+        _field("components from other folders or hub ids; --vae-path PATH chooses the vae, and so on for each"),
+    ] = {}
     trust_remote_code: Annotated[bool, _field("run code that comes with a model or its components")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], _field("where it runs; auto takes a GPU if there is one")] = (
         "auto"

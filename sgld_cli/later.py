@@ -29,7 +29,7 @@ LATER: dict[str, Later] = {
     "lora_weight_name": Later("LoRA adapters"),
     "lora_merge_mode": Later("LoRA adapters", today=("auto",)),
     "lora_target_modules": Later("LoRA adapters"),
-    # Other weights than the model's own; `--<component>-path` is caught by COMPONENT_PATH
+    # Other weights than the model's own; `--<component>-path` is caught below
     "quantization": Later("quantization", today=_OFF),
     "transformer_weights_path": Later("quantized checkpoints"),
     "model_subfolder": Later("models in subfolders"),
@@ -69,13 +69,14 @@ LATER: dict[str, Later] = {
     "upscaling_scale": Later("upscaling"),
 }
 
-COMPONENT_PATH = re.compile(r"(?P<component>[a-z][a-z0-9_]*?)_(weights_)?path")
+COMPONENT_PATH = re.compile(r"(?P<component>[a-z][a-z0-9_]*?)_path")
+_WEIGHTS_PATH = re.compile(r"(?P<component>[a-z][a-z0-9_]*?)_weights_path")
 
 
 def find_later(name: str) -> Later | None:
     """What `name` (with underscores) waits for; None for a name that isn't known at all."""
     if name in LATER:
         return LATER[name]
-    if match := COMPONENT_PATH.fullmatch(name):
-        return Later(f"another {match['component']} than the model's own", is_guess=True)
+    if match := _WEIGHTS_PATH.fullmatch(name):
+        return Later(f"other weights of {match['component']} than the model's own", is_guess=True)
     return None

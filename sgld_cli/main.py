@@ -13,7 +13,7 @@ from sgld.errors import SgldError
 from sgld.fields import FieldError
 from sgld_cli.errors import BAD_INPUT, FAILED, INTERRUPTED, error_line, exit_code
 from sgld_cli.options import HTTP_GROUP, OUTPUT_GROUP, SAMPLING_GROUP, Parser, UsageError, add_flags, with_dashes
-from sgld_cli.settings import refuse_unknown
+from sgld_cli.settings import component_flags, refuse_unknown
 
 if TYPE_CHECKING:
     from sgld_cli.generate import EngineFactory
@@ -71,7 +71,10 @@ def _innermost(error: Exception) -> Exception:
 def _run(argv: Sequence[str], engine_class: "EngineFactory | None") -> int:
     parser = build_parser()
     args, extras = parser.parse_known_args(argv)
-    refuse_unknown(extras)
+    components, unknown = component_flags(extras)
+    refuse_unknown(unknown)
+    if components:
+        vars(args).setdefault("given", {}).update(components)
     match args.command:
         case "generate":
             from sgld_cli import generate

@@ -25,7 +25,7 @@ from sgld.media.videos import write_video
 from sgld.sampling_params import SamplingParams
 from sgld_cli.options import UsageError
 from sgld_cli.progress import Output
-from sgld_cli.settings import Settings
+from sgld_cli.settings import Settings, flat
 from sgld_cli.sources import ENGINE_METADATA, repeatable
 
 IMAGE_FORMATS = ("png", "jpeg", "webp")
@@ -197,7 +197,7 @@ class Files:
 
     def _metadata(self, params: SamplingParams, completed: Completed) -> dict[str, Any]:
         """What repeats this output; defaults of the model stay open, so that they are looked up again."""
-        engine = msgspec.to_builtins(self._settings.engine)
+        engine = flat(self._settings.engine)
         chosen = msgspec.to_builtins(msgspec.structs.replace(params, seed=completed.seed))
         return {
             "version": __version__,

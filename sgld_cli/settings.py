@@ -4,7 +4,7 @@ What comes first wins: flags, then the file, then the picture, then the default.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +14,15 @@ import msgspec.inspect
 
 from sgld.config import EMBEDDED_VIDEO_MODEL, EngineConfig, OutputConfig
 from sgld.sampling_params import SamplingParams
-from sgld_cli.later import Later, find_later
+from sgld_cli.later import COMPONENT_PATH, LATER, Later, find_later
 from sgld_cli.options import HTTP_GROUP, UsageError, as_flag, options, options_by_name
 from sgld_cli.sources import read_text
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 # Two spellings of one choice: a source that gives one of them hides both of the sources behind it.
 _PROMPT_SOURCES = frozenset({"prompt", "prompt_path"})
+# Each component's path is a setting of its own, so that each source can choose some.
+_COMPONENTS = "component_paths."
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def accept(given: Mapping[str, object], source: str) -> dict[str, Setting]:
     :raises UsageError: a name is unknown, or has a value that it can't have.
     """
     found: dict[str, Setting] = {}
-    for spelled, raw in given.items():
+    for spelled, raw in _each_component(given, source):
         shown = _shown(spelled, source)
         name = _name(spelled, shown)
         if name in found:
@@ -79,6 +81,11 @@ def merge(sources: Iterable[Mapping[str, Setting]]) -> dict[str, Setting]:
     for source in sources:
         hidden = _PROMPT_SOURCES if found.keys() & _PROMPT_SOURCES else frozenset()
         found |= {name: setting for name, setting in source.items() if name not in found and name not in hidden}
+    components = {name: found.pop(name) for name in list(found) if name.startswith(_COMPONENTS)}
+    if components:
+        paths = {name.removeprefix(_COMPONENTS): setting.value for name, setting in components.items()}
+        named = ", ".join(dict.fromkeys(setting.source for setting in components.values()))
+        found["component_paths"] = Setting(paths, named, "component_paths")
     for name, setting in found.items():
         _check_supported(name, setting)
     if "model_path" not in found and "num_frames" in found and (found["num_frames"].value or 1) > 1:
@@ -112,6 +119,14 @@ def _of(struct: type[msgspec.Struct], values: Mapping[str, Any]) -> dict[str, An
     return {name: values[name] for name in struct.__struct_fields__ if name in values}
 
 
+def flat(struct: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a struct and of those inside it by name, as builtin types: what `fill` takes."""
+    values: dict[str, Any] = {}
+    for name, value in msgspec.structs.asdict(struct).items():
+        values |= flat(value) if isinstance(value, msgspec.Struct) else {name: msgspec.to_builtins(value)}
+    return values
+
+
 def show(merged: Mapping[str, Setting], *, as_json: bool) -> str:
     """The merged settings and where each came from; as YAML, which is a config file again, or as JSON."""
     http = {option.name for option in options() if option.group == HTTP_GROUP}
@@ -123,6 +138,27 @@ def show(merged: Mapping[str, Setting], *, as_json: bool) -> str:
     return "\n".join(
         f"{name}: {msgspec.json.encode(setting.value).decode()}  # {setting.source}" for name, setting in shown.items()
     )
+
+
+def component_flags(extras: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The flags that choose a component (`--vae-path PATH`) among arguments that the parser didn't know, and the rest.
+
+    :raises UsageError: one is given twice, or without a path.
+    """
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    tokens = iter(extras)
+    for token in tokens:
+        flag, equals, value = token.partition("=")
+        if not flag.startswith("--") or _component(_plain(flag)) is None:
+            rest.append(token)
+            continue
+        if flag in found:
+            raise UsageError(f"{flag} is given twice")
+        found[flag] = value if equals else next(tokens, "")
+        if not found[flag] or (not equals and found[flag].startswith("--")):
+            raise UsageError(f"{flag} needs a folder or a hub id")
+    return found, rest
 
 
 def refuse_unknown(extras: list[str]) -> None:
@@ -148,14 +184,45 @@ def _shown(spelled: str, source: str) -> str:
     return spelled if source == "flag" else f"{spelled} in {source}"
 
 
+def _component(name: str) -> str | None:
+    """The component that `vae_path` or `component_paths.vae` chooses; None for another name."""
+    if name.startswith(_COMPONENTS):
+        return name.removeprefix(_COMPONENTS)
+    match = COMPONENT_PATH.fullmatch(name)
+    known = {*options_by_name(), *LATER}
+    # `modle_path` is a slip, `vae_path` is a component's path.
+    if match is None or name in known or find_later(name) or _close(name, known, cutoff=0.85):
+        return None
+    return match["component"]
+
+
+def _close(name: str, known: Collection[str], cutoff: float) -> str:
+    """The known name that may have been meant."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), "")
+
+
+def _each_component(given: Mapping[str, object], source: str) -> Iterator[tuple[str, object]]:
+    """What is given, with an entry for each component's path."""
+    option = options_by_name()["component_paths"]
+    for spelled, raw in given.items():
+        if _plain(spelled) != option.name or raw is None:
+            yield spelled, raw
+            continue
+        paths = _value(option.name, raw, _shown(spelled, source))
+        assert isinstance(paths, dict)
+        yield from ((f"{spelled}.{name}", path) for name, path in paths.items())
+
+
 def _name(spelled: str, shown: str) -> str:
-    """The name of the option that is meant, or of what comes later.
+    """The name of the option that is meant, of a component's path, or of what comes later.
 
     :raises UsageError: it is unknown.
     """
     name = _plain(spelled)
     if option := options_by_name().get(name):
         return option.name
+    if (component := _component(name)) is not None:
+        return _COMPONENTS + component
     _later(spelled, shown)
     return name
 
@@ -163,6 +230,10 @@ def _name(spelled: str, shown: str) -> str:
 def _value(name: str, raw: object, shown: str) -> object:
     """The value of an option; of what comes later as it was given, since nothing says what it may be."""
     option = options_by_name().get(name)
+    if name.startswith(_COMPONENTS):
+        if not isinstance(raw, str) or not raw.strip():
+            raise UsageError(f"{shown} is {raw!r}: Expected a folder or a hub id")
+        return raw
     if option is None:
         return raw
     try:
@@ -178,11 +249,10 @@ def _later(spelled: str, shown: str) -> Later:
     """
     name = _plain(spelled)
     later = find_later(name)
-    # 0.8: `modle_path` is a slip, `vae_path` is a component's path.
-    close = difflib.get_close_matches(name, options_by_name(), n=1, cutoff=0.8 if later else 0.6)
+    close = _close(name, options_by_name(), cutoff=0.8 if later else 0.6)
     if later and not (later.is_guess and close):
         return later
-    meant = as_flag(close[0]) if close and spelled.startswith("-") else "".join(close)
+    meant = as_flag(close) if close and spelled.startswith("-") else close
     raise UsageError(f"{shown} is unknown" + (f"; did you mean {meant}?" if meant else ""))
 
 

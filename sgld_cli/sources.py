@@ -7,7 +7,7 @@ import msgspec
 from sgld.sampling_params import SamplingParams
 from sgld_cli.options import UsageError, options_by_name
 
-ENGINE_METADATA = ("revision", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing")
+ENGINE_METADATA = ("revision", "component_paths", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing")
 """Settings of the engine that change the pixels, hence belong to what repeats a picture."""
 
 _TOO_DEEP = "it is nested too deeply"

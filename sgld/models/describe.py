@@ -50,15 +50,16 @@ def describe(config: EngineConfig) -> Description:
     source = planned.source
     return Description(
         pipeline_class=planned.pipeline_class,
-        components=tuple(_component(part, source.folder) for part in planned.components),
+        components=tuple(map(_component, planned.components)),
         defaults=defaults(source),
-        modes=VerdictFile(source, planned.index).read().modes,
+        modes=VerdictFile(source, planned.index, planned.components).read().modes,
         decisions=planned.decisions(),
     )
 
 
-def _component(part: ComponentPlan, folder: Path | None) -> Component:
-    files = [path for path in (folder / part.name).rglob("*") if path.is_file()] if folder else []
+def _component(part: ComponentPlan) -> Component:
+    folder = part.source.folder
+    files = [path for path in folder.rglob("*") if path.is_file()] if folder else []
     weights = [path for path in files if path.suffix == ".safetensors"]
     size_bytes = sum(path.stat().st_size for path in files)
     return Component(part.name, part.library, part.class_name, size_bytes, _main_dtype(weights))

@@ -10,34 +10,22 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
 from sgld.models import attention
+from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.modular import is_modular, load_modular
 from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.resolve import defaults, one_line
 from sgld.models.verdicts import VerdictFile
 
-# What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    ImportError,
-    AttributeError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    SafetensorError,
-)
 # What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
 _SIBLINGS = {
     "mask_image": ("inpainting", "mask", "AUTO_INPAINT_PIPELINES_MAPPING"),
     "image": ("image-to-image", "input image", "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING"),
 }
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -103,24 +91,25 @@ def load(config: EngineConfig) -> LoadedModel:
     try:
         pipeline = _pipeline(planned)
         pipeline.to(device)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
     said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
-    verdict_file = VerdictFile(planned.source, planned.index)
+    verdict_file = VerdictFile(planned.source, planned.index, planned.components)
     decisions = with_notes(planned.decisions(), said)
     return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file, decisions)
 
 
 def _pipeline(planned: Plan) -> Any:
-    dtypes = {part.name: _DTYPES[part.precision] for part in planned.components if part.precision}
+    dtypes = {part.name: DTYPES[part.precision] for part in planned.components if part.precision}
     # Of parts that the index doesn't name; most get the same.
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
+    parts = {part.name: load_component(part, planned) for part in planned.components if part.is_separate}
     source, config = planned.source, planned.config
     given: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if is_modular(planned.index):
-        return load_modular(source, dtype=dtype, **given)
-    return DiffusionPipeline.from_pretrained(source.pretrained_name, dtype=dtype, **given)
+        return load_modular(source, parts, dtype=dtype, **given)
+    return DiffusionPipeline.from_pretrained(source.pretrained_name, dtype=dtype, **given, **parts)
 
 
 def _device_name(device: torch.device) -> str:

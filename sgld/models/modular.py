@@ -15,9 +15,12 @@ def is_modular(index: dict[str, Any]) -> bool:
     return "_blocks_class_name" in index
 
 
-def load_modular(source: ModelSource, *, revision: str | None, trust_remote_code: bool, dtype: Any) -> Any:
+def load_modular(
+    source: ModelSource, parts: dict[str, Any], *, revision: str | None, trust_remote_code: bool, dtype: Any
+) -> Any:
     """A modular pipeline with all of its components.
 
+    :param parts: components that are loaded already.
     :raises ModelError: one of these can't be loaded.
     """
     pipeline = ModularPipeline.from_pretrained(
@@ -25,6 +28,7 @@ def load_modular(source: ModelSource, *, revision: str | None, trust_remote_code
     )
     if source.folder is not None:
         _take_from_folder(pipeline, source.folder)
+    pipeline.update_components(**parts)
     # diffusers only warns of a component that it can't load; the first line of the traceback's end says why.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

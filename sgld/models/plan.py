@@ -4,13 +4,14 @@
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
 from sgld.models.attention import Attention, choose
 from sgld.models.resolve import ModelSource, model_index, resolve
+from sgld.models.sources import ComponentClass, ComponentSource, class_of, find
 
 # Classes of components that have no weights.
 _WEIGHTLESS = re.compile(r"Tokenizer|Scheduler|Processor|Extractor|Guidance|Guider")
@@ -21,14 +22,18 @@ class ComponentPlan:
     """One entry of the model's index.
 
     `precision` is that in which it is loaded, None if it has no weights; `notes` say what else was decided, one phrase
-    each.
+    each. `auto_class` loads it if it is code of its own.
     """
 
     name: str
     library: str
     class_name: str
     precision: Precision | None
+    source: ComponentSource
     notes: tuple[str, ...] = ()
+    is_separate: bool = False
+    """It is loaded by itself, not by the loader of its pipeline."""
+    auto_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,16 @@ def plan(config: EngineConfig) -> Plan:
     source = resolve(config.model_path)
     index = model_index(source, config.revision)
     device_type = _device_type(config)
-    components = tuple(
-        _component(name, str(v[0]), str(v[1]), config, device_type) for name, v in entries(index).items()
-    )
+    _check_names(config, index)
+    own = entries(index)
+    components = [_own(name, entry, source, config, device_type) for name, entry in own.items()]
+    for name, path in config.component_paths.items():
+        components.append(_override(name, path, own.get(name), config, device_type))
+    # Of two with one name the one that was chosen is the later; the place is that of the index.
+    parts = tuple({part.name: part for part in components}.values())
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
     notes = (attention.note,) if attention is not None else ()
-    return Plan(config, source, index, _pipeline_class(config, index), device_type, components, notes, attention)
+    return Plan(config, source, index, _pipeline_class(config, index), device_type, parts, notes, attention)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:
@@ -89,13 +98,49 @@ def _pipeline_class(config: EngineConfig, index: dict[str, Any]) -> str:
     return str(named[-1] if isinstance(named, list) else named)
 
 
-def _component(name: str, library: str, class_name: str, config: EngineConfig, device_type: str) -> ComponentPlan:
-    if _WEIGHTLESS.search(class_name):
-        return ComponentPlan(name, library, class_name, None)
-    precision = _dit_precision(config, device_type)
-    if name == "vae" and config.vae_precision:
-        precision = config.vae_precision
-    return ComponentPlan(name, library, class_name, precision)
+def _check_names(config: EngineConfig, index: dict[str, Any]) -> None:
+    """:raises ModelError: a component is to be replaced that the model doesn't have; says which it has."""
+    # Also those that it leaves out: a safety checker, an image encoder.
+    names = [name for name, value in index.items() if not name.startswith("_") and isinstance(value, list)]
+    for name in config.component_paths:
+        if name not in names:
+            raise ModelError(f"{config.model_path} has no component {name!r}; it has {', '.join(names)}")
+
+
+def _own(name: str, entry: list[Any], model: ModelSource, config: EngineConfig, device_type: str) -> ComponentPlan:
+    """A component that nobody chose another for: with its model, or where a modular pipeline's index says."""
+    source = ComponentSource(model.pretrained_name, name, config.revision)
+    is_here = model.folder is not None and (model.folder / name).is_dir()
+    if len(entry) == 3 and not is_here:
+        said = {key: entry[2].get(key) for key in ("subfolder", "revision", "variant")}
+        source = ComponentSource(str(entry[2].get("pretrained_model_name_or_path")), **said)
+    return _component(name, _class(entry), source, config, device_type)
+
+
+def _class(entry: list[Any]) -> ComponentClass:
+    return ComponentClass(str(entry[0]), str(entry[1]))
+
+
+def _override(name: str, path: str, entry: list[Any] | None, config: EngineConfig, device_type: str) -> ComponentPlan:
+    """A component from a place that was chosen, of the class that its own files name."""
+    named = None if entry is None else _class(entry)
+    source = find(name, path, named, None)
+    found = class_of(name, source, named)
+    if found.auto_class is not None and not config.trust_remote_code:
+        raise ModelError(f"{name} from {source} is code of its own ({found.name}); allow it with --trust-remote-code")
+    part = _component(name, found, source, config, device_type)
+    return replace(part, notes=(f"{found.name} from {source}",), is_separate=True)
+
+
+def _component(
+    name: str, cls: ComponentClass, source: ComponentSource, config: EngineConfig, device_type: str
+) -> ComponentPlan:
+    precision = None
+    if not _WEIGHTLESS.search(cls.name):
+        precision = _dit_precision(config, device_type)
+        if name == "vae" and config.vae_precision:
+            precision = config.vae_precision
+    return ComponentPlan(name, cls.library, cls.name, precision, source, auto_class=cls.auto_class)
 
 
 def _dit_precision(config: EngineConfig, device_type: str) -> Precision:

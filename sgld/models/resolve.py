@@ -48,10 +48,14 @@ def resolve(model_path: str) -> ModelSource:
         return ModelSource(model_path, folder)
     if is_there:
         raise ModelError(f"{model_path} is a file; a model is a folder in the layout of diffusers")
-    is_hub_id = model_path.count("/") <= 1 and not model_path.startswith((".", "/", "~")) and model_path.strip()
-    if not is_hub_id:
+    if not is_hub_id(model_path):
         raise ModelError(missing)
     return ModelSource(model_path, None)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it can be an id on the Hugging Face hub."""
+    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and bool(path.strip())
 
 
 def model_index(source: ModelSource, revision: str | None = None) -> dict[str, Any]:
@@ -71,13 +75,23 @@ def _index_in(folder: Path) -> Path | None:
 
 
 def _index_on_hub(model_id: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(model_id, INDEX_FILE, revision=revision))
+        return hub_file(model_id, INDEX_FILE, revision)
     except EntryNotFoundError:
-        return Path(hf_hub_download(model_id, MODULAR_INDEX_FILE, revision=revision))
+        return hub_file(model_id, MODULAR_INDEX_FILE, revision)
+
+
+def hub_file(model_id: str, name: str, revision: str | None) -> Path:
+    """Where a file of a repository lies on this machine, fetched if need be.
+
+    :raises EntryNotFoundError: there is no such file, or the hub can't be reached and it wasn't fetched before.
+    :raises OSError: the repository or the hub can't be had.
+    """
+    from huggingface_hub import hf_hub_download  # takes a second
+
+    return Path(hf_hub_download(model_id, name, revision=revision))
 
 
 def defaults(source: ModelSource) -> dict[str, Any]:

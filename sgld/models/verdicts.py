@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
 from sgld.config import cache_root
+from sgld.models.plan import ComponentPlan
 from sgld.models.resolve import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -52,13 +54,18 @@ class Kept(msgspec.Struct, frozen=True):
 class VerdictFile:
     """The file of one configuration of a model.
 
-    It is named after the configurations of the components: axes depend on these and on diffusers alone.
+    It is named after the configurations of the components and what was decided of them.
+
+    :param components: those of its plan.
     """
 
-    def __init__(self, source: ModelSource, index: dict[str, Any]) -> None:
-        named = [version("diffusers"), source.model_path, index]
+    def __init__(self, source: ModelSource, index: dict[str, Any], components: Sequence[ComponentPlan] = ()) -> None:
+        # What is loaded as the index says has nothing to add.
+        decided = [(part.name, str(part.source), part.class_name, part.notes) for part in components if part.notes]
+        named = [version("diffusers"), source.model_path, index, sorted(decided)]
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
-        for config in sorted(source.folder.rglob("config.json")) if source.folder else ():
+        folders = [source.folder, *(part.source.folder for part in components if part.is_separate)]
+        for config in (path for folder in folders if folder for path in sorted(folder.rglob("config.json"))):
             digest.update(config.read_bytes())
         self.name = digest.hexdigest()[:24]
         self._path = cache_root() / "learned" / f"{self.name}.json"

@@ -10,7 +10,7 @@ from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
 from sgld.errors import InvalidRequest
 from sgld.media.images import encode_image
 from sgld_cli.options import UsageError
-from sgld_cli.settings import Setting, accept, build, merge, refuse_unknown, show
+from sgld_cli.settings import Setting, accept, build, component_flags, merge, refuse_unknown, show
 from sgld_cli.sources import read_config, read_picture
 
 # The example of docs/cli.md of SGLang Diffusion, but for num_gpus and sp_size, which are 2 there.
@@ -76,7 +76,7 @@ def test_later_features_of_a_flag_are_refused_whatever_the_file_says() -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--lora-path", "--vae-path", "--text-encoder-weights-path", "--pin-cpu-memory", "--cache-dit-config"],
+    ["--lora-path", "--text-encoder-weights-path", "--pin-cpu-memory", "--cache-dit-config"],
 )
 def test_later_flags_are_refused_by_name(flag: str) -> None:
     with pytest.raises(UsageError, match=rf"^{flag} isn't supported yet"):
@@ -138,6 +138,40 @@ def test_two_spellings_of_one_setting_exclude_each_other() -> None:
 @pytest.mark.parametrize("name", ["seed", "quantization", "lora_path", "vae_path"])
 def test_null_stands_for_the_default(name: str) -> None:
     assert accept({name: None}, "c.yaml") == {}
+
+
+def test_path_of_any_component_is_a_setting_of_its_own() -> None:
+    given, rest = component_flags(["--vae-path", "a", "--text-encoder-2-path=b", "--component-paths.image", "c"])
+    assert (given, rest) == ({"--vae-path": "a", "--text-encoder-2-path": "b", "--component-paths.image": "c"}, [])
+    flags = accept(given, "flag")
+    file = accept({"component_paths": {"transformer": "d", "vae": "e"}, "scheduler_path": "f"}, "c.yaml")
+    chosen = merge([flags, file])["component_paths"]
+    paths = {"vae": "a", "text_encoder_2": "b", "image": "c", "transformer": "d", "scheduler": "f"}
+    assert chosen == Setting(paths, "flag, c.yaml")
+    assert accept({"--component-paths": '{"vae": "a"}'}, "flag") == accept({"--vae-path": "a"}, "flag")
+    assert merge([])["component_paths"] == Setting({}, "default")
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2", "tokenizer", "image_encoder", "unet", "controlnet"])
+def test_no_component_is_taken_for_a_slip(name: str) -> None:
+    assert component_flags([f"--{name.replace('_', '-')}-path", "x"])[1] == []
+
+
+def test_slip_is_not_taken_for_a_component() -> None:
+    assert component_flags(["--modle-path", "x"]) == ({}, ["--modle-path", "x"])
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"vae_path": "a", "component_paths": {"vae": "b"}}, r"sets component_paths\.vae, which is set already"),
+        ({"vae_path": ""}, r"vae_path in c\.yaml is '': Expected a folder or a hub id"),
+        ({"component_paths": ["vae"]}, r"component_paths in c\.yaml is \['vae'\]: Expected object"),
+    ],
+)
+def test_path_that_is_no_path_is_refused(given: dict[str, object], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        accept(given, "c.yaml")
 
 
 def test_null_excuses_no_unknown_name() -> None:

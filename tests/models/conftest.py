@@ -1,15 +1,25 @@
 """A tiny model on disk."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import FluxAutoBlocks
+from own_code import save_tiny_autoencoder
 from pipelines import build
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +45,16 @@ def modular_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.update_components(**{name: part for name, part in parts.items() if name in pipeline.components})
     pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def flux2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flux2")
+    build("flux2")[0].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A component whose class is code of its own, as fal/FLUX.2-Tiny-AutoEncoder."""
+    return save_tiny_autoencoder(tmp_path_factory.mktemp("tiny_autoencoder"))

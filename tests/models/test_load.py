@@ -1,6 +1,5 @@
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ from sgld.errors import InvalidRequest, ModelError
 from sgld.models.load import LoadedModel, load
 from sgld.models.resolve import DEFAULTS_FILE, INDEX_FILE
 
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 def loaded(folder: Path, **config: Any) -> LoadedModel:
