@@ -46,7 +46,7 @@ def describe(config: EngineConfig) -> Description:
 
     :raises ModelError: it can't be found or read.
     """
-    planned = plan(config)
+    planned = plan(config, materializes=False)
     source = planned.source
     return Description(
         pipeline_class=planned.pipeline_class,

@@ -106,7 +106,7 @@ def _pipeline(planned: Plan) -> Any:
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
     parts = {part.name: load_component(part, planned) for part in planned.components if part.is_separate}
     source, config = planned.source, planned.config
-    given: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    given: dict[str, Any] = {"revision": source.revision, "trust_remote_code": config.trust_remote_code}
     if is_modular(planned.index):
         return load_modular(source, parts, dtype=dtype, **given)
     return DiffusionPipeline.from_pretrained(source.pretrained_name, dtype=dtype, **given, **parts)

@@ -10,7 +10,8 @@ from typing import Any
 from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
 from sgld.models.attention import Attention, choose
-from sgld.models.resolve import ModelSource, model_index, resolve
+from sgld.models.overlay import find_model
+from sgld.models.resolve import ModelSource, model_index
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find
 
 # Classes of components that have no weights.
@@ -55,13 +56,14 @@ class Plan:
         return {name: "; ".join(said) for name, said in {**phrases, "model": self.notes}.items() if said}
 
 
-def plan(config: EngineConfig) -> Plan:
+def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     """Decide what is loaded.
 
+    :param materializes: False: a model that an overlay makes isn't made for it.
     :raises ModelError: the model can't be found or read, or what is asked for can't be had.
     """
-    source = resolve(config.model_path)
-    index = model_index(source, config.revision)
+    source = find_model(config, materializes=materializes)
+    index = model_index(source)
     device_type = _device_type(config)
     _check_names(config, index)
     own = entries(index)
@@ -71,7 +73,7 @@ def plan(config: EngineConfig) -> Plan:
     # Of two with one name the one that was chosen is the later; the place is that of the index.
     parts = tuple({part.name: part for part in components}.values())
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
-    notes = (attention.note,) if attention is not None else ()
+    notes = (*source.notes, *((attention.note,) if attention is not None else ()))
     return Plan(config, source, index, _pipeline_class(config, index), device_type, parts, notes, attention)
 
 
@@ -109,7 +111,7 @@ def _check_names(config: EngineConfig, index: dict[str, Any]) -> None:
 
 def _own(name: str, entry: list[Any], model: ModelSource, config: EngineConfig, device_type: str) -> ComponentPlan:
     """A component that nobody chose another for: with its model, or where a modular pipeline's index says."""
-    source = ComponentSource(model.pretrained_name, name, config.revision)
+    source = ComponentSource(model.pretrained_name, name, model.revision)
     is_here = model.folder is not None and (model.folder / name).is_dir()
     if len(entry) == 3 and not is_here:
         said = {key: entry[2].get(key) for key in ("subfolder", "revision", "variant")}

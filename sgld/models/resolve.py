@@ -19,10 +19,15 @@ DEFAULTS_FILE = "sgld_defaults.json"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model is: `folder` holds its index; None means that `model_path` is an id on the hub."""
+    """Where a model is: `folder` holds its index; None means that `model_path` is an id on the hub.
+
+    `notes` say how it came to be there, one phrase each.
+    """
 
     model_path: str
     folder: Path | None
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def pretrained_name(self) -> str:
@@ -58,13 +63,13 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and bool(path.strip())
 
 
-def model_index(source: ModelSource, revision: str | None = None) -> dict[str, Any]:
+def model_index(source: ModelSource) -> dict[str, Any]:
     """The model's model_index.json, or that of a modular pipeline, fetched from the hub if need be.
 
     :raises ModelError: it can't be read.
     """
     try:
-        index = _index_in(source.folder) if source.folder is not None else _index_on_hub(source.model_path, revision)
+        index = _index_in(source.folder) if source.folder else _index_on_hub(source.model_path, source.revision)
         return dict(json.loads((index or Path(INDEX_FILE)).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{INDEX_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
