@@ -1,15 +1,9 @@
-"""What is fetched of the Hugging Face hub beside what diffusers fetches itself."""
+"""What is fetched of the Hugging Face hub for overlays: folders of a repo, and whether it has a file."""
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
 from sgld.errors import ModelError
-from sgld.models.resolve import one_line
-
-# All that its HTTP library raises, whichever that is: httpx before huggingface_hub 2.2, httpx2 since.
-_HTTP_ERROR: type[BaseException] = HfHubHTTPError.__mro__[1]
+from sgld.models.resolve import hub_file, one_line
 
 
 def fetch(
@@ -26,11 +20,13 @@ def fetch(
     :param force: fetch what the cache has, too.
     :raises ModelError: they can't be had.
     """
+    from huggingface_hub import snapshot_download  # takes a second
+
     try:
         folder = snapshot_download(
             repo_id, revision=revision, allow_patterns=allow, ignore_patterns=ignore, force_download=force
         )
-    except (OSError, ValueError, _HTTP_ERROR) as error:
+    except (OSError, ValueError, _http_error()) as error:
         raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
     return Path(folder)
 
@@ -40,12 +36,21 @@ def has_file(repo_id: str, name: str, revision: str | None) -> bool:
 
     :raises ModelError: the hub doesn't say.
     """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     try:
-        hf_hub_download(repo_id, name, revision=revision)
-    except LocalEntryNotFoundError as error:
-        raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
-    except EntryNotFoundError:
+        hub_file(repo_id, name, revision)
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
         return False
-    except (OSError, ValueError, _HTTP_ERROR) as error:
+    except (OSError, ValueError, _http_error()) as error:
         raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
     return True
+
+
+def _http_error() -> type[BaseException]:
+    """All that the hub's HTTP library raises, whichever that is: its versions use two."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]
