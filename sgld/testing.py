@@ -20,7 +20,7 @@ from sgld.messages import Pending, Ran, Stepped
 from sgld.models.load import LoadedModel
 from sgld.worker.executor import Executor
 from sgld.worker.main import serve
-from sgld.worker.session import Job, Session
+from sgld.worker.session import Job, News, Session
 from sgld.worker.task import Outcome, Task, Value
 
 
@@ -51,15 +51,16 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
     denoisers: set[str] = set()
     scheduler = Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=max(2, len(calls)))
 
-    def emit(reply: Pending | Ran | Stepped) -> None:
-        match reply:
-            case Pending(call=call):
-                scheduler.pending(call)
-                denoisers.update([call.component] if call.kind == "denoise" else [])
-            case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
-                scheduler.ran(call_ids, elapsed_s)
-            case Stepped(request_id=request_id, step=step):
-                scheduler.stepped(request_id, step)
+    def emit(news: Sequence[News]) -> None:
+        for reply in news:
+            match reply:
+                case Pending(call=call):
+                    scheduler.pending(call)
+                    denoisers.update([call.component] if call.kind == "denoise" else [])
+                case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
+                    scheduler.ran(call_ids, elapsed_s)
+                case Stepped(request_id=request_id, step=step):
+                    scheduler.stepped(request_id, step)
 
     def ended(task: Task, outcome: Outcome) -> None:
         scheduler.remove(task.request_id)

@@ -17,7 +17,7 @@ from torch import nn
 
 from sgld.messages import CallKind
 from sgld.worker.randomness import OwnRandom
-from sgld.worker.trees import leaves
+from sgld.worker.trees import values
 
 INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
 # A pipeline moves, casts and freezes its components as if they were its own; they are everybody's.
@@ -104,16 +104,19 @@ class Call:
 
     # Cached, as they are asked for before and after the forward: models take things out of the dicts they are given.
     @functools.cached_property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors among the arguments."""
+        return tuple(leaf for leaf in values(self.tree) if isinstance(leaf, torch.Tensor))
+
+    @functools.cached_property
     def rows(self) -> int:
         """Samples along the batch axis, as far as the first tensor tells."""
-        sizes = (leaf.shape[0] for _, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor) and leaf.ndim)
-        return next(sizes, 1)
+        return next((tensor.shape[0] for tensor in self.tensors if tensor.ndim), 1)
 
     @functools.cached_property
     def cost_key(self) -> str:
         """Calls with an equal one take the same time at the same number of rows."""
-        tensors = (leaf for _, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor))
-        shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in tensors)
+        shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in self.tensors)
         return f"{self.component}.{self.method}({shapes})"
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdRef
 from sgld.worker.axes import is_constant
 from sgld.worker.calls import Call
 from sgld.worker.task import Task
-from sgld.worker.trees import Path, at, leaves, rebuilt
+from sgld.worker.trees import Path, at, leaves, rebuilt, values
 
 _aten = torch.ops.aten
 # What keeps the elements as they are: views, and casts, which are copies.
@@ -194,7 +194,7 @@ class Deferred(torch.Tensor):
 
 def forced(tree: Any) -> Any:
     """The tree with values in the place of promises; waits for them. Without a promise it is the same tree."""
-    if not any(isinstance(leaf, Deferred) for _, leaf in leaves(tree)):
+    if not any(isinstance(leaf, Deferred) for leaf in values(tree)):
         return tree
     return rebuilt(tree, lambda _path, node: node.value() if isinstance(node, Deferred) else node)
 
@@ -251,8 +251,7 @@ class Deferral:
         self._num_calls[call.component] += 1
         if self._num_calls[call.component] > 1:
             self._paired.add(call.component)
-        tensors = [leaf for _, leaf in leaves(call.tree) if isinstance(leaf, torch.Tensor)]
-        self._watched.append((call, [(tensor, tensor._version) for tensor in tensors]))
+        self._watched.append((call, [(tensor, tensor._version) for tensor in call.tensors]))
 
     def _kept(self, call: Call) -> Any:
         if call not in self._accompanied:
@@ -276,7 +275,7 @@ class Deferral:
 
 def outline_of(result: Any) -> Any:
     """The result with geometries in the place of tensors; None where it holds what can't be promised."""
-    if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) for _, leaf in leaves(result)):
+    if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) for leaf in values(result)):
         return None
     return rebuilt(result, lambda _path, leaf: geometry_of(leaf) if isinstance(leaf, torch.Tensor) else leaf)
 

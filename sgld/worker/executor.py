@@ -13,7 +13,7 @@ from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.reuse import Encodings
 from sgld.worker.task import Outcome, Raised, Value, forget_locals
-from sgld.worker.trees import Path, leaves
+from sgld.worker.trees import Path
 from sgld.worker.verdicts import Recent, Verdicts, axes_key
 
 
@@ -246,4 +246,4 @@ def _num_rows(calls: Sequence[Call], axes: CallAxes) -> int:
 
 
 def _num_elements(call: Call) -> int:
-    return sum(leaf.numel() for _, leaf in leaves(call.tree) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.numel() for tensor in call.tensors)

@@ -65,7 +65,7 @@ class Rank:
         synchronize = torch.cuda.synchronize if is_gpu else lambda: None
         self._executor = Executor(self._memory.recall(), merge=config.merge, synchronize=synchronize, pulse=self._pulse)
         # On a CPU two rows take twice the time of one.
-        self._session = Session(self._executor, channel.send, self._ended, merges_alone=is_gpu)
+        self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=is_gpu)
         self._previewer = Previewer()
         self._told = Judged(modes={}, reasons={})
         if is_gpu:

@@ -10,7 +10,7 @@ from sgld.worker.axes import is_constant
 from sgld.worker.batch import clone
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
-from sgld.worker.trees import closed, leaves, opened
+from sgld.worker.trees import closed, opened, values
 
 # A T5-XXL result of 512 tokens takes 4 MiB in bfloat16.
 MAX_BYTES = 128 * 2**20
@@ -27,9 +27,9 @@ class Encodings:
 
     def key(self, call: Call) -> str | None:
         """Calls with an equal one return the same; None: that isn't known of this call."""
-        is_known = call.method == "forward" and _is_text_encoder(call.module) and not call.context.is_grad_enabled
-        values = [leaf for _, leaf in leaves(call.tree) if not isinstance(leaf, torch.Tensor)]
-        if not is_known or not all(map(is_constant, values)):
+        if call.method != "forward" or call.context.is_grad_enabled or not _is_text_encoder(call.module):
+            return None
+        if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) for leaf in values(call.tree)):
             return None
         weights = [(id(p), p._version) for p in call.module.parameters()]
         # Which pipelines may set on the components that they hold; what begins with _ transformers sets itself.
@@ -76,4 +76,4 @@ def _is_of_transformers(thing: Any) -> bool:
 
 
 def _size_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for _, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
+    return sum(leaf.nbytes for leaf in values(tree) if isinstance(leaf, torch.Tensor))

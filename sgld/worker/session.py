@@ -19,6 +19,7 @@ from sgld.worker.snapshot import next_hook_id, remove_hooks
 from sgld.worker.task import Outcome, Raised, Task
 
 logger = logging.getLogger(__name__)
+News = Pending | Ran | Stepped
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Counters:
 class Session:
     """Starts, runs and cancels tasks.
 
-    :param emit: told each call that waits, each execution and each step.
+    :param emit: told each call that waits, each execution and each step; those of one tick together.
     :param ended: told how a task ended; a task's own exception never reaches another.
     :param merges_alone: two calls of one request may share a forward while no other request is there, too. It costs a
         probe and a proof, and pays where a forward of two rows takes less than two forwards.
     """
 
     executor: Executor
-    emit: Callable[[Pending | Ran | Stepped], None]
+    emit: Callable[[Sequence[News]], None]
     ended: Callable[[Task, Outcome], None]
     merges_alone: bool = False
     counters: Counters = field(default_factory=Counters)
@@ -70,6 +71,8 @@ class Session:
         # What waits for its end: outcomes that weren't given to their tasks, and jobs that weren't begun.
         self._held: dict[str, list[tuple[Call, Outcome]]] = {}
         self._deferred: dict[str, Job] = {}
+        self._news: list[News] = []
+        """What happened in this tick."""
 
     def start(self, job: Job) -> None:
         """Run a new task to its first call; while an exclusive one goes on, it waits for its end."""
@@ -82,6 +85,7 @@ class Session:
         self._advance(task)
         if was_alone:
             self._announce_again(except_for=task)
+        self._tell()
 
     def _task_of(self, job: Job) -> Task:
         def body(task: Task) -> Any:
@@ -107,6 +111,7 @@ class Session:
             # While a component isn't what the others expect, its task is the one that goes on.
             calls = self._exclusive.calls[:1] if self._exclusive is not None else self._waiting(call_ids)
             call_ids = self._tick(calls)
+            self._tell()
             if not call_ids:
                 return
 
@@ -119,6 +124,7 @@ class Session:
         if task is not None:
             task.cancel()
             self._finish(task)
+            self._tell()
 
     def close(self) -> None:
         """Cancel all tasks."""
@@ -139,7 +145,7 @@ class Session:
         if tick.is_merged:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
-        self._emit_ran(calls, tick, started_ns, "proof" if is_proof else "merged" if tick.is_merged else "single")
+        self._note_ran(calls, tick, started_ns, "proof" if is_proof else "merged" if tick.is_merged else "single")
         answers: dict[str, list[tuple[Call, Outcome]]] = {}
         for call, outcome in zip(calls, tick.outcomes, strict=True):
             answers.setdefault(call.request_id, []).append((call, outcome))
@@ -148,8 +154,14 @@ class Session:
             self._advance(task, answers[task.request_id])
         return self._following(tasks, calls[0])
 
-    def _emit_ran(self, calls: Sequence[Call], tick: Tick, started_ns: int, mode: TickMode) -> None:
-        self.emit(
+    def _tell(self) -> None:
+        """Tell what happened, in one message: each wakes the front, and takes as long as a handover to a task."""
+        if self._news:
+            news, self._news = self._news, []
+            self.emit(news)
+
+    def _note_ran(self, calls: Sequence[Call], tick: Tick, started_ns: int, mode: TickMode) -> None:
+        self._news.append(
             Ran(
                 call_ids=tuple(call.id for call in calls),
                 cost_key=tick.cost_key,
@@ -213,6 +225,8 @@ class Session:
         for snapshot in task.snapshots:
             snapshot.restore()
         assert task.end is not None
+        # What is said of its end doesn't wait for the rest of the tick, and must come after all else about it.
+        self._tell()
         self.ended(task, task.end)
         if task is self._exclusive:
             self._exclusive = None
@@ -238,7 +252,7 @@ class Session:
 
     def _announce(self, task: Task, call: Call) -> None:
         """Tell the scheduler of a call."""
-        self.emit(
+        self._news.append(
             Pending(
                 call=CallInfo(
                     id=call.id,
@@ -269,7 +283,10 @@ class Session:
             self.executor.verdicts.axes |= probed_axes(job.pipeline, job.kwargs, self.executor.pulse)
 
     def _stepped(self, task: Task) -> None:
-        self.emit(Stepped(request_id=task.request_id, step=task.step, num_steps=task.num_steps))
+        is_of_tick = bool(self._news)
+        self._news.append(Stepped(request_id=task.request_id, step=task.step, num_steps=task.num_steps))
+        if not is_of_tick:
+            self._tell()  # nothing ran for this step: the tick may be long
 
 
 def is_cancelled(outcome: Outcome) -> bool:

@@ -67,8 +67,10 @@ class Task:
         self._body: Callable[[Task], Any] | None = body
         self._random = OwnRandom(seed)
         self._on_step = on_step
-        self._go = threading.Semaphore(0)
-        self._stopped = threading.Semaphore(0)
+        # Locks that one thread takes and the other releases: half the time of semaphores, which Python makes of them.
+        self._go, self._stopped = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._stopped.acquire()
         self._calls: dict[int, Call] = {}
         self._outcomes: dict[int, Outcome] = {}
         self._call: Call | None = None

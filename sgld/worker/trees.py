@@ -38,6 +38,22 @@ def leaves(tree: Any, stop: Container[Path] = (), path: Path = ()) -> Iterator[t
         yield path, tree
 
 
+def values(tree: Any) -> list[Any]:
+    """Every leaf, in the order of the tree: `leaves` for who needs no paths, and many times faster."""
+    found: list[Any] = []
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        node = node.attributes if isinstance(node, Opened) else node
+        if isinstance(node, dict):
+            stack.extend(reversed(node.values()))
+        elif is_sequence(node):
+            stack.extend(reversed(node))
+        else:
+            found.append(node)
+    return found
+
+
 def is_sequence(tree: Any) -> bool:
     """Whether this is a node that holds its children in order."""
     return isinstance(tree, list | tuple) and not isinstance(tree, torch.Size)

@@ -45,6 +45,23 @@ def send_then_wait(rank: Rank) -> None:
     rank.receive(TIMEOUT_S)
 
 
+async def test_messages_sent_together_come_one_by_one_and_in_order(ends: tuple[Front, Rank]) -> None:
+    front, rank = ends
+    names = [str(number) for number in range(5)]
+    rank.send_all([Finished(request_id=name) for name in names[:3]])
+    rank.send_all([Finished(request_id=name) for name in names[3:]])
+    assert [await front.receive() for _ in names] == [Finished(request_id=name) for name in names]
+    with pytest.raises(anyio.WouldBlock):
+        front.receive_nowait()
+
+
+async def test_messages_that_are_too_large_together_are_sent_apart(ends: tuple[Front, Rank]) -> None:
+    front, rank = ends
+    sent = [Finished(request_id=name * (MAX_MESSAGE_BYTES // 2)) for name in "ab"]
+    rank.send_all(sent)
+    assert [front.receive_nowait(), front.receive_nowait()] == sent
+
+
 def large_command() -> Cancel:
     return Cancel(request_id="x" * (MAX_MESSAGE_BYTES - 100))
 

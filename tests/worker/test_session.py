@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import nn
 from sgld.messages import Pending, Ran, Stepped
 from sgld.testing import run_together
 from sgld.worker.executor import Executor
-from sgld.worker.session import Job, Session
+from sgld.worker.session import Job, News, Session
 from sgld.worker.task import Outcome, Task, Value
 from worker.requests import Doubling, Doublings, Sum, requests
 
@@ -22,11 +22,17 @@ class Log:
     """What a session says, and how its tasks ended."""
 
     def __init__(self) -> None:
-        self.replies: list[Pending | Ran | Stepped] = []
+        self.messages: list[Sequence[News]] = []
         self.ends: dict[str, Outcome] = {}
-        self.session = Session(Executor(), self.replies.append, self._ended)
+        self.said_at_end: list[News] = []
+        self.session = Session(Executor(), self.messages.append, self._ended)
+
+    @property
+    def replies(self) -> list[News]:
+        return [reply for message in self.messages for reply in message]
 
     def _ended(self, task: Task, outcome: Outcome) -> None:
+        self.said_at_end = self.replies
         self.ends[task.request_id] = outcome
 
     def start(self, *request_ids: str, num_steps: int = 3) -> None:
@@ -51,6 +57,23 @@ def log() -> Iterator[Log]:
     yield made
     # Tasks that still wait are threads that still wait.
     made.session.close()
+
+
+def test_one_message_tells_of_a_tick(log: Log) -> None:
+    log.start("a")
+    while (call := log.waiting()["a"].call).kind != "denoise":
+        log.session.run([call.id])
+    log.messages.clear()
+    log.session.run([call.id], num_ticks=2)
+    assert [[type(reply) for reply in message] for message in log.messages] == [[Ran, Stepped, Pending]] * 2
+
+
+def test_all_that_is_said_of_a_task_comes_before_its_end(log: Log) -> None:
+    log.start("a", num_steps=1)
+    while "a" not in log.ends:
+        log.session.run([log.waiting()["a"].call.id])
+    assert isinstance(log.said_at_end[-1], Ran)
+    assert log.said_at_end == log.replies
 
 
 def test_lone_request_has_no_merge_key_and_learns_nothing(log: Log) -> None:

@@ -8,7 +8,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from sgld.worker.trees import at, closed, is_sequence, leaves, opened, rebuilt
+from sgld.worker.trees import Opened, at, closed, is_sequence, leaves, opened, rebuilt, values
 
 Pair = namedtuple("Pair", "left right")
 TREE = ((1, [2, {"a": 3}]), {"b": None, "c": (4,)})
@@ -26,6 +26,11 @@ def test_leaves_come_in_order_with_their_paths() -> None:
         ((1, "b"), None),
         ((1, "c", 0), 4),
     ]
+
+
+@pytest.mark.parametrize("tree", [TREE, Pair([1], {"a": torch.Size([2])}), Opened(Enum, {"a": (1, {"b": 2})}), 3, ()])
+def test_values_are_those_of_the_leaves(tree: Any) -> None:
+    assert values(tree) == [leaf for _, leaf in leaves(tree)]
 
 
 def test_a_node_to_stop_at_is_a_leaf() -> None:
