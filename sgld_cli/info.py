@@ -51,7 +51,7 @@ def as_text(model_path: str, description: Description) -> str:
         rows.append((part.name, f"{part.library}.{part.class_name}", size, part.dtype or "", mode))
     total = size_text(sum(part.size_bytes for part in description.components))
     defaults = [f"  {name}: {value}" for name, value in description.defaults.items()]
-    lines = [f"{model_path}: {description.pipeline_class}, {total}", "", *_table(rows)]
+    lines = [f"{model_path}: {description.pipeline_class}, {total}", "", *table(rows)]
     if not description.modes:
         lines += ["", "Which components merge requests isn't proved yet: it is learned from the first requests."]
     decisions = [f"  {name}: {said}" for name, said in description.decisions.items()]
@@ -69,6 +69,7 @@ def size_text(size_bytes: int) -> str:
     return f"{size:.1f} GB"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

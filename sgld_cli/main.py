@@ -88,6 +88,10 @@ def _run(argv: Sequence[str], engine_class: "EngineFactory | None") -> int:
             from sgld_cli import info
 
             return info.run(args)
+        case "cache":
+            from sgld_cli import cache
+
+            return cache.run(args)
         case "version":
             from sgld_cli import version
 
@@ -107,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="generate pictures or a video", epilog=_GENERATE_NOTES))
     _add_serve(commands.add_parser("serve", help="serve a model over HTTP", epilog=_SERVE_NOTES))
     _add_info(commands.add_parser("info", help="show what a model consists of"))
+    _add_cache(commands.add_parser("cache", help="show or remove what is kept between starts"))
     commands.add_parser("version", help="show the versions of sgld and what it runs on")
     return parser
 
@@ -134,3 +139,16 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_flags(parser, ignored=[SAMPLING_GROUP, OUTPUT_GROUP, HTTP_GROUP])
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Models that overlays made, and what sgld learned of models: shown, or removed."
+    commands = parser.add_subparsers(dest="cache_command", metavar="COMMAND", title="commands")
+    listing = commands.add_parser("list", help="show what is kept")
+    pruning = commands.add_parser("prune", help="remove what no start would use again, or what is said")
+    pruning.add_argument("names", metavar="NAME", nargs="*", help="names that sgld cache list shows")
+    pruning.add_argument("--older-than", metavar="DAYS", help="what wasn't used for so many days")
+    pruning.add_argument("--all", action="store_true", help="everything")
+    pruning.add_argument("--dry-run", action="store_true", help="only show what would be removed")
+    for command in (listing, pruning):
+        command.add_argument("--json", action="store_true", help="print JSON")
