@@ -57,6 +57,30 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = None
 
 
+class ConditioningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much is kept of what encoders of text and pictures returned.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    conditioning_cache_size: Annotated[
+        float,
+        Meta(ge=0, le=1e9),
+        _field(
+            "MiB for what encoders returned, so that the same text isn't encoded again; 0 for none",
+            aliases=("conditioning_cache_max_size_mb",),
+        ),
+    ] = 128.0
+    disable_conditioning_cache: Annotated[bool, _field("encode each text, whatever was encoded before")] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def max_bytes(self) -> int:
+        return 0 if self.disable_conditioning_cache else int(self.conditioning_cache_size * 2**20)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -97,6 +121,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
     parallel: ParallelConfig = ParallelConfig()
     attention: AttentionConfig = AttentionConfig()
+    conditioning: ConditioningConfig = ConditioningConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)

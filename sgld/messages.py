@@ -130,6 +130,8 @@ class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     started_ns: int = 0
     """On the clock of `time.monotonic_ns`, which the processes of a host share."""
     mode: TickMode = "single"
+    num_reused: int = 0
+    """Calls that were answered with what was known, without a forward."""
 
 
 class Judged(Reply, frozen=True, kw_only=True, tag="judged"):

@@ -22,6 +22,8 @@ class CallStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_merged: int = 0
     """Ticks in which calls shared a forward."""
     num_proofs: int = 0
+    num_reused: int = 0
+    """Calls that were answered with what an earlier one had returned."""
     largest_batch: int = 0
     """The most calls that shared a forward."""
     batch_sizes: dict[int, int] = {}
@@ -105,6 +107,7 @@ class Tally:
             elapsed_s=before.elapsed_s + reply.elapsed_s,
             num_merged=before.num_merged + is_merged,
             num_proofs=before.num_proofs + (reply.mode == "proof"),
+            num_reused=before.num_reused + reply.num_reused,
             largest_batch=max(before.largest_batch, len(reply.call_ids) if is_merged else 1),
             batch_sizes=_counted(before.batch_sizes, reply),
         )

@@ -145,6 +145,7 @@ def _of_calls(calls: Iterable[CallStatistics]) -> Iterator[Metric]:
         "num_calls": CounterMetricFamily("sgld:calls", "calls of a component", labels=by_call),
         "num_merged": CounterMetricFamily("sgld:merged_forwards", "ticks in which calls shared one", labels=by_call),
         "num_proofs": CounterMetricFamily("sgld:proofs", "ticks that checked a shared forward", labels=by_call),
+        "num_reused": CounterMetricFamily("sgld:reused_calls", "calls answered with what was known", labels=by_call),
     }
     sizes = HistogramMetricFamily("sgld:batch_size", "calls that shared a forward", labels=by_call)
     of_sglang = HistogramMetricFamily(

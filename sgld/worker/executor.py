@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sgld.config import ConditioningConfig
 from sgld.worker import batch, proof
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import Trait
@@ -23,6 +24,7 @@ class Tick:
 
     `is_merged`: the calls shared a forward. `is_timed`: the time is that of the calls alone. `cost_key`: that of the
     largest call, for where calls of different sizes share a forward, each row takes as long as the largest one.
+    `num_reused`: calls that were answered with what was known.
     """
 
     outcomes: list[Outcome]
@@ -30,6 +32,7 @@ class Tick:
     is_merged: bool
     is_timed: bool
     cost_key: str
+    num_reused: int = 0
 
 
 class Executor:
@@ -38,6 +41,7 @@ class Executor:
     :param verdicts: what is known of merging already.
     :param synchronize: waits for the device, so that times are those of the work.
     :param pulse: called after each forward where one command takes several.
+    :param max_encodings_bytes: how much is kept of what text encoders returned.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Executor:
         merge: bool = True,
         synchronize: Callable[[], None] = lambda: None,
         pulse: Callable[[], None] = lambda: None,
+        max_encodings_bytes: int = ConditioningConfig().max_bytes,
     ) -> None:
         self.pulse = pulse
         self.verdicts = verdicts or Verdicts()
@@ -54,7 +59,7 @@ class Executor:
         self.num_proofs = 0
         self._synchronize = synchronize
         self._digests = Digests()
-        self._encodings = Encodings(self._digests)
+        self._encodings = Encodings(self._digests, max_encodings_bytes)
         self._max_rows: Recent[int] = Recent()
         """Merge key to the rows that memory has room for, where it was too small for more."""
 
@@ -75,12 +80,12 @@ class Executor:
         """Run calls with equal merge keys, as one forward if that is proved right."""
         cost_key = max(calls, key=_num_elements).cost_key
         start = time.perf_counter()
-        outcomes, is_merged, is_timed = self._answer(calls)
+        outcomes, is_merged, is_timed, num_reused = self._answer(calls)
         self._synchronize()
-        return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed, cost_key)
+        return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed, cost_key, num_reused)
 
-    def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
-        """Run the calls, except for text that was encoded before."""
+    def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:
+        """Run the calls, except for text that was encoded before; the last is how often that was."""
         keys = {call.id: key for call in calls if (key := self._encodings.key(call)) is not None}
         known = {n: Value(value) for n, key in keys.items() if (value := self._encodings.recall(key)) is not None}
         rest = [call for call in calls if call.id not in known]
@@ -91,7 +96,7 @@ class Executor:
             if is_certain and call.id in keys and isinstance(outcome, Value):
                 self._encodings.keep(keys[call.id], outcome.value)
         answers = iter(outcomes)
-        return [known.get(call.id) or next(answers) for call in calls], is_merged, is_timed and not known
+        return [known.get(call.id) or next(answers) for call in calls], is_merged, is_timed and not known, len(known)
 
     def _run(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
         if len(calls) == 1:

@@ -63,7 +63,13 @@ class Rank:
         self._memory = Memory(model.verdict_file)
         is_gpu = model.device.type == "cuda"
         synchronize = torch.cuda.synchronize if is_gpu else lambda: None
-        self._executor = Executor(self._memory.recall(), merge=config.merge, synchronize=synchronize, pulse=self._pulse)
+        self._executor = Executor(
+            self._memory.recall(),
+            merge=config.merge,
+            synchronize=synchronize,
+            pulse=self._pulse,
+            max_encodings_bytes=config.conditioning.max_bytes,
+        )
         # On a CPU two rows take twice the time of one.
         self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=is_gpu)
         self._previewer = Previewer()

@@ -12,14 +12,14 @@ from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.trees import closed, opened, values
 
-# A T5-XXL result of 512 tokens takes 4 MiB in bfloat16.
-MAX_BYTES = 128 * 2**20
-
 
 class Encodings:
-    """Results of single forwards of text encoders, those used last; each caller gets tensors of its own."""
+    """Results of single forwards of text encoders, those used last; each caller gets tensors of its own.
 
-    def __init__(self, digests: Digests, max_bytes: int = MAX_BYTES) -> None:
+    :param max_bytes: 0: nothing is kept. A result of T5-XXL with 512 tokens takes 4 MiB in bfloat16.
+    """
+
+    def __init__(self, digests: Digests, max_bytes: int) -> None:
         self._digests = digests
         self._max_bytes = max_bytes
         self._results: OrderedDict[str, Any] = OrderedDict()
@@ -27,7 +27,12 @@ class Encodings:
 
     def key(self, call: Call) -> str | None:
         """Calls with an equal one return the same; None: that isn't known of this call."""
-        if call.method != "forward" or call.context.is_grad_enabled or not _is_text_encoder(call.module):
+        if (
+            not self._max_bytes
+            or call.method != "forward"
+            or call.context.is_grad_enabled
+            or not _is_text_encoder(call.module)
+        ):
             return None
         if not all(isinstance(leaf, torch.Tensor) or is_constant(leaf) for leaf in values(call.tree)):
             return None

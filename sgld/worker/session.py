@@ -170,6 +170,7 @@ class Session:
                 is_timed=tick.is_timed,
                 started_ns=started_ns,
                 mode=mode,
+                num_reused=tick.num_reused,
             )
         )
 

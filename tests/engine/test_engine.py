@@ -24,7 +24,7 @@ from engine.streams import (
     params_of,
     plain,
 )
-from sgld.config import EngineConfig
+from sgld.config import ConditioningConfig, EngineConfig
 from sgld.engine.engine import Engine
 from sgld.errors import EngineClosed, InvalidRequest, QueueFull
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued
@@ -140,6 +140,19 @@ async def test_calls_share_nothing_when_merging_is_off(pixart: Pipeline, rows: l
         assert isinstance(end, Completed)
         assert difference(end.frames, picture) == 0
     assert rows == [single] * 6
+
+
+@pytest.mark.parametrize(("size", "num_reused"), [(1.0, 1), (0.0, 0)])
+async def test_text_that_was_encoded_before_is_not_encoded_again_unless_that_is_off(
+    pixart: Pipeline, size: float, num_reused: int
+) -> None:
+    config = EngineConfig(device="cpu", conditioning=ConditioningConfig(conditioning_cache_size=size))
+    params = params_of(pixart[1], num_inference_steps=1, guidance_scale=1.0)
+    async with serving(pixart[0], config) as engine:
+        frames = [(await completed(engine, params)).frames for _ in range(2)]
+        encoders = [call for call in engine.statistics().calls if call.kind == "encode"]
+    assert sum(call.num_reused for call in encoders) == num_reused
+    assert difference(*frames) == 0
 
 
 async def test_requests_over_the_limit_wait_for_their_turn(pixart: Pipeline) -> None:

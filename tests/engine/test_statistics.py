@@ -44,6 +44,15 @@ def test_ticks_are_counted_by_what_ran() -> None:
     assert denoise.batch_sizes == {1: 1, 3: 1}
 
 
+def test_calls_that_were_answered_with_what_was_known_are_counted() -> None:
+    tally = Tally(None)
+    for number in range(3):
+        tally.pending(call(number, f"r{number}-0"))
+    tally.ran(ran(0))
+    tally.ran(msgspec.structs.replace(ran(1, 2), num_reused=2))
+    assert [(counted.num_calls, counted.num_reused) for counted in tally.calls] == [(3, 2)]
+
+
 def test_calls_of_requests_that_ended_are_forgotten() -> None:
     tally = Tally(None)
     for number in range(3):

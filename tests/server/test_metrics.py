@@ -66,6 +66,7 @@ async def test_what_the_engine_knows_is_told(tmp_path: Path) -> None:
         num_calls=11,
         elapsed_s=2.0,
         num_merged=2,
+        num_reused=4,
         batch_sizes={1: 3, 4: 2},
     )
     engine.counted = msgspec.structs.replace(
@@ -86,6 +87,7 @@ async def test_what_the_engine_knows_is_told(tmp_path: Path) -> None:
     assert found[key("sgld:batch_size_bucket", **about, le="4")] == 5
     assert found[key("sgld:batch_size_sum", **about)] == 11
     assert found[key("sglang:diffusion_stage_host_latency_seconds_sum", **ROLE, stage="transformer")] == 2.0
+    assert found[key("sgld:reused_calls_total", **about)] == 4
     assert found[key("sgld:merge_mode", component="transformer", mode="merge")] == 1
     assert found[key("sgld:forward_cost_seconds", key="transformer(64)", rows="2")] == 0.5
 

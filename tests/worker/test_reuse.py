@@ -6,12 +6,15 @@ from pipelines import build
 from pipelines.parts import clip
 from torch import nn
 
+from sgld.config import ConditioningConfig
 from sgld.testing import run_together
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.executor import Executor
 from sgld.worker.reuse import Encodings
 from worker.requests import call_of, picture, request, values
+
+MAX_BYTES = 2**20
 
 
 class Count:
@@ -100,11 +103,11 @@ def test_encoder_with_hooks_that_is_trained_or_drawn_from_is_asked_each_time(enc
     for _ in range(2):
         encoded(Executor(), encoder, 3, 4)
     assert count.num_forwards == 2
-    assert Encodings(Digests()).key(call_of(clip().train(), tokens(3))) is None
+    assert Encodings(Digests(), MAX_BYTES).key(call_of(clip().train(), tokens(3))) is None
 
 
 def test_only_forwards_of_text_encoders_without_a_state_are_known(encoder: nn.Module) -> None:
-    encodings = Encodings(Digests())
+    encodings = Encodings(Digests(), MAX_BYTES)
     assert encodings.key(call_of(encoder, tokens(3))) is not None
     assert encodings.key(call_of(encoder, tokens(3), method="generate")) is None
     assert encodings.key(call_of(encoder, tokens(3), past_key_values=object())) is None
@@ -143,6 +146,23 @@ def test_those_used_last_are_kept_within_a_limit() -> None:
     assert encodings.recall("a") is None
     encodings.keep("d", torch.ones(25))
     assert encodings.recall("d") is not None
+
+
+def test_nothing_is_kept_where_nothing_may_be(encoder: nn.Module, count: Count) -> None:
+    executor = Executor(max_encodings_bytes=0)
+    for _ in range(2):
+        tick = executor.run([call_of(encoder, tokens(3, 4), component="text_encoder")])
+        assert tick.num_reused == 0
+    assert count.num_forwards == 2
+    assert ConditioningConfig(disable_conditioning_cache=True).max_bytes == 0
+    assert ConditioningConfig(conditioning_cache_size=0.5).max_bytes == 2**19
+
+
+def test_calls_that_were_known_are_counted(encoder: nn.Module) -> None:
+    executor = Executor()
+    encoded(executor, encoder, 3, 4)
+    calls = [call_of(encoder, tokens(*ids), component="text_encoder") for ids in ((3, 4), (5, 6), (3, 4))]
+    assert executor.run(calls).num_reused == 2
 
 
 def test_negative_prompt_of_several_requests_is_encoded_once() -> None:
