@@ -81,6 +81,29 @@ class ConditioningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         return 0 if self.disable_conditioning_cache else int(self.conditioning_cache_size * 2**20)
 
 
+class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a model's place is loaded, and as which pipeline."""
+
+    model_subfolder: Annotated[str | None, _field("folder of the model inside of model_path")] = None
+    variant: Annotated[
+        str | None,
+        _field("variant of the weights, a part of the names of their files, as fp16", aliases=("model_variant",)),
+    ] = None
+    single_file_config: Annotated[
+        str | None,
+        _field("folder or hub id of a model with the components of a model_path that is one .safetensors file"),
+    ] = None
+    pipeline_class_name: Annotated[
+        str | None, _field("another pipeline class of diffusers for the same components", aliases=("pipeline",))
+    ] = None
+    custom_pipeline: Annotated[
+        str | None,
+        _field(
+            "pipeline code from elsewhere: a folder with pipeline.py, a hub id, or a community pipeline of diffusers"
+        ),
+    ] = None
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -119,6 +142,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     trace: Annotated[
         str | None, _field("write a trace of every tick and request to this file, for Perfetto or chrome://tracing")
     ] = None
+    source: SourceConfig = SourceConfig()
     parallel: ParallelConfig = ParallelConfig()
     attention: AttentionConfig = AttentionConfig()
     conditioning: ConditioningConfig = ConditioningConfig()

@@ -32,9 +32,6 @@ LATER: dict[str, Later] = {
     # Other weights than the model's own; `--<component>-path` is caught below
     "quantization": Later("quantization", today=_OFF),
     "transformer_weights_path": Later("quantized checkpoints"),
-    "model_subfolder": Later("models in subfolders"),
-    "model_variant": Later("weight variants"),
-    "pipeline_class_name": Later("the choice of a pipeline class"),
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Compilation and caches

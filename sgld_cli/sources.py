@@ -7,7 +7,10 @@ import msgspec
 from sgld.sampling_params import SamplingParams
 from sgld_cli.options import UsageError, options_by_name
 
-ENGINE_METADATA = ("revision", "component_paths", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing")
+ENGINE_METADATA = (
+    *("revision", "component_paths", "model_subfolder", "variant", "single_file_config", "pipeline_class_name"),
+    *("custom_pipeline", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing"),
+)
 """Settings of the engine that change the pixels, hence belong to what repeats a picture."""
 
 _TOO_DEEP = "it is nested too deeply"

@@ -1,20 +1,13 @@
 """What a model consists of, read from its files without loading it."""
 
-import json
-import struct
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sgld.config import EngineConfig
-from sgld.errors import ModelError
 from sgld.models.plan import ComponentPlan, plan
-from sgld.models.resolve import defaults, one_line
+from sgld.models.resolve import defaults
 from sgld.models.verdicts import VerdictFile
-
-# The first 8 bytes of a safetensors file are the length of its JSON header. Source: github.com/huggingface/safetensors.
-_HEADER_LENGTH = struct.Struct("<Q")
+from sgld.models.weights import main_dtype
 
 
 @dataclass(frozen=True)
@@ -62,29 +55,4 @@ def _component(part: ComponentPlan) -> Component:
     files = [path for path in folder.rglob("*") if path.is_file()] if folder else []
     weights = [path for path in files if path.suffix == ".safetensors"]
     size_bytes = sum(path.stat().st_size for path in files)
-    return Component(part.name, part.library, part.class_name, size_bytes, _main_dtype(weights))
-
-
-def _main_dtype(weights: list[Path]) -> str | None:
-    """The dtype of most elements in some safetensors files, as they spell it; None if there are none."""
-    counts: Counter[str] = Counter()
-    for path in weights:
-        for name, entry in _header(path).items():
-            if name != "__metadata__":
-                counts[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors.
-
-    :raises ModelError: it isn't one.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            return dict(json.loads(file.read(length)))
-    except (OSError, ValueError, TypeError, struct.error) as error:
-        raise ModelError(f"{path} can't be read: {one_line(error)}") from None
+    return Component(part.name, part.library, part.class_name, size_bytes, main_dtype(weights))

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
 from sgld.models import attention
 from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
-from sgld.models.modular import is_modular, load_modular
+from sgld.models.from_file import load_from_file
+from sgld.models.hub import fetch
+from sgld.models.modular import load_modular
 from sgld.models.plan import Plan, plan, with_notes
-from sgld.models.resolve import defaults, one_line
+from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
 from sgld.models.verdicts import VerdictFile
 
 # What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
@@ -106,10 +108,22 @@ def _pipeline(planned: Plan) -> Any:
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
     parts = {part.name: load_component(part, planned) for part in planned.components if part.is_separate}
     source, config = planned.source, planned.config
-    given: dict[str, Any] = {"revision": source.revision, "trust_remote_code": config.trust_remote_code}
+    if source.file is not None:
+        return load_from_file(planned, parts)
+    given: dict[str, Any] = {"revision": source.revision, "trust_remote_code": config.trust_remote_code, "dtype": dtype}
     if is_modular(planned.index):
-        return load_modular(source, parts, dtype=dtype, **given)
-    return DiffusionPipeline.from_pretrained(source.pretrained_name, dtype=dtype, **given, **parts)
+        variants = {part.name: part.source.variant for part in planned.components if part.source.variant}
+        return load_modular(source, parts, variants=variants, **given)
+    given |= {"variant": config.source.variant, "custom_pipeline": config.source.custom_pipeline}
+    cls = getattr(diffusers, config.source.pipeline_class_name or "DiffusionPipeline")
+    return cls.from_pretrained(_local_copy(source), **given, **parts)
+
+
+def _local_copy(source: ModelSource) -> str:
+    """What diffusers loads; it can't load a pipeline from a subfolder of a repository."""
+    if source.folder is not None or source.subfolder is None:
+        return source.pretrained_name
+    return str(fetch(source.pretrained_name, source.revision, allow=[source.inside("*")]) / source.subfolder)
 
 
 def _device_name(device: torch.device) -> str:

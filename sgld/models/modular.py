@@ -10,17 +10,19 @@ from sgld.errors import ModelError
 from sgld.models.resolve import ModelSource
 
 
-def is_modular(index: dict[str, Any]) -> bool:
-    """Whether the index of a model is that of a modular pipeline."""
-    return "_blocks_class_name" in index
-
-
 def load_modular(
-    source: ModelSource, parts: dict[str, Any], *, revision: str | None, trust_remote_code: bool, dtype: Any
+    source: ModelSource,
+    parts: dict[str, Any],
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    dtype: Any,
+    variants: dict[str, str],
 ) -> Any:
     """A modular pipeline with all of its components.
 
     :param parts: components that are loaded already.
+    :param variants: those of the weights of components that have one.
     :raises ModelError: one of these can't be loaded.
     """
     pipeline = ModularPipeline.from_pretrained(
@@ -32,7 +34,7 @@ def load_modular(
     # diffusers only warns of a component that it can't load; the first line of the traceback's end says why.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        pipeline.load_components(dtype=dtype)
+        pipeline.load_components(dtype=dtype, variant=variants)
     missing = [name for name, spec in _loadable(pipeline).items() if getattr(pipeline, name, None) is None]
     if missing:
         places = ", ".join(f"{name} ({_loadable(pipeline)[name].pretrained_model_name_or_path})" for name in missing)

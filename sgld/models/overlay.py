@@ -41,7 +41,7 @@ def find_model(config: EngineConfig, *, materializes: bool = True) -> ModelSourc
     """
     overlay = _found(config)
     if overlay is None:
-        return replace(resolve(config.model_path), revision=config.revision)
+        return replace(resolve(config.model_path, config.source.model_subfolder), revision=config.revision)
     if isinstance(overlay, ModelSource):
         return overlay
     inputs = inputs_of(overlay)
@@ -119,7 +119,7 @@ def _found(config: EngineConfig) -> Overlay | ModelSource | None:
     entry = matching(model_path, entries)
     if entry is not None:
         return _registered(config, entry)
-    if resolve(model_path).folder is None and _is_overlay(model_path, config.revision):
+    if resolve(model_path, config.source.model_subfolder).folder is None and _is_overlay(model_path, config.revision):
         return _direct(config, fetch(model_path, config.revision, ignore=NOT_OF_OVERLAYS))
     return None
 

@@ -11,8 +11,10 @@ from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
 from sgld.models.attention import Attention, choose
 from sgld.models.overlay import find_model
+from sgld.models.pipeline_class import class_name, with_class
 from sgld.models.resolve import ModelSource, model_index
-from sgld.models.sources import ComponentClass, ComponentSource, class_of, find
+from sgld.models.single_file import single_file
+from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
 
 # Classes of components that have no weights.
 _WEIGHTLESS = re.compile(r"Tokenizer|Scheduler|Processor|Extractor|Guidance|Guider")
@@ -62,8 +64,8 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     :param materializes: False: a model that an overlay makes isn't made for it.
     :raises ModelError: the model can't be found or read, or what is asked for can't be had.
     """
-    source = find_model(config, materializes=materializes)
-    index = model_index(source)
+    source = single_file(config) or find_model(config, materializes=materializes)
+    index = with_class(config, source, model_index(source))
     device_type = _device_type(config)
     _check_names(config, index)
     own = entries(index)
@@ -73,8 +75,8 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     # Of two with one name the one that was chosen is the later; the place is that of the index.
     parts = tuple({part.name: part for part in components}.values())
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
-    notes = (*source.notes, *((attention.note,) if attention is not None else ()))
-    return Plan(config, source, index, _pipeline_class(config, index), device_type, parts, notes, attention)
+    notes = (*source.notes, *_source_notes(source, config), *((attention.note,) if attention is not None else ()))
+    return Plan(config, source, index, class_name(index), device_type, parts, notes, attention)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:
@@ -92,12 +94,18 @@ def entries(index: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def _pipeline_class(config: EngineConfig, index: dict[str, Any]) -> str:
-    named = index.get("_class_name")
-    if not named:
-        raise ModelError(f"model_index.json of {config.model_path} names no pipeline class (_class_name)")
-    # A model with code of its own names the file, too.
-    return str(named[-1] if isinstance(named, list) else named)
+def _source_notes(source: ModelSource, config: EngineConfig) -> list[str]:
+    """What was chosen of a model's place."""
+    chosen = config.source
+    notes = {
+        "weights from {}": source.file,
+        "configuration from {}": source.pretrained_name if source.file else None,
+        "subfolder {}": chosen.model_subfolder,
+        "variant {}": chosen.variant,
+        "pipeline class {}": chosen.pipeline_class_name,
+        "pipeline code from {}": chosen.custom_pipeline,
+    }
+    return [phrase.format(value) for phrase, value in notes.items() if value]
 
 
 def _check_names(config: EngineConfig, index: dict[str, Any]) -> None:
@@ -111,11 +119,14 @@ def _check_names(config: EngineConfig, index: dict[str, Any]) -> None:
 
 def _own(name: str, entry: list[Any], model: ModelSource, config: EngineConfig, device_type: str) -> ComponentPlan:
     """A component that nobody chose another for: with its model, or where a modular pipeline's index says."""
-    source = ComponentSource(model.pretrained_name, name, model.revision)
+    variant = config.source.variant
+    source = with_variant(ComponentSource(model.pretrained_name, model.inside(name), model.revision), variant)
     is_here = model.folder is not None and (model.folder / name).is_dir()
     if len(entry) == 3 and not is_here:
         said = {key: entry[2].get(key) for key in ("subfolder", "revision", "variant")}
         source = ComponentSource(str(entry[2].get("pretrained_model_name_or_path")), **said)
+    if is_here and (found := own_code(source)) is not None:
+        return _separate(name, found, source, config, device_type)
     return _component(name, _class(entry), source, config, device_type)
 
 
@@ -126,12 +137,18 @@ def _class(entry: list[Any]) -> ComponentClass:
 def _override(name: str, path: str, entry: list[Any] | None, config: EngineConfig, device_type: str) -> ComponentPlan:
     """A component from a place that was chosen, of the class that its own files name."""
     named = None if entry is None else _class(entry)
-    source = find(name, path, named, None)
-    found = class_of(name, source, named)
-    if found.auto_class is not None and not config.trust_remote_code:
-        raise ModelError(f"{name} from {source} is code of its own ({found.name}); allow it with --trust-remote-code")
-    part = _component(name, found, source, config, device_type)
-    return replace(part, notes=(f"{found.name} from {source}",), is_separate=True)
+    source = with_variant(find(name, path, named), config.source.variant)
+    return _separate(name, class_of(name, source, named), source, config, device_type)
+
+
+def _separate(
+    name: str, cls: ComponentClass, source: ComponentSource, config: EngineConfig, device_type: str
+) -> ComponentPlan:
+    """A component that is loaded by itself."""
+    if cls.auto_class is not None and not config.trust_remote_code:
+        raise ModelError(f"{name} from {source} is code of its own ({cls.name}); allow it with --trust-remote-code")
+    part = _component(name, cls, source, config, device_type)
+    return replace(part, notes=(f"{cls.name} from {source}",), is_separate=True)
 
 
 def _component(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgld.errors import ModelError
-from sgld.models.resolve import INDEX_FILE, hub_file, is_hub_id, one_line
+from sgld.models.resolve import INDEX_FILE, hub_file_if_any, is_hub_id, one_line
 
 # What classes are described by which file.
 _CONFIG_FILES = (
@@ -50,7 +50,7 @@ class ComponentClass:
     auto_class: str | None = None
 
 
-def find(name: str, path: str, named: ComponentClass | None, variant: str | None) -> ComponentSource:
+def find(name: str, path: str, named: ComponentClass | None) -> ComponentSource:
     """Where a component is that somebody named: all of a folder or repository, or its place in that of a model.
 
     :param named: the class that the model's index names.
@@ -64,8 +64,19 @@ def find(name: str, path: str, named: ComponentClass | None, variant: str | None
         what = f"that model has no {name}" if is_model else f"there is no {' or '.join(files)}"
         where = "" if root.folder else ", or the hub can't be reached" if is_hub_id(path) else ", and no such folder"
         raise ModelError(f"{name} can't be loaded from {path}: {what}{where}")
-    has_variant = variant and source.folder and any(source.folder.glob(f"*.{variant}[.-]*"))
-    return replace(source, variant=variant) if has_variant else source
+    return source
+
+
+def with_variant(source: ComponentSource, variant: str | None) -> ComponentSource:
+    """The source, with the variant if it has weights of that: often only some components do."""
+    has_it = variant and source.folder and any(source.folder.glob(f"*.{variant}[.-]*"))
+    return replace(source, variant=variant) if has_it else source
+
+
+def own_code(source: ComponentSource) -> ComponentClass | None:
+    """The class of a component whose code comes with it."""
+    config = _read(source, "config.json")
+    return _class_in(config, None) if config is not None and "auto_map" in config else None
 
 
 def class_of(name: str, source: ComponentSource, named: ComponentClass | None) -> ComponentClass:
@@ -115,18 +126,9 @@ def _read(source: ComponentSource, file: str) -> dict[str, Any] | None:
     :raises ModelError: it can't be read.
     """
     try:
-        path = source.folder / file if source.folder else _on_hub(source, file)
+        folder, place = source.folder, f"{source.subfolder}/{file}" if source.subfolder else file
+        on_hub = folder is None and is_hub_id(source.path)
+        path = hub_file_if_any(source.path, place, source.revision) if on_hub else (folder or Path()) / file
         return dict(json.loads(path.read_text())) if path is not None and path.is_file() else None
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{file} of {source} can't be read: {one_line(error)}") from None
-
-
-def _on_hub(source: ComponentSource, file: str) -> Path | None:
-    if not is_hub_id(source.path):
-        return None
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return hub_file(source.path, f"{source.subfolder}/{file}" if source.subfolder else file, source.revision)
-    except EntryNotFoundError:
-        return None

@@ -55,7 +55,9 @@ def test_components_that_a_model_leaves_out_are_not_listed(tmp_path: Path) -> No
 
 def test_pipeline_of_a_model_with_code_of_its_own(tmp_path: Path) -> None:
     index = {"_class_name": ["pipeline", "OwnPipeline"], "vae": ["diffusers", "V"]}
-    description = described(folder_with(tmp_path, index))
+    folder = folder_with(tmp_path, index)
+    (folder / "pipeline.py").touch()
+    description = described(folder, trust_remote_code=True)
     assert description.pipeline_class == "OwnPipeline"
     assert [component.name for component in description.components] == ["vae"]
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 from pipelines import build
 
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, SourceConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.models.load import LoadedModel, load
 from sgld.models.resolve import DEFAULTS_FILE, INDEX_FILE
@@ -53,6 +53,21 @@ def test_recommended_params_come_with_the_model(sdxl_folder: Path, tmp_path: Pat
     (folder / DEFAULTS_FILE).write_text('{"fps": 8, "height": 32}')
     model = loaded(folder)
     assert (model.defaults, model.info().fps) == ({"fps": 8, "height": 32}, 8)
+
+
+def test_variant_and_subfolder_of_a_model(sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "inner" / "model"
+    shutil.copytree(sdxl_folder, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    source = SourceConfig(model_subfolder="inner/model", variant="fp16")
+    model = loaded(tmp_path, source=source)
+    assert model.decisions["model"] == "subfolder inner/model; variant fp16"
+    assert model.pipeline.unet is not None
+    assert "variant" in failure(folder, source=SourceConfig(variant="ema"))
+    assert f"{tmp_path}/outer has no model_index.json" in failure(
+        tmp_path, source=SourceConfig(model_subfolder="outer")
+    )
 
 
 def test_folder_without_a_model_is_told_in_one_line(tmp_path: Path) -> None:

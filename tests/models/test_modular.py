@@ -9,7 +9,7 @@ import torch
 from diffusers import ModularPipeline
 from engine.streams import completed, events_of
 
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, SourceConfig
 from sgld.engine.engine import Engine
 from sgld.errors import ModelError
 from sgld.events import Failed, Progress
@@ -59,6 +59,13 @@ async def test_modular_pipeline_runs_in_the_engine(moved: Path) -> None:
     assert isinstance(bad, Failed)
     assert "did you mean height?" in bad.message
     assert [(e.step, e.num_steps) for e in events if isinstance(e, Progress)][-1] == (3, 3)
+
+
+def test_variant_of_a_component(moved: Path) -> None:
+    weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    config = EngineConfig(model_path=str(moved), device="cpu", num_cpu_threads=1, source=SourceConfig(variant="fp16"))
+    assert load(config).pipeline.vae is not None
 
 
 def test_component_that_is_missing_is_named(moved: Path) -> None:
