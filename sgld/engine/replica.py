@@ -112,12 +112,15 @@ class _Process(Protocol):
 
 
 @asynccontextmanager
-async def rank_process(config: EngineConfig) -> AsyncIterator[Rank]:
-    """A rank in a process of its own, as long as the block lasts; afterwards nothing of it is left."""
+async def rank_process(config: EngineConfig, *, niceness: int = 0) -> AsyncIterator[Rank]:
+    """A rank in a process of its own, as long as the block lasts; afterwards nothing of it is left.
+
+    :param niceness: of a rank that runs on the CPU.
+    """
     front, rank_end = channel_pair()
     reader, writer = tensor_queue()
     try:
-        process = await to_thread.run_sync(_start, rank_end, writer, config)
+        process = await to_thread.run_sync(_start, rank_end, writer, config, niceness)
         try:
             async with _flushing(front):
                 yield Rank(front, reader, functools.partial(_cause_of_death, process))
@@ -130,13 +133,13 @@ async def rank_process(config: EngineConfig) -> AsyncIterator[Rank]:
             end.close()
 
 
-def _start(rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig) -> Any:
+def _start(rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig, niceness: int) -> Any:
     """Start the process, in a thread: torch is imported for it, which takes a second."""
     import torch.multiprocessing
 
     # Not a daemon: those may not have children, and loaders may use them. It watches its parent instead.
     process = torch.multiprocessing.get_context("spawn").Process(
-        target=rank_main, args=(rank_end, writer, config), name="sgld-rank-0"
+        target=rank_main, args=(rank_end, writer, config, niceness), name="sgld-rank-0"
     )
     process.start()
     rank_end.close()

@@ -4,10 +4,8 @@ Streams here have ids: a client that comes back says which event it saw last, an
 aren't kept any more or the server is another one, a snapshot. Clients of OpenAI never see these streams.
 """
 
-from base64 import b64encode
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
-import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +16,7 @@ from sgld.server.auth import owner_of
 from sgld.server.errors import json_response, not_found, shutting_down
 from sgld.server.feed import Feed
 from sgld.server.limits import number_in
-from sgld.server.previews import MEDIA_TYPE, LivePreview
+from sgld.server.previews import MEDIA_TYPE
 from sgld.server.services import Services, services_of
 from sgld.server.sse import EventStream, encode_event
 from sgld.server.stats import Sample, sample_of
@@ -28,9 +26,6 @@ from sgld.server.watcher import EVENT_NAMES, EventName, News, Watcher
 _RETRY = b"retry: 2000\n"
 # A message of many requests is sent in pieces: some proxies and clients have limits.
 _PIECE_BYTES = 48 * 1024
-# What comes meanwhile is one message. For each who watches, so that with many the event loop has time for others, too.
-_PAUSE_S = 1e-4
-_MAX_PREVIEW_BYTES = 32 * 1024
 # Of those that are over, a snapshot shows so many.
 _NUM_ENDED = 100
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
@@ -59,17 +54,6 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Of the last minutes: time, queued, running, batch size, steps per second, part of the time that was used."""
 
 
-class PreviewEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """A preview: a small JPEG file, here if it is small enough, and at its URL."""
-
-    id: str
-    output_index: int
-    step: int
-    url: str
-    data: str | None
-    """A data URL."""
-
-
 class RequestList(msgspec.Struct, frozen=True, kw_only=True):
     """Requests, the newest first."""
 
@@ -95,7 +79,8 @@ async def events(request: Request) -> Response:
 async def request_events(request: Request) -> Response:
     """GET /v1/requests/{id}/events: what happens to one request, until it is over."""
     services, status = services_of(request), _status(request)
-    missed = _missed(services.feed, request.headers.get("last-event-id"))
+    number = _number(services.feed, request.headers.get("last-event-id"))
+    missed = None if number is None else services.feed.since(number)
     if status.has_ended and missed is not None and not any(news.request_id == status.id for news in missed):
         # A browser that has heard all comes back until it gets this.
         return Response(status_code=204)
@@ -178,11 +163,10 @@ def _stream(
     return EventStream(events, heartbeat_s=services.config.heartbeat_s)
 
 
-def _missed(feed: Feed, last_id: str | None) -> list[News] | None:
-    """The news after the one with this id; None where it can't be known."""
+def _number(feed: Feed, last_id: str | None) -> int | None:
+    """That of the event with this id; None where it isn't one of this server's."""
     epoch, _, text = (last_id or "").partition("-")
-    number = number_in(text, feed.number + 1) if epoch == feed.epoch else None
-    return None if number is None else feed.since(number)
+    return number_in(text, feed.number + 1) if epoch == feed.epoch else None
 
 
 class _Reader:
@@ -202,16 +186,15 @@ class _Reader:
                 yield piece
             if ends_with_request and self._has_ended():
                 watcher.close()
-            while (news := await watcher.next()) != "closed":
-                if news == "lost":
+            while (chunk := await watcher.next()) != "closed":
+                if chunk == "lost":
+                    self._feed.num_lost += 1
                     for piece in self._snapshot(watcher):
                         yield piece
                     continue
-                together = [news, *watcher.take()]
-                yield b"".join([await self._encoded(some) for some in together])
-                if ends_with_request and any(_is_end(some) for some in together):
+                yield await chunk.encoded()
+                if ends_with_request and any(_is_end(news) for news in chunk.news):
                     return
-                await anyio.sleep(_PAUSE_S * self._feed.num_watchers)
 
     def _has_ended(self) -> bool:
         status = self._feed.get(self._request_id or "", self._owner)
@@ -219,11 +202,10 @@ class _Reader:
 
     def _beginning(self, watcher: Watcher, last_id: str | None) -> list[bytes]:
         """All of it at once, so that nothing happens in between."""
-        missed = _missed(self._feed, last_id)
-        if missed is None:
+        number = _number(self._feed, last_id)
+        if number is None or self._feed.since(number) is None:
             return [_RETRY, *self._snapshot(watcher)]
-        for news in [*missed, *self._feed.current(self._owner)]:
-            watcher.put(news)
+        watcher.number = number
         return [_RETRY + b"\n"]
 
     def _snapshot(self, watcher: Watcher) -> list[bytes]:
@@ -239,30 +221,12 @@ class _Reader:
         ids = [None] * (len(events) - 1) + [self._id(self._feed.number)]
         return [encode_event("snapshot", event, event_id=i) for event, i in zip(events, ids, strict=True)]
 
-    async def _encoded(self, news: News) -> bytes:
-        if isinstance(news.data, LivePreview):
-            assert news.request_id is not None
-            return encode_event(news.name, await _preview_event(news.request_id, news.data))
-        return news.encoded
-
     def _id(self, number: int) -> str:
         return f"{self._feed.epoch}-{number}"
 
 
 def _is_end(news: News) -> bool:
     return isinstance(news.data, RequestStatus) and news.data.has_ended
-
-
-async def _preview_event(request_id: str, preview: LivePreview) -> PreviewEvent:
-    content = await preview.content()
-    is_small = len(content) <= _MAX_PREVIEW_BYTES
-    return PreviewEvent(
-        id=request_id,
-        output_index=preview.output_index,
-        step=preview.step,
-        url=f"/v1/requests/{request_id}/preview?output={preview.output_index}&step={preview.step}",
-        data=f"data:{MEDIA_TYPE};base64,{b64encode(content).decode()}" if is_small else None,
-    )
 
 
 def _pieces(statuses: Iterable[RequestStatus]) -> list[list[msgspec.Raw]]:

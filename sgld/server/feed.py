@@ -1,8 +1,7 @@
 """What happens to all requests, for those who watch: a status of each, and a stream of events with numbers.
 
-Whoever publishes never waits. A watcher has a mailbox of its own in which news of a request replaces what is outdated
-by it, so that it is bounded by the number of requests; a watcher that is further behind than that begins anew with a
-snapshot.
+Whoever publishes never waits. News of a request replaces what is outdated by it, so that what there is to read is
+bounded by the number of requests; a watcher that is further behind than that begins anew with a snapshot.
 """
 
 import secrets
@@ -12,19 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
+
 from sgld.events import AnyEvent, Frames, Preview, Queued, Started, Terminal
 from sgld.server.job_store import Job
 from sgld.server.previews import LivePreview
 from sgld.server.requests import LiveRequest
 from sgld.server.stats import ServerStats
 from sgld.server.status import RequestStatus, after, moved, new_status, of_job, progress_of
-from sgld.server.watcher import ENDS, EVENT_NAMES, EventName, News, Watcher
+from sgld.server.watcher import ENDS, EVENT_NAMES, Board, EventName, News, Watcher
 
 HIDDEN_KINDS = frozenset({"health"})
-# Events that a client may have missed while it reconnects, and requests that it may look back to.
-RING = 4096
+# Requests that a client may look back to.
 MAX_ENDED = 500
 _MAX_STATS = 300
+# What comes meanwhile is one chunk. For each who watches, so that with many the event loop has time for others, too.
+_PAUSE_S = 5e-5
 
 
 class Feed:
@@ -37,10 +39,10 @@ class Feed:
         self.epoch = secrets.token_hex(4)
         """Numbers of events mean nothing to another server."""
         self.num_lost = 0
+        """How often one who watched was too far behind."""
         self.stats: deque[ServerStats] = deque(maxlen=_MAX_STATS)
         self._clock = clock
-        self._number = 0
-        self._ring: deque[News] = deque(maxlen=RING)
+        self._board = Board()
         self._live: dict[str, tuple[str, RequestStatus]] = {}
         self._ended: OrderedDict[str, tuple[str, RequestStatus]] = OrderedDict()
         self._queue: list[tuple[str, int]] = []
@@ -60,14 +62,14 @@ class Feed:
         if isinstance(event, Preview):
             preview = LivePreview(event.image, event.step, event.output_index)
             self._previews.setdefault(live.id, {})[event.output_index] = preview
-            self._tell("request.preview", live.owner, live.id, preview, is_kept=False)
+            self._put("request.preview", live.owner, live.id, preview)
             return
         status = after(before, event, now)
         self._live[live.id] = live.owner, status
         if status.has_ended:
             self._end(live.owner, status)
         name = _name_of(before if known else None, status)
-        self._tell(name, live.owner, live.id, progress_of(status) if name == "request.progress" else status)
+        self._put(name, live.owner, live.id, progress_of(status) if name == "request.progress" else status)
 
     def recall(self, jobs: Iterable[Job]) -> None:
         """Begin with what an earlier server finished."""
@@ -77,31 +79,39 @@ class Feed:
     def tick(self, stats: ServerStats) -> None:
         """Tell how the server does, and who has moved up in the queue."""
         self.stats.append(stats)
-        self._tell("server.stats", None, None, stats, is_kept=False)
+        self._put("server.stats", None, None, stats)
         for position, (request_id, index) in enumerate(self._queue):
             owner, status = self._live.get(request_id, (None, None))
             if status is None or status.outputs[index].position == position:
                 continue
             assert owner is not None
             self._live[request_id] = owner, moved(status, index, position)
-            self._tell("request.progress", owner, request_id, progress_of(self._live[request_id][1]), is_kept=False)
+            self._put("request.progress", owner, request_id, progress_of(self._live[request_id][1]))
 
     def announce_shutdown(self) -> None:
         """Tell everybody that the server is about to leave."""
-        self._tell("server.shutdown", None, None, {})
+        self._put("server.shutdown", None, None, {})
+
+    async def run(self) -> None:
+        """Tell those who watch what is new, as long as it isn't cancelled."""
+        while True:
+            await self._board.changed()
+            self._board.tell()
+            await anyio.sleep(_PAUSE_S * len(self._watchers))
 
     def close(self) -> None:
         """End all streams, once they have taken what is there."""
         self._is_closed = True
         for watcher in self._watchers:
             watcher.close()
+        self._board.tell()
 
     @contextmanager
     def watch(
         self, owner: str, *, request_id: str | None = None, names: frozenset[EventName] = EVENT_NAMES
     ) -> Iterator[Watcher]:
         """News from now on, of one request or of all of an owner."""
-        watcher = Watcher(owner, request_id, names)
+        watcher = Watcher(self._board, owner, request_id, names)
         if self._is_closed:
             watcher.close()
         self._watchers.add(watcher)
@@ -109,32 +119,19 @@ class Feed:
             yield watcher
         finally:
             self._watchers.discard(watcher)
-            self.num_lost += watcher.num_lost
 
     @property
     def number(self) -> int:
         """That of the last event."""
-        return self._number
+        return self._board.number
 
     @property
     def num_watchers(self) -> int:
         return len(self._watchers)
 
     def since(self, number: int) -> list[News] | None:
-        """The numbered news after this one; None where some of it isn't kept any more."""
-        oldest = self._ring[0].number if self._ring else self._number + 1
-        assert oldest is not None
-        if not oldest - 1 <= number <= self._number:
-            return None
-        return [news for news in self._ring if news.number is not None and news.number > number]
-
-    def current(self, owner: str) -> list[News]:
-        """How far the owner's requests are that are on their way."""
-        return [
-            News("request.progress", owner, status.id, progress_of(status))
-            for whose, status in self._live.values()
-            if whose == owner
-        ]
+        """The news after this one that isn't outdated; None where some of it isn't kept any more."""
+        return self._board.since(number) if self._board.has_all_since(number) else None
 
     def get(self, request_id: str, owner: str) -> RequestStatus | None:
         """A request, if it is the owner's and on its way or not long over."""
@@ -170,17 +167,8 @@ class Feed:
         elif isinstance(event, Started | Terminal) and place in self._queue:
             self._queue.remove(place)
 
-    def _tell(
-        self, name: EventName, owner: str | None, request_id: str | None, data: Any, *, is_kept: bool = True
-    ) -> None:
-        number = None
-        if is_kept:
-            self._number = number = self._number + 1
-        news = News(name, owner, request_id, data, number, self.epoch)
-        if is_kept:
-            self._ring.append(news)
-        for watcher in self._watchers:
-            watcher.put(news)
+    def _put(self, name: EventName, owner: str | None, request_id: str | None, data: Any) -> None:
+        self._board.put(News(name, owner, request_id, data, self._board.number + 1, self.epoch))
 
 
 def _name_of(before: RequestStatus | None, status: RequestStatus) -> EventName:

@@ -103,7 +103,9 @@ class ServerCollector(Collector):
         services, activity = self._services, self._activity
         yield _gauge("sgld:ready", "whether the model is served now", services.engine.model is not None)
         yield _gauge("sgld:sse_clients", "who watches live events", services.feed.num_watchers)
-        yield _counter("sgld:sse_dropped", "news that slow watchers missed", services.feed.num_lost)
+        yield _counter(
+            "sgld:sse_dropped", "how often one who watches was so far behind that it began anew", services.feed.num_lost
+        )
         yield _gauge("sglang:http_requests_active", "HTTP requests that are being answered", activity.num_active)
         requests = CounterMetricFamily("sglang:http_requests", "HTTP requests", labels=("endpoint", "method"))
         for (endpoint, method), num in sorted(activity.num_requests.items()):

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from sgld import __version__
 from sgld.sampling_params import SamplingParams
-from sgld.server import events, images, info, login, metrics, video_events, videos
+from sgld.server import events, images, info, login, metrics, previews, video_events, videos
 from sgld.server.errors import ErrorResponse, json_response
 from sgld.server.schemas import (
     IGNORED,
@@ -95,7 +95,7 @@ _IMAGES: Mapping[int, Mapping[str, Schema]] = {
 }
 _DELETED = {200: {_JSON: _ref(events.Deleted)}}
 _NEWS = _event(
-    {"snapshot", *EVENT_NAMES}, events.Snapshot, RequestStatus, RequestProgress, events.PreviewEvent, ServerStats
+    {"snapshot", *EVENT_NAMES}, events.Snapshot, RequestStatus, RequestProgress, previews.PreviewEvent, ServerStats
 )
 _PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {f"image/{name}": _FILE for name in ("png", "jpeg", "webp")}}
 _FILM: Mapping[str, Schema] = dict.fromkeys(("video/mp4", "image/webp", "image/jpeg"), _FILE)
@@ -187,7 +187,7 @@ _TYPES = (
     Video,
     VideoList,
     events.RequestList,
-    events.PreviewEvent,
+    previews.PreviewEvent,
     events.Deleted,
     info.ModelList,
     info.ServedModel,

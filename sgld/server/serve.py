@@ -5,6 +5,7 @@ Hypercorn's own shutdown waits for clients that keep their connection, on Python
 and if it doesn't leave, it is cancelled.
 """
 
+import gc
 import logging
 import signal
 import socket
@@ -135,10 +136,20 @@ async def serve(
             }
             async with jobs.open(works), anyio.create_task_group() as tasks:
                 tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
-                tasks.start_soon(engine.ready)
+                tasks.start_soon(_wait_ready, engine)
+                tasks.start_soon(feed.run)
                 tasks.start_soon(_tell_stats, services)
                 tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
                 task_status.started(services)
+
+
+async def _wait_ready(engine: Serves) -> None:
+    """See that the model is served.
+
+    What was imported by then stays: to look through it for garbage again and again took a tenth of the loop's time.
+    """
+    await engine.ready()
+    gc.freeze()
 
 
 async def _serve_http(services: Services, listener: Listener, server: CancelScope) -> None:

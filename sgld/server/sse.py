@@ -38,8 +38,8 @@ class EventStream(StreamingResponse):
         super().__init__(events, headers=HEADERS, media_type="text/event-stream")
         self._events = events
         self._heartbeat_s = heartbeat_s
-        self._lock = anyio.Lock(fast_acquire=True)
-        self._has_sent = False
+        self._num_begun = 0
+        self._num_sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all; returns when there is nothing more, or nobody to send it to."""
@@ -48,24 +48,28 @@ class EventStream(StreamingResponse):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             tasks.start_soon(self._beat, send, tasks.cancel_scope)
             async for chunk in self._events:
-                await self._write(send, chunk, tasks.cancel_scope)
+                self._num_begun += 1
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._num_sent += 1
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             tasks.cancel_scope.cancel()
 
-    async def _write(self, send: Send, chunk: bytes, stream: anyio.CancelScope) -> None:
-        async with self._lock:
-            with anyio.move_on_after(_SEND_TIMEOUT_S) as timeout:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._has_sent = True
-        if timeout.cancelled_caught:
-            stream.cancel()
-
     async def _beat(self, send: Send, stream: anyio.CancelScope) -> None:
+        """In a task of its own, so that chunks need no deadline each: that of 500 who watch costs."""
         while True:
-            self._has_sent = False
+            before = self._num_begun
             await anyio.sleep(self._heartbeat_s)
-            if not self._has_sent:
-                await self._write(send, _PING, stream)
+            if before != self._num_begun:
+                continue
+            if self._num_sent == self._num_begun:
+                with anyio.move_on_after(_SEND_TIMEOUT_S) as timeout:
+                    await send({"type": "http.response.body", "body": _PING, "more_body": True})
+                is_gone = timeout.cancelled_caught
+            else:
+                await anyio.sleep(_SEND_TIMEOUT_S)
+                is_gone = before == self._num_begun and self._num_sent != self._num_begun
+            if is_gone:
+                stream.cancel()
 
 
 async def _watch(receive: Receive, stream: anyio.CancelScope) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgld.config import EngineConfig
@@ -31,8 +32,11 @@ HEARTBEAT_S = 2.0
 Channel = RankEnd[AnyReply, AnyCommand]
 
 
-def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig) -> None:
-    """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone."""
+def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig, niceness: int = 0) -> None:
+    """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone.
+
+    :param niceness: of a rank that runs on the CPU.
+    """
     # Ctrl-C reaches the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
@@ -45,7 +49,10 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig) -> 
     def load() -> "LoadedModel":
         from sgld.models.load import load
 
-        return load(config)
+        model = load(config)
+        if niceness and model.device.type == "cpu":
+            _give_way(niceness)
+        return model
 
     serve(channel, tensors, config, load)
     # All that matters has been sent, and taking down torch takes a second.
@@ -101,6 +108,13 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watcher", daemon=True).start()
+
+
+def _give_way(niceness: int) -> None:
+    """Let the front have a core when it wants one; each thread has a niceness of its own, which new ones inherit."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 def _quieten() -> None:

@@ -50,9 +50,9 @@ def preview(live: LiveRequest, step: int) -> Preview:
 async def read(watcher: Watcher) -> list[News]:
     """All that is unread."""
     watcher.close()
-    found = []
-    while not isinstance(news := await watcher.next(), str):
-        found.append(news)
+    found: list[News] = []
+    while not isinstance(chunk := await watcher.next(), str):
+        found += chunk.news
     return found
 
 
@@ -68,20 +68,23 @@ async def test_who_is_behind_gets_the_latest_and_every_end() -> None:
         publish(feed, live, queued(live), Started(request_id=live.id))
         for step in range(1, 1000):
             publish(feed, live, stepped(live, step), preview(live, step))
-        unread = len(watcher)
+        unread = feed.since(0)
         publish(feed, live, Cancelled(request_id=live.id))
         found = await read(watcher)
 
-    assert unread == 4
+    assert unread is not None
+    assert [(news.name, news.data.step) for news in unread if news.name == "request.preview"] == [
+        ("request.preview", 999)
+    ]
     assert [news.name for news in found] == ["request.queued", "request.started", "request.cancelled"]
-    numbers = [news.number for news in found if news.number is not None]
+    numbers = [news.number for news in found]
     assert numbers == sorted(numbers)
 
 
 async def test_who_is_too_far_behind_needs_a_snapshot() -> None:
     feed = Feed()
     with feed.watch(OWNER) as watcher:
-        for number in range(watcher_module.MAX_UNREAD + 1):
+        for number in range(watcher_module.MAX_NEWS):
             live = live_request(number)
             publish(feed, live, queued(live), Cancelled(request_id=live.id))
         lost = await watcher.next()
@@ -91,20 +94,29 @@ async def test_who_is_too_far_behind_needs_a_snapshot() -> None:
 
     assert lost == "lost"
     assert [news.request_id for news in found] == ["img_-1"]
-    assert feed.num_lost > watcher_module.MAX_UNREAD
 
 
-async def test_all_that_is_unread_can_be_taken_together_and_is_encoded_once() -> None:
+async def test_all_that_is_unread_is_one_chunk_the_same_for_all_who_are_up_to_date() -> None:
     feed = Feed()
     live = live_request()
-    with feed.watch(OWNER) as first, feed.watch(OWNER) as second:
-        publish(feed, live, queued(live), Started(request_id=live.id), stepped(live, 1))
-        taken = first.take()
+    with anyio.fail_after(10), feed.watch(OWNER) as first, feed.watch(OWNER) as second, feed.watch("another") as other:
+        publish(feed, live, queued(live), Started(request_id=live.id), stepped(live, 1), preview(live, 1))
+        feed.tick(STATS)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(feed.run)
+            chunk, same, others = await first.next(), await second.next(), await other.next()
+            tasks.cancel_scope.cancel()
+        assert not isinstance(chunk, str)
+        assert not isinstance(others, str)
 
-        assert [news.name for news in taken] == ["request.queued", "request.started", "request.progress"]
-        assert [news.encoded for news in second.take()] == [news.encoded for news in taken]
-        assert f"id: {feed.epoch}-1\n".encode() in taken[0].encoded
-        assert (first.take(), len(first)) == ([], 0)
+        names = ["request.queued", "request.started", "request.progress", "request.preview", "server.stats"]
+        assert [news.name for news in chunk.news] == names
+        assert same is chunk
+        assert [news.name for news in others.news] == ["server.stats"]
+        encoded = await chunk.encoded()
+        assert f"id: {feed.epoch}-1\n".encode() in encoded
+        assert encoded.count(b"\n\n") == 5
+        assert await chunk.encoded() is encoded
 
 
 async def test_others_hear_nothing() -> None:
@@ -141,12 +153,14 @@ async def test_who_waits_moves_up_when_those_before_it_begin_or_go() -> None:
 
 async def test_what_is_told_again_is_bounded() -> None:
     feed = Feed()
-    for number in range(feed_module.RING):
+    for number in range(watcher_module.MAX_NEWS):
         live = live_request(number)
         publish(feed, live, queued(live), Cancelled(request_id=live.id))
     recent = feed.since(feed.number - 2)
 
     assert feed.since(0) is None
+    assert feed.since(feed.number - watcher_module.MAX_NEWS) is not None
+    assert feed.since(feed.number - watcher_module.MAX_NEWS - 1) is None
     assert feed.since(feed.number + 1) is None
     assert recent is not None
     assert [news.name for news in recent] == ["request.queued", "request.cancelled"]
@@ -164,9 +178,12 @@ async def test_a_reader_waits_for_news() -> None:
 
     with anyio.fail_after(10), feed.watch(OWNER) as watcher:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(wait, watcher)
-            await anyio.wait_all_tasks_blocked()
-            publish(feed, live, queued(live))
+            tasks.start_soon(feed.run)
+            async with anyio.create_task_group() as waiting:
+                waiting.start_soon(wait, watcher)
+                await anyio.wait_all_tasks_blocked()
+                publish(feed, live, queued(live))
+            tasks.cancel_scope.cancel()
 
     assert len(found) == 1
 

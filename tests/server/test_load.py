@@ -1,4 +1,4 @@
-"""A busy server with many who watch: bench/load.py, short and with fewer."""
+"""A busy server with many who watch: bench/load.py, for a minute."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ BENCH = Path(__file__).parents[2] / "bench" / "load.py"
 
 def test_all_who_watch_hear_everything_in_order_while_some_do_not_listen() -> None:
     """The delay is for a machine that does nothing else; here it only mustn't be out of hand."""
-    flags = ["--seconds", "12", "--num-subscribers", "100", "--num-generations", "16", "--max-p99-ms", "2000"]
+    flags = ["--seconds", "60", "--max-p99-ms", "2000"]
 
     done = subprocess.run(
-        [sys.executable, str(BENCH), *flags, "--no-write"], capture_output=True, text=True, timeout=200
+        [sys.executable, str(BENCH), *flags, "--no-write"], capture_output=True, text=True, timeout=250
     )
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil  # type: ignore[import-untyped]
 
 from sgld.config import EMBEDDED_VIDEO_MODEL
 
@@ -60,6 +61,7 @@ def test_a_server_that_is_killed_in_the_middle_of_20_jobs_does_each_once(tmp_pat
             for seed in range(NUM_JOBS)
         ]
         before = wait_for(client, lambda states: states.count("completed") >= 5 and "in_progress" in states)
+        niceness = [rank.nice() - psutil.Process().nice() for rank in psutil.Process(process.pid).children()]
         process.send_signal(signal.SIGKILL)
         process.wait(TIMEOUT_S)
     with sgld_serve(tmp_path) as (_, client):
@@ -68,6 +70,8 @@ def test_a_server_that_is_killed_in_the_middle_of_20_jobs_does_each_once(tmp_pat
 
     unfinished = [video for video in before if video["status"] != "completed"]
     assert unfinished
+    # The front goes first where the rank keeps the CPU busy.
+    assert 5 in niceness
     assert [video["id"] for video in after] == made[::-1]
     assert sorted(video["seed"] for video in after) == list(range(NUM_JOBS))
     assert min(sizes) > 1000
