@@ -147,11 +147,15 @@ class Idle(Reply, frozen=True, tag="idle"):
 
 
 class Stepped(Reply, frozen=True, kw_only=True, tag="stepped"):
-    """A task finished denoising step `step` of `num_steps` (counted from 1)."""
+    """A task finished denoising step `step` of `num_steps` (counted from 1).
+
+    `num_skipped_calls`: how many calls of its denoiser its step cache skipped so far.
+    """
 
     request_id: str
     step: int
     num_steps: int
+    num_skipped_calls: int = 0
 
 
 class Previewed(Reply, frozen=True, kw_only=True, tag="previewed"):

@@ -12,6 +12,43 @@ DEFAULT_SEED = 42
 MAX_SEED = 2**63 - 1
 
 
+class TaylorCache(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="method", tag="taylor"
+):
+    """Outputs of the denoiser are computed at every `interval`-th step, and extrapolated in between.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    interval: Annotated[int, Meta(ge=2, le=64, description="one step in so many is computed")] = 3
+    order: Annotated[int, Meta(ge=0, le=3, description="order of the extrapolation; 0 repeats the last output")] = 1
+    warmup_steps: Annotated[int, Meta(ge=1, description="the first steps, which are computed")] = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class FirstBlockCache(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="method", tag="first_block"
+):
+    """The first block of the denoiser runs at every step, the others where what it adds has changed.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    threshold: Annotated[
+        float, Meta(gt=0, le=10, description="the others are skipped up to this relative change of what the first adds")
+    ] = 0.1
+    warmup_steps: Annotated[int, Meta(ge=1, description="the first steps, which are computed")] = 3
+    max_skips: Annotated[int, Meta(ge=1, description="so many steps may be skipped one after the other")] = 3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+StepCacheParams = TaylorCache | FirstBlockCache
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The choices of one request; None means the model's own default.
 
@@ -65,6 +102,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     exact: Annotated[
         bool, Meta(description="share no forward with other requests, so that company doesn't change a bit")
     ] = False
+    cache: (
+        Annotated[
+            StepCacheParams,
+            Meta(description="skip steps of the denoiser: method taylor or first_block, as docs/cache_dit.md says"),
+        ]
+        | None
+    ) = None
     num_previews: Annotated[
         int, Meta(ge=0, description="number of pictures sent while denoising goes on", extra={"is_flag": False})
     ] = 0

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from sgld.ipc.channel import channel_pair
 from sgld.ipc.tensor_queue import tensor_queue
 from sgld.messages import Pending, Ran, Stepped
 from sgld.models.load import LoadedModel
+from sgld.sampling_params import StepCacheParams
 from sgld.worker.executor import Executor
 from sgld.worker.main import serve
 from sgld.worker.session import Job, News, Session
@@ -31,24 +32,36 @@ class Report:
     `outputs`: what each call returned, in order, or the exception it raised. `merged_calls`: calls of components that
     shared a forward; `largest_batch`: the most in one. `mode`: merge; interleave where no forward of the denoiser
     was shared; exclusive where the pipeline changes components while it runs, so that each call ran alone.
+    `skipped_calls`: calls of the denoiser that step caches skipped, of each output; `parted_forwards`: merged forwards
+    of which some calls left after the first block.
     """
 
     outputs: list[Any]
     merged_calls: int
     largest_batch: int
     mode: str
+    skipped_calls: list[int] = field(default_factory=list)
+    parted_forwards: int = 0
 
 
-def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bool = True) -> Report:
+def run_together(
+    pipeline: Any,
+    calls: Sequence[Mapping[str, Any]],
+    *,
+    merge: bool = True,
+    caches: Sequence[StepCacheParams | None] = (),
+) -> Report:
     """Run a loaded diffusers pipeline with several keyword dicts at once, as a server would, in this process.
 
     The real tasks, merging and executor; no rank process. Every merge that is proved right is made, whether it pays
     or not.
 
     :param merge: False: the calls take turns and share nothing.
+    :param caches: the step cache of each call; by default none.
     """
     outputs: dict[str, Any] = {}
     denoisers: set[str] = set()
+    skipped = [0] * len(calls)
     scheduler = Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=max(2, len(calls)))
 
     def emit(news: Sequence[News]) -> None:
@@ -64,13 +77,15 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
 
     def ended(task: Task, outcome: Outcome) -> None:
         scheduler.remove(task.request_id)
+        skipped[int(task.request_id)] = task.skips.num
         outputs[task.request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
 
     session = Session(Executor(merge=merge), emit, ended, merges_alone=True)
     for index in range(len(calls)):
         scheduler.add(str(index), time.monotonic())
     for request_id in scheduler.admit(time.monotonic()):
-        session.start(Job(request_id, pipeline, dict(calls[int(request_id)])))
+        cache = caches[int(request_id)] if caches else None
+        session.start(Job(request_id, pipeline, dict(calls[int(request_id)]), cache=cache))
     while (batch := scheduler.next_batch(time.monotonic())) is not None:
         session.run(batch.call_ids)
     modes = session.executor.verdicts.modes
@@ -79,6 +94,8 @@ def run_together(pipeline: Any, calls: Sequence[Mapping[str, Any]], *, merge: bo
         outputs=[outputs[str(index)] for index in range(len(calls))],
         merged_calls=session.counters.merged_calls,
         largest_batch=session.counters.largest_batch,
+        skipped_calls=skipped,
+        parted_forwards=session.executor.num_parted,
         mode="exclusive" if "exclusive" in modes.values() else "merge" if is_merged else "interleave",
     )
 

@@ -166,7 +166,7 @@ def _kind(core: inspect.Type) -> Kind:
             return "switch"
         case inspect.VarTupleType():
             return "list"
-        case inspect.DictType():
+        case inspect.DictType() | inspect.StructType():
             return "json"
         case _:
             return "value"
@@ -178,7 +178,7 @@ def _metavar(core: inspect.Type, name: str) -> str:
             return "{" + ",".join(map(str, values)) + "}"
         case inspect.BoolType():
             return "true|false"
-        case inspect.DictType():
+        case inspect.DictType() | inspect.StructType():
             return "JSON"
         case inspect.IntType():
             return "N"

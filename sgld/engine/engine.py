@@ -154,6 +154,7 @@ class Engine:
             num_failed=ended[RequestState.FAILED],
             num_cancelled=ended[RequestState.CANCELLED],
             num_restarts=self._tally.num_restarts,
+            num_skipped_calls=self._tally.num_skipped_calls,
             calls=self._tally.calls,
             merging=dict(self._tally.merging),
             costs=tuple(CostStatistics(key=k, num_rows=n, elapsed_s=s) for k, n, s in self._cost.learned()),

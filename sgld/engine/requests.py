@@ -141,6 +141,7 @@ class Requests:
         match reply:
             case Stepped(step=step, num_steps=num_steps):
                 self._scheduler.stepped(reply.request_id, step)
+                self._tally.stepped(reply)
                 eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
                 entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
             case Finished():

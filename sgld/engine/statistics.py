@@ -5,7 +5,7 @@ import msgspec
 from sgld.engine.trace import Trace
 from sgld.ipc.channel import ChannelStatistics
 from sgld.ipc.tensor_queue import TensorQueueStatistics
-from sgld.messages import CallInfo, CallKind, Judged, Ran
+from sgld.messages import CallInfo, CallKind, Judged, Ran, Stepped
 from sgld.request import Request, RequestState
 
 
@@ -57,6 +57,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     num_cancelled: int
     num_restarts: int
     """Ranks that were lost and started again."""
+    num_skipped_calls: int = 0
+    """Calls of denoisers that step caches skipped."""
     calls: tuple[CallStatistics, ...]
     merging: dict[str, MergeStatistics]
     """By component."""
@@ -71,6 +73,8 @@ class Tally:
     def __init__(self, trace: Trace | None) -> None:
         self.trace = trace
         self.num_restarts = 0
+        self.num_skipped_calls = 0
+        self._skipped: dict[str, int] = {}
         self.num_ended = dict.fromkeys((state for state in RequestState if state.is_terminal), 0)
         self.merging: dict[str, MergeStatistics] = {}
         self._calls: dict[str, CallStatistics] = {}
@@ -114,6 +118,13 @@ class Tally:
         if self.trace is not None:
             self.trace.ran(reply, calls)
 
+    def stepped(self, reply: Stepped) -> None:
+        """A request is a step further."""
+        if reply.num_skipped_calls:
+            before = self._skipped.get(reply.request_id, 0)
+            self.num_skipped_calls += reply.num_skipped_calls - before
+            self._skipped[reply.request_id] = reply.num_skipped_calls
+
     def judged(self, reply: Judged) -> None:
         """The rank found out how components merge."""
         self.merging = {
@@ -134,6 +145,7 @@ class Tally:
             self.trace.ended(request.id, "rank lost", now)
 
     def _forget(self, request_id: str) -> None:
+        self._skipped.pop(request_id, None)
         for call in [call for call in self._pending.values() if call.request_id == request_id]:
             del self._pending[call.id]
 

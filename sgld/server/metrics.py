@@ -127,6 +127,7 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
     yield _gauge("sglang:diffusion_num_queue_reqs", "outputs that wait", statistics.num_queued, _ROLE)
     yield _gauge("sglang:diffusion_num_running_reqs", "outputs that run", statistics.num_running, _ROLE)
     yield _counter("sgld:rank_restarts", "ranks that were lost and started again", statistics.num_restarts)
+    yield _counter("sgld:skipped_calls", "calls of denoisers that step caches skipped", statistics.num_skipped_calls)
     modes = GaugeMetricFamily("sgld:merge_mode", "1: how calls of a component are merged", labels=("component", "mode"))
     for component, merging in sorted(statistics.merging.items()):
         modes.add_metric((component, merging.mode), 1)

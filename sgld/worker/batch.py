@@ -15,6 +15,9 @@ from sgld.worker.trees import Path, at, closed, leaves, opened, rebuilt
 Trait = tuple[Path, str]
 """An argument, and what of it may differ between the calls of a forward: see `_traits`."""
 
+# Traits that say how much padding a row has in a batch. What is kept of first blocks has none.
+_SIZES = ("shapes", "length")
+
 
 def merge_key(call: Call, axes: CallAxes, pinned: Collection[Trait], digests: Digests) -> str:
     """What must be equal for two calls to share a forward.
@@ -37,7 +40,10 @@ def merge_key(call: Call, axes: CallAxes, pinned: Collection[Trait], digests: Di
         else:
             shared.append((path, leaf))
     parts += zip([path for path, _ in shared], digests.of(*(leaf for _, leaf in shared)), strict=True)
+    pinned = pinned if call.site is None else {*pinned, *(t for t in _traits(call, axes) if t[1] in _SIZES)}
     parts += [(t, _trait(call, axes, t, digests)) for t in _traits(call, axes) if t in pinned]
+    if call.site is not None:
+        parts.append("first block")
     return hashlib.sha1(repr(parts).encode(), usedforsecurity=False).hexdigest()[:16]
 
 

@@ -12,9 +12,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from sgld.errors import InvalidRequest
+from sgld.sampling_params import StepCacheParams
 from sgld.worker.calls import Call, ComponentProxy
 from sgld.worker.deferred import Deferral, forced
 from sgld.worker.snapshot import Snapshot
+from sgld.worker.step_cache import StepCache
 from sgld.worker.task import Task
 
 # Their `__call__` differentiates through the denoiser, which a call handed over can't do.
@@ -30,15 +32,17 @@ NEEDS_GRADIENTS = frozenset(
 _STATEFUL = {"SchedulerMixin", "BaseGuidance"}
 
 
-def bind(pipeline: Any, task: Task, *, defers: bool = False) -> Any:
+def bind(pipeline: Any, task: Task, *, defers: bool = False, cache: StepCacheParams | None = None) -> Any:
     """A copy of the pipeline for one task.
 
     :param defers: calls of the denoiser may return before they have run.
+    :param cache: how calls of the denoiser are skipped.
     :raises InvalidRequest: the pipeline needs gradients inside its `__call__`.
     """
     if NEEDS_GRADIENTS & {base.__name__ for base in type(pipeline).__mro__}:
         raise InvalidRequest(f"{type(pipeline).__name__} needs gradients inside its __call__; sgld can't serve it")
-    return _Binding(task, Deferral(task) if defers else None).bound(pipeline, "")
+    deferral = Deferral(task) if defers else None
+    return _Binding(task, deferral, StepCache(task, cache) if cache is not None else None).bound(pipeline, "")
 
 
 def release(bound: Any) -> None:
@@ -54,9 +58,10 @@ def release(bound: Any) -> None:
 class _Binding:
     """Copies of one task; what appears twice in a pipeline is one copy."""
 
-    def __init__(self, task: Task, deferral: Deferral | None) -> None:
+    def __init__(self, task: Task, deferral: Deferral | None, step_cache: StepCache | None) -> None:
         self._task = task
         self._deferral = deferral
+        self._step_cache = step_cache
         self._copies: dict[int, Any] = {}
 
     def bound(self, pipeline: Any, prefix: str) -> Any:
@@ -71,6 +76,8 @@ class _Binding:
 
     def take_copies(self) -> list[Any]:
         copies, self._copies = list(self._copies.values()), {}
+        if self._step_cache is not None:
+            self._step_cache.clear()
         return copies
 
     def _own(self, value: Any, name: str) -> Any:
@@ -102,6 +109,10 @@ class _Binding:
     def _hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = forced((args, kwargs))
         call: Call = proxy.call(method, args, kwargs, self._task.request_id)
+        if self._step_cache is not None and call.kind == "denoise":
+            known = self._step_cache.answer(call, proxy.context_name)
+            if known is not None:
+                return known
         if self._deferral is not None and call.kind == "denoise":
             return self._deferral.result_of(call)
         return self._task.hand_over(call)

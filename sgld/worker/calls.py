@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ from torch import nn
 from sgld.messages import CallKind
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.trees import values
+
+if TYPE_CHECKING:
+    from sgld.worker.first_block import FirstBlockSite
 
 INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
 # A pipeline moves, casts and freezes its components as if they were its own; they are everybody's.
@@ -86,6 +89,10 @@ class Call:
     id: int = field(default_factory=lambda: next(_ids))
     random: OwnRandom = field(default_factory=OwnRandom)
     """What the component draws from where it is given no generator."""
+    site: "FirstBlockSite | None" = None
+    """Where first blocks tell whether the others are skipped, what is known of these."""
+    answered: Callable[[Any], None] = lambda value: None
+    """Told the result, before the task sees it."""
     known_key: tuple[object, str | None] | None = None
     """The merge key, and what was known of merging when it was computed."""
 
@@ -117,7 +124,7 @@ class Call:
     def cost_key(self) -> str:
         """Calls with an equal one take the same time at the same number of rows."""
         shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in self.tensors)
-        return f"{self.component}.{self.method}({shapes})"
+        return f"{self.component}.{self.method}({shapes})" + ("" if self.site is None else " first block")
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Invoke the component with these arguments in this thread, under the call's context."""
@@ -191,6 +198,11 @@ class ComponentProxy:
     def enter_around(self, method: str, around: Callable[[], AbstractContextManager[None]]) -> None:
         """Enter a context around each call of `method`, in the executor's thread."""
         self._around[method] = around
+
+    @property
+    def context_name(self) -> str:
+        """What the pipeline calls the calls that it makes now; empty where it doesn't."""
+        return self._cache[0] if self._cache is not None else ""
 
     @property
     def real(self) -> nn.Module:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sgld.config import ConditioningConfig
-from sgld.worker import batch, proof
+from sgld.worker import batch, first_block, proof
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import Trait
 from sgld.worker.calls import Call
@@ -57,6 +57,8 @@ class Executor:
         self.verdicts = verdicts or Verdicts()
         self.merges = merge
         self.num_proofs = 0
+        self.num_parted = 0
+        """Merged forwards of which some calls left after the first block."""
         self._synchronize = synchronize
         self._digests = Digests()
         self._encodings = Encodings(self._digests, max_encodings_bytes)
@@ -139,8 +141,7 @@ class Executor:
         # What follows a failure comes after its `except`: until there its traceback holds what the forward allocated.
         problem = None
         try:
-            result = proof.forward(calls[0], batch.merged_tree(calls, axes, expanded))
-            return [Value(value) for value in batch.split(result, calls, axes)], True
+            return [Value(value) for value in self._values(calls, axes, expanded)], True
         except torch.OutOfMemoryError:
             pass
         except Exception as error:  # noqa: BLE001 - whatever a model raises on a merged batch, the calls run singly
@@ -153,6 +154,20 @@ class Executor:
         if all(isinstance(outcome, Value) for outcome in outcomes):
             self.verdicts.refuse(key, calls[0], problem)
         return outcomes, False
+
+    def _values(self, calls: Sequence[Call], axes: CallAxes, expanded: set[Path]) -> list[object]:
+        """The results of one forward; of two, where first blocks tell that some calls skip and others don't."""
+
+        def forward(part: Sequence[Call]) -> list[object]:
+            if len(part) == 1:
+                return [proof.forward(part[0], part[0].tree)]
+            return batch.split(proof.forward(part[0], batch.merged_tree(part, axes, expanded)), part, axes)
+
+        if calls[0].site is None:
+            return forward(calls)
+        values, num_skipped = first_block.answered(calls, [num_rows(call.tree, axes) for call in calls], forward)
+        self.num_parted += 0 < num_skipped < len(calls)
+        return values
 
     def _parts(self, key: str, calls: Sequence[Call], axes: CallAxes) -> list[list[Call]]:
         """The calls in parts for which memory has room, as far as that is known."""
@@ -192,7 +207,11 @@ class Executor:
             if sum(call.random.num_draws for call in calls) != num_draws:
                 self.verdicts.refuse(key, calls[0], "it draws from the global random number generator")
                 return outcomes
-            values = [outcome.value for outcome in outcomes if isinstance(outcome, Value)]
+            values = [
+                outcome.value if call.site is None or not call.site.num_since else proof.forward(call, call.tree)
+                for call, outcome in zip(calls, outcomes, strict=True)
+                if isinstance(outcome, Value)
+            ]
             axes = self.verdicts.completed(calls[0], axes, values[0])
             problem = proof.problem(part, axes, values[: len(part)], mixed, repeated, self.pulse)
             self._judge(key, part, axes, new, problem)
@@ -239,6 +258,9 @@ def single(call: Call) -> Outcome:
     """Run one call with the very arguments that the task gave."""
     try:
         with call.random.entered():
+            if call.site is not None:
+                (value,), _ = first_block.answered([call], [1], lambda _: [proof.forward(call, call.tree)])
+                return Value(value)
             return Value(call.run(call.args, call.kwargs))
     except Exception as error:  # noqa: BLE001 - whatever a component raises is the outcome of the call
         # What the forward allocated: the next one may run before the task takes note of its error.

@@ -134,6 +134,7 @@ class Rank:
                 kwargs,
                 num_steps=num_steps(pipeline, kwargs),
                 is_exact=params.exact,
+                cache=params.cache,
                 prepare=output.prepare,
                 finish=output.finish,
             )

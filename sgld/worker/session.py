@@ -11,6 +11,7 @@ from torch import nn
 
 from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Pending, Ran, Stepped, TickMode
+from sgld.sampling_params import StepCacheParams
 from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, Tick
@@ -35,6 +36,7 @@ class Job:
     kwargs: dict[str, Any]
     num_steps: int = 0
     is_exact: bool = False
+    cache: StepCacheParams | None = None
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
     finish: Callable[[Any], Any] = lambda result: result
 
@@ -89,7 +91,8 @@ class Session:
 
     def _task_of(self, job: Job) -> Task:
         def body(task: Task) -> Any:
-            bound = bind(job.pipeline, task, defers=self.executor.merges and not job.is_exact)
+            defers = self.executor.merges and not job.is_exact
+            bound = bind(job.pipeline, task, defers=defers, cache=job.cache)
             try:
                 job.prepare(task, bound)
                 return job.finish(bound(**job.kwargs))
@@ -285,7 +288,10 @@ class Session:
 
     def _stepped(self, task: Task) -> None:
         is_of_tick = bool(self._news)
-        self._news.append(Stepped(request_id=task.request_id, step=task.step, num_steps=task.num_steps))
+        skips = task.skips.num
+        self._news.append(
+            Stepped(request_id=task.request_id, step=task.step, num_steps=task.num_steps, num_skipped_calls=skips)
+        )
         if not is_of_tick:
             self._tell()  # nothing ran for this step: the tick may be long
 

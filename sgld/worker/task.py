@@ -13,6 +13,7 @@ from typing import Any
 from sgld.errors import Cancelled
 from sgld.worker.calls import Call
 from sgld.worker.randomness import OwnRandom
+from sgld.worker.sites import Skips
 from sgld.worker.snapshot import Snapshot
 
 
@@ -58,6 +59,7 @@ class Task:
         self.has_progress_bar = False
         """The pipeline made one, and tells its steps by it."""
         self.num_calls = 0
+        self.skips = Skips()
         self.exclusive_because: str | None = None
         """What the task is about to change in a component that it shares: from here on it must run alone."""
         self.snapshots: list[Snapshot] = []
@@ -97,6 +99,8 @@ class Task:
     def answer(self, call: Call, outcome: Outcome) -> None:
         """Give the task the outcome of one of its calls; it takes note when it runs."""
         del self._calls[call.id]
+        if isinstance(outcome, Value):
+            call.answered(outcome.value)
         self._outcomes[call.id] = outcome
 
     def advance(self, outcome: Outcome | None = None) -> None:

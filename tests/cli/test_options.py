@@ -3,12 +3,12 @@ import argparse
 import msgspec
 import pytest
 
-from sgld.config import EngineConfig, OutputConfig, ParallelConfig, ServerConfig
-from sgld.sampling_params import SamplingParams
+from sgld.config import AttentionConfig, EngineConfig, OutputConfig, ParallelConfig, ServerConfig
+from sgld.sampling_params import FirstBlockCache, SamplingParams, TaylorCache
 from sgld_cli.later import LATER
 from sgld_cli.options import Parser, UsageError, add_flags, options, options_by_name, with_dashes
 
-STRUCTS = (EngineConfig, ParallelConfig, OutputConfig, ServerConfig, SamplingParams)
+STRUCTS = (EngineConfig, ParallelConfig, AttentionConfig, OutputConfig, ServerConfig, SamplingParams)
 
 
 def given(*argv: str) -> dict[str, object]:
@@ -79,6 +79,8 @@ def test_flags_cannot_be_abbreviated() -> None:
         ("diffusers_kwargs", {"eta": [1]}, {"eta": [1]}),
         ("negative_prompt", "null", "null"),
         ("dit_precision", "bf16", "bf16"),
+        ("cache", '{"method": "taylor", "interval": 2}', TaylorCache(interval=2)),
+        ("cache", {"method": "first_block"}, FirstBlockCache()),
     ],
 )
 def test_raw_values_are_converted(name: str, raw: object, value: object) -> None:
@@ -95,6 +97,10 @@ def test_raw_values_are_converted(name: str, raw: object, value: object) -> None
         ("diffusers_kwargs", "[]", "object"),
         ("prompt", 5, "array"),
         ("save_output", "maybe", "bool"),
+        ("cache", "{}", "method"),
+        ("cache", '{"method": "magic"}', "magic"),
+        ("cache", '{"method": "taylor", "interval": 1}', ">= 2"),
+        ("cache", '{"method": "first_block", "interval": 2}', "interval"),
     ],
 )
 def test_wrong_values_are_refused_with_what_is_expected(name: str, raw: object, expected: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 from engine.calls import LinearCost
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import MAX_PROFILES, CallClass, Demand, Profiles, demand_of
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import SamplingParams, TaylorCache
 
 CALLS: Counter[CallClass] = Counter({("denoise", "c", 1): 20, ("decode", "d", 1): 1})
 
@@ -37,6 +37,7 @@ def test_requests_are_alike_whatever_their_prompts_and_seeds() -> None:
         {"negative_prompt": "a"},
         {"image_path": ("a.png",)},
         {"diffusers_kwargs": {"a": 1}},
+        {"cache": TaylorCache()},
     ],
 )
 def test_requests_of_other_shapes_are_not_alike(other: dict[str, object]) -> None:

@@ -7,9 +7,10 @@ from engine.streams import completed, ends_of, events_of, leave_at, params_of
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.engine.statistics import Statistics, Tally
-from sgld.messages import CallInfo, Judged, Ran, TickMode
+from sgld.events import Completed
+from sgld.messages import CallInfo, Judged, Ran, Stepped, TickMode
 from sgld.request import Request, RequestState
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import SamplingParams, TaylorCache
 from sgld.testing import InlineReplica
 
 CONFIG = EngineConfig(device="cpu")
@@ -100,6 +101,27 @@ async def test_statistics_tell_what_the_engine_did() -> None:
     assert by_name["vae.decode"].num_calls == 4
     assert after.merging["transformer"].mode == "merge"
     assert {cost.key.partition("(")[0] for cost in after.costs} >= {"transformer.forward", "vae.decode"}
+
+
+def test_skipped_calls_are_counted_once() -> None:
+    tally = Tally(None)
+    for request_id, num in (("r1-0", 1), ("r2-0", 4), ("r1-0", 3)):
+        tally.stepped(Stepped(request_id=request_id, step=1, num_steps=9, num_skipped_calls=num))
+    assert tally.num_skipped_calls == 7
+    tally.restarted(request("r1-0"), 1.0)
+    tally.stepped(Stepped(request_id="r1-0", step=1, num_steps=9, num_skipped_calls=1))
+    assert tally.num_skipped_calls == 8
+
+
+async def test_step_cache_of_a_request_reaches_the_rank_and_its_skips_come_back() -> None:
+    pipeline, kwargs = build("pixart")
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        cached = params_of(kwargs, num_inference_steps=6, cache=TaylorCache(interval=3, warmup_steps=2))
+        ends = await ends_of(engine, cached, params_of(kwargs, num_inference_steps=6))
+        statistics = engine.statistics()
+    assert all(isinstance(end, Completed) for end in ends)
+    assert statistics.num_skipped_calls == 3
+    assert {call.name: call.num_calls for call in statistics.calls}["transformer.forward"] == 6 + 3
 
 
 async def test_statistics_are_json() -> None:

@@ -96,6 +96,8 @@ async def test_a_url_leads_to_the_picture_until_it_is_deleted(tmp_path: Path) ->
         ({"guidance_scale": -1}, "guidance_scale"),
         ({"stepps": 3}, "stepps"),
         ({"enable_upscaling": True}, "enable_upscaling"),
+        ({"cache": {"method": "taylor", "order": 9}}, "cache.order"),
+        ({"cache": "taylor"}, "cache"),
     ],
 )
 async def test_what_can_not_be_done_is_said(tmp_path: Path, fields: dict[str, Any], param: str) -> None:
