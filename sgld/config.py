@@ -57,6 +57,41 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = None
 
 
+class NoiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How noise is removed, where that isn't left to the model's author.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    scheduler: Annotated[
+        str | None,
+        _field(
+            "class of the noise scheduler, in the place of the model's own, of which it takes its values",
+            aliases=("scheduler_class_override",),
+        ),
+    ] = None
+    scheduler_config: Annotated[dict[str, Any], _field("values of the noise scheduler (JSON object)")] = {}
+    flow_shift: (
+        Annotated[float, Meta(gt=0), _field("shift of the noise schedule of flow matching; a request may choose, too")]
+        | None
+    ) = None
+    boundary_ratio: (
+        Annotated[
+            float,
+            Meta(ge=0, le=1),
+            _field("where the second transformer takes over: from 1, the beginning of the schedule, to 0"),
+        ]
+        | None
+    ) = None
+    embedded_cfg_scale: (
+        Annotated[float, Meta(ge=0), _field("guidance scale of guidance-distilled models, where a request has none")]
+        | None
+    ) = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 class ConditioningConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much is kept of what encoders of text and pictures returned.
 
@@ -145,6 +180,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     source: SourceConfig = SourceConfig()
     parallel: ParallelConfig = ParallelConfig()
     attention: AttentionConfig = AttentionConfig()
+    noise: NoiseConfig = NoiseConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
 
     def __post_init__(self) -> None:

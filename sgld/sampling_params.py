@@ -77,6 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     guidance_scale_2: Annotated[float, Meta(ge=0, description="guidance scale of the second transformer")] | None = None
     true_cfg_scale: Annotated[float, Meta(ge=0, description="true guidance of guidance-distilled models")] | None = None
     guidance_rescale: Annotated[float, Meta(ge=0, le=1, description="rescaling of guided noise")] | None = None
+    flow_shift: Annotated[float, Meta(gt=0, description="shift of the noise schedule of flow matching")] | None = None
     max_sequence_length: Annotated[int, Meta(ge=1, description="prompt length in tokens")] | None = None
     seed: Annotated[int, Meta(ge=0, le=MAX_SEED, description="seed of the first output; output i uses seed + i")] = (
         DEFAULT_SEED

@@ -14,7 +14,7 @@ import torch
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
-from sgld.models import attention
+from sgld.models import attention, noise
 from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
@@ -96,10 +96,11 @@ def load(config: EngineConfig) -> LoadedModel:
     except LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
+    guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
     verdict_file = VerdictFile(planned.source, planned.index, planned.components)
-    decisions = with_notes(planned.decisions(), said)
-    return LoadedModel(pipeline, device, recommended, config.model_path, verdict_file, decisions)
+    decisions = with_notes(with_notes(planned.decisions(), said), {"model": note} if note else {})
+    return LoadedModel(pipeline, device, recommended | guidance, config.model_path, verdict_file, decisions)
 
 
 def _pipeline(planned: Plan) -> Any:
@@ -107,6 +108,8 @@ def _pipeline(planned: Plan) -> Any:
     # Of parts that the index doesn't name; most get the same.
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
     parts = {part.name: load_component(part, planned) for part in planned.components if part.is_separate}
+    if planned.scheduler is not None:
+        parts[noise.NAME] = planned.scheduler
     source, config = planned.source, planned.config
     if source.file is not None:
         return load_from_file(planned, parts)
@@ -160,4 +163,5 @@ def _sibling(pipeline: Any, needed: str) -> Any:
     if sibling is None:
         raise InvalidRequest(f"{name} takes no {what}, and has no {kind} sibling", "image_path")
     accepted = inspect.signature(sibling.__init__).parameters
-    return sibling(**{name: part for name, part in pipeline.components.items() if name in accepted})
+    own = {n: v for n, v in pipeline.config.items() if n[0] != "_"} | pipeline.components
+    return sibling(**{name: part for name, part in own.items() if name in accepted})

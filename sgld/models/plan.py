@@ -9,6 +9,7 @@ from typing import Any
 
 from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
+from sgld.models import noise
 from sgld.models.attention import Attention, choose
 from sgld.models.overlay import find_model
 from sgld.models.pipeline_class import class_name, with_class
@@ -51,6 +52,8 @@ class Plan:
     components: tuple[ComponentPlan, ...]
     notes: tuple[str, ...] = ()
     attention: Attention | None = None
+    scheduler: Any = None
+    """The noise scheduler in the place of the model's own, where one was chosen."""
 
     def decisions(self) -> dict[str, str]:
         """What was decided, for people: by component, and of the whole under `model`."""
@@ -74,9 +77,10 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
         components.append(_override(name, path, own.get(name), config, device_type))
     # Of two with one name the one that was chosen is the later; the place is that of the index.
     parts = tuple({part.name: part for part in components}.values())
+    scheduler, parts = noise.choose(config.noise, parts, config.model_path)
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
     notes = (*source.notes, *_source_notes(source, config), *((attention.note,) if attention is not None else ()))
-    return Plan(config, source, index, class_name(index), device_type, parts, notes, attention)
+    return Plan(config, source, index, class_name(index), device_type, parts, notes, attention, scheduler)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:

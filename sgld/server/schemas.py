@@ -35,7 +35,6 @@ LATER: dict[str, tuple[object, ...]] = {
     "frame_interpolation_exp": (),
     "frame_interpolation_scale": (),
     "frame_interpolation_model_path": (),
-    "flow_shift": (),
     "profile": (False,),
     "perf_dump_path": (),
     "video_reference": (),

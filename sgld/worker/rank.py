@@ -35,7 +35,7 @@ from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.preview import Previewer
 from sgld.worker.results import Results
 from sgld.worker.session import Job, Session, is_cancelled
-from sgld.worker.steps import count_steps
+from sgld.worker.steps import count_steps, shift_noise
 from sgld.worker.streaming import can_stream, streamed
 from sgld.worker.task import Outcome, Raised, Task
 
@@ -165,6 +165,7 @@ class _Output:
         self._model = model
         self._previewer = previewer
         self._num_previews = params.num_previews
+        self._flow_shift = params.flow_shift
         self._video_processor: Any = None
         self._sample_rate: int | None = None
         self._streamed: list[torch.Tensor] = []
@@ -175,6 +176,8 @@ class _Output:
         torch.set_num_threads(1)
         if self._model.device.type == "cuda":
             torch.cuda.set_device(self._model.device)
+        if self._flow_shift is not None:
+            shift_noise(bound, self._flow_shift)
         self._sample_rate = sample_rate_of(bound)
         count_steps(task, bound)
         vae = getattr(bound, "vae", None)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
+from sgld.errors import InvalidRequest
+from sgld.models.noise import Unshiftable, shifted
 from sgld.worker.task import Task
 
 Around = Callable[..., Any]
@@ -37,6 +39,23 @@ def schedulers_of(bound: Any) -> Iterator[Any]:
     for name, value in list(vars(bound).items()):
         if name.endswith("scheduler") and hasattr(value, "step"):
             yield value
+
+
+def shift_noise(bound: Any, shift: float) -> None:
+    """Give a task's own noise scheduler another shift.
+
+    :raises InvalidRequest: it has none.
+    """
+    own = getattr(bound, "scheduler", None)
+    if own is None:
+        raise InvalidRequest(f"flow_shift is {shift}, but the pipeline has no scheduler", "flow_shift")
+    try:
+        fresh = shifted(own, shift)
+    except Unshiftable as error:
+        raise InvalidRequest(f"flow_shift can't be {shift}: {error}", "flow_shift") from None
+    # In its place, as others refer to it.
+    vars(own).clear()
+    vars(own).update(vars(fresh))
 
 
 def count_steps(task: Task, bound: Any) -> None:

@@ -122,6 +122,12 @@ def test_tiling_of_a_vae_that_has_none_is_refused(sdxl_folder: Path, monkeypatch
     assert message.startswith("enable_tiling is asked for, but AutoencoderKL of")
 
 
+def test_sibling_has_the_settings_of_its_pipeline(sdxl_folder: Path) -> None:
+    model = loaded(sdxl_folder)
+    model.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    assert model.pipeline_for(["image"]).config.force_zeros_for_empty_prompt is False
+
+
 def test_sibling_for_pictures_has_the_very_same_components(sdxl_folder: Path) -> None:
     model = loaded(sdxl_folder, dit_precision="bf16")
     sibling = model.pipeline_for(["image"])
