@@ -139,6 +139,30 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = None
 
 
+class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Weights of eight bits and fewer: checkpoints that have them, and what is made of those that don't."""
+
+    transformer_weights_path: Annotated[
+        str | None,
+        _field(
+            "weights of the transformer from a file, folder, index, hub id or owner/repo:file; quantized or not",
+            aliases=("transformer_quantized_path", "quantized_model_path"),
+        ),
+    ] = None
+    transformer_2_weights_path: Annotated[str | None, _field("the same for the second transformer")] = None
+    unet_weights_path: Annotated[str | None, _field("the same for the UNet")] = None
+    quantization: Annotated[
+        Literal[
+            "none", "fp8", "fp8_dynamic", "int8", "int8_dynamic", "modelopt", "modelopt_fp8", "modelopt_fp4",
+            "bitsandbytes", "torchao", "gguf", "svdquant",
+        ],
+        _field("quantize denoisers while they are loaded (fp8, int8; dynamic: activations, too), or what they must be"),
+    ] = "none"  # fmt: skip
+    quantization_ignored_layers: Annotated[
+        tuple[str, ...], _field("parts of names of layers that aren't quantized while loading")
+    ] = ()
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -182,6 +206,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention: AttentionConfig = AttentionConfig()
     noise: NoiseConfig = NoiseConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
+    quantized: QuantizationConfig = QuantizationConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -30,8 +30,6 @@ LATER: dict[str, Later] = {
     "lora_merge_mode": Later("LoRA adapters", today=("auto",)),
     "lora_target_modules": Later("LoRA adapters"),
     # Other weights than the model's own; `--<component>-path` is caught below
-    "quantization": Later("quantization", today=_OFF),
-    "transformer_weights_path": Later("quantized checkpoints"),
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Compilation and caches

@@ -4,11 +4,14 @@ import importlib
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from sgld.errors import ModelError
 from sgld.models.plan import ComponentPlan, Plan
+from sgld.models.quantized import load_weights
 from sgld.models.resolve import one_line
+from sgld.models.weight_files import Weights
 
 # What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
 LOAD_ERRORS = (
@@ -17,7 +20,7 @@ LOAD_ERRORS = (
     ImportError,
     AttributeError,
     TypeError,
-    KeyError,
+    LookupError,
     RuntimeError,
     SafetensorError,
 )
@@ -30,19 +33,35 @@ def load_component(part: ComponentPlan, planned: Plan) -> Any:
     :raises ModelError: it can't be loaded.
     """
     try:
+        if part.weights is not None and part.precision is not None:
+            return _with_weights(part, part.weights, DTYPES[part.precision])
         return _loader(part)(part.source.path, **_options(part, planned))
     except LOAD_ERRORS as error:
         raise ModelError(f"{part.name} can't be loaded from {part.source}: {one_line(error)}") from error
 
 
-def _loader(part: ComponentPlan) -> Any:
-    """`from_pretrained` of its class."""
+def _with_weights(part: ComponentPlan, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+    """A component of diffusers with weights from elsewhere, or that no loader of diffusers reads."""
+    cls = _class(part)
+    if not issubclass(cls, ModelMixin):
+        raise ModelError(f"{part.name} is a {cls.__name__}; other weights are for models of diffusers only")
+    source = part.source
+    config = cls.load_config(source.path, subfolder=source.subfolder, revision=source.revision)
+    return load_weights(cls, config, weights, part.quantization, dtype)
+
+
+def _class(part: ComponentPlan) -> Any:
     from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
+    # It knows the classes that pipelines bring along, and older names of transformers' classes.
+    return simple_get_class_obj(part.library, part.class_name)
+
+
+def _loader(part: ComponentPlan) -> Any:
+    """`from_pretrained` of its class."""
     if part.auto_class is not None:
         return getattr(importlib.import_module(part.library), part.auto_class).from_pretrained
-    # It knows the classes that pipelines bring along, and older names of transformers' classes.
-    return simple_get_class_obj(part.library, part.class_name).from_pretrained
+    return _class(part).from_pretrained
 
 
 def _options(part: ComponentPlan, planned: Plan) -> dict[str, Any]:

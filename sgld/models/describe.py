@@ -53,6 +53,8 @@ def describe(config: EngineConfig) -> Description:
 def _component(part: ComponentPlan) -> Component:
     folder = part.source.folder
     files = [path for path in folder.rglob("*") if path.is_file()] if folder else []
+    if part.weights is not None:
+        files = list(part.weights.files)
     weights = [path for path in files if path.suffix == ".safetensors"]
     size_bytes = sum(path.stat().st_size for path in files)
     return Component(part.name, part.library, part.class_name, size_bytes, main_dtype(weights))

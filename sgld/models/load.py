@@ -20,6 +20,7 @@ from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
 from sgld.models.modular import load_modular
 from sgld.models.plan import Plan, plan, with_notes
+from sgld.models.quantized import quantize_components
 from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
 from sgld.models.verdicts import VerdictFile
 
@@ -92,6 +93,7 @@ def load(config: EngineConfig) -> LoadedModel:
     recommended = defaults(planned.source)
     try:
         pipeline = _pipeline(planned)
+        made = quantize_components(planned.components, pipeline.components, config.quantized, device)
         pipeline.to(device)
     except LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
@@ -99,7 +101,9 @@ def load(config: EngineConfig) -> LoadedModel:
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
     verdict_file = VerdictFile(planned.source, planned.index, planned.components)
-    decisions = with_notes(with_notes(planned.decisions(), said), {"model": note} if note else {})
+    decisions = planned.decisions()
+    for notes in (made, said, {"model": note} if note else {}):
+        decisions = with_notes(decisions, notes)
     return LoadedModel(pipeline, device, recommended | guidance, config.model_path, verdict_file, decisions)
 
 

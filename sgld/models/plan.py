@@ -13,9 +13,12 @@ from sgld.models import noise
 from sgld.models.attention import Attention, choose
 from sgld.models.overlay import find_model
 from sgld.models.pipeline_class import class_name, with_class
+from sgld.models.quantization import Capability, Quantization
 from sgld.models.resolve import ModelSource, model_index
 from sgld.models.single_file import single_file
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
+from sgld.models.weight_files import Weights, is_file_of_weights
+from sgld.models.weights_choice import choose_weights, is_denoiser, weights_paths
 
 # Classes of components that have no weights.
 _WEIGHTLESS = re.compile(r"Tokenizer|Scheduler|Processor|Extractor|Guidance|Guider")
@@ -38,6 +41,9 @@ class ComponentPlan:
     is_separate: bool = False
     """It is loaded by itself, not by the loader of its pipeline."""
     auto_class: str | None = None
+    weights: Weights | None = None
+    """Files that its weights come from, if not from its source by its library's own loader."""
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,13 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     own = entries(index)
     components = [_own(name, entry, source, config, device_type) for name, entry in own.items()]
     for name, path in config.component_paths.items():
+        if is_file_of_weights(path):
+            continue
         components.append(_override(name, path, own.get(name), config, device_type))
     # Of two with one name the one that was chosen is the later; the place is that of the index.
     parts = tuple({part.name: part for part in components}.values())
     scheduler, parts = noise.choose(config.noise, parts, config.model_path)
+    parts = tuple(_quantized(part, config, device_type, fetches=materializes) for part in parts)
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
     notes = (*source.notes, *_source_notes(source, config), *((attention.note,) if attention is not None else ()))
     return Plan(config, source, index, class_name(index), device_type, parts, notes, attention, scheduler)
@@ -116,9 +125,10 @@ def _check_names(config: EngineConfig, index: dict[str, Any]) -> None:
     """:raises ModelError: a component is to be replaced that the model doesn't have; says which it has."""
     # Also those that it leaves out: a safety checker, an image encoder.
     names = [name for name, value in index.items() if not name.startswith("_") and isinstance(value, list)]
-    for name in config.component_paths:
-        if name not in names:
-            raise ModelError(f"{config.model_path} has no component {name!r}; it has {', '.join(names)}")
+    loaded = [name for name in names if name in entries(index) or name in config.component_paths]
+    for name, known in (*((n, names) for n in config.component_paths), *((n, loaded) for n in weights_paths(config))):
+        if name not in known:
+            raise ModelError(f"{config.model_path} has no component {name!r}; it has {', '.join(known)}")
 
 
 def _own(name: str, entry: list[Any], model: ModelSource, config: EngineConfig, device_type: str) -> ComponentPlan:
@@ -166,8 +176,29 @@ def _component(
     return ComponentPlan(name, cls.library, cls.name, precision, source, auto_class=cls.auto_class)
 
 
+def _quantized(part: ComponentPlan, config: EngineConfig, device_type: str, *, fetches: bool) -> ComponentPlan:
+    """With its weights and how they are quantized, if they come by themselves or are quantized."""
+    path = weights_paths(config).get(part.name)
+    if path is None and not is_denoiser(part.library, part.class_name):
+        return part
+    chosen = choose_weights(part.name, part.source, path, config.quantized, _capability(device_type), fetches=fetches)
+    return replace(
+        part,
+        weights=chosen.weights,
+        quantization=chosen.quantization,
+        notes=(*part.notes, *chosen.notes),
+        is_separate=part.is_separate or chosen.weights is not None,
+    )
+
+
 def _dit_precision(config: EngineConfig, device_type: str) -> Precision:
     return config.dit_precision or ("fp32" if device_type == "cpu" else "bf16")
+
+
+def _capability(device_type: str) -> Capability | None:
+    import torch
+
+    return torch.cuda.get_device_capability(0) if device_type == "cuda" else None
 
 
 def _device_type(config: EngineConfig) -> str:

@@ -91,6 +91,14 @@ def class_of(name: str, source: ComponentSource, named: ComponentClass | None) -
     return found
 
 
+def config_of(source: ComponentSource) -> dict[str, Any] | None:
+    """The config.json of a component; None if there is none.
+
+    :raises ModelError: it can't be read.
+    """
+    return _read(source, "config.json")
+
+
 def _config_files(named: ComponentClass | None) -> Sequence[str]:
     if named is None:
         return [file for _, file in reversed(_CONFIG_FILES)]

@@ -19,15 +19,22 @@ def tensors_in(path: Path) -> dict[str, dict[str, Any]]:
 
     :raises ModelError: it isn't a safetensors file.
     """
+    return {name: entry for name, entry in header_of(path).items() if name != "__metadata__"}
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """All that a file says of itself: what of its tensors, and text under `__metadata__`.
+
+    :raises ModelError: it isn't a safetensors file.
+    """
     try:
         with path.open("rb") as file:
             (length,) = _HEADER_LENGTH.unpack(file.read(_HEADER_LENGTH.size))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            header = dict(json.loads(file.read(length)))
+            return dict(json.loads(file.read(length)))
     except (OSError, ValueError, TypeError, struct.error) as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}") from None
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def main_dtype(paths: Iterable[Path]) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sgld.models.quantization import MIXES_ROWS
 from sgld.worker.axes import Batched, CallAxes, Unmergeable, is_constant, num_rows, size
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
@@ -23,8 +24,11 @@ def merge_key(call: Call, axes: CallAxes, pinned: Collection[Trait], digests: Di
     """What must be equal for two calls to share a forward.
 
     :param pinned: traits in which calls were seen not to be independent of each other.
-    :raises Unmergeable: the arguments don't fit the axes, or hold an object that may have a state.
+    :raises Unmergeable: the arguments don't fit the axes, or hold an object that may have a state; or the component
+        mixes rows.
     """
+    if reason := getattr(call.module, MIXES_ROWS, None):
+        raise Unmergeable(reason)
     rows, unit = num_rows(call.tree, axes), axes.arguments[axes.reference].size
     parts: list[Any] = [call.component, call.method, call.context]
     shared = []

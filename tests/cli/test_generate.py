@@ -216,7 +216,7 @@ def test_output_folder_in_the_home_of_the_user(sgld: Sgld, tmp_path: Path, monke
         (("--prompt", "a", "--num-gpus", "2"), "--num-gpus is 2: that isn't supported yet"),
         (("--prompt", "a", "--vae-path"), "--vae-path needs a folder or a hub id"),
         (("--prompt", "a", "--vae-path", "x", "--vae-path=y"), "--vae-path is given twice"),
-        (("--prompt", "a", "--vae-weights-path", "x"), "--vae-weights-path isn't supported yet"),
+        (("--prompt", "a", "--vae-weights-path", "x"), "--vae-weights-path is unknown"),
         (("--prompt", "a", "--lora-path", "x"), "--lora-path isn't supported yet"),
         (("--prompt", "a", "--output-file-name", "x.gif"), "'x.gif'"),
         (("--prompt", "a", "--output-file-name", "../x.png"), "'../x.png'"),

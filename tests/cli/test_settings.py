@@ -84,7 +84,7 @@ def test_later_flags_are_refused_by_name(flag: str) -> None:
 
 
 def test_values_that_state_what_is_done_today_are_accepted() -> None:
-    file = accept({"use_fsdp_inference": False, "quantization": "none", "backend": "sglang"}, "c.yaml")
+    file = accept({"use_fsdp_inference": False, "enable_teacache": "none", "backend": "sglang"}, "c.yaml")
     assert merge([accept({"--pin-cpu-memory": ["false"], "--backend": ["auto"]}, "flag"), file]) == merge([file])
     assert merge([file]) == merge([])
 
