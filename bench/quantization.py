@@ -7,12 +7,15 @@ eager, the median of `--repeats`; the error is that of its result at 512x512 to 
 
     python bench/quantization.py --device cuda --out bench/results/quantization_gpu
 
-`--tiny --device cpu` tries it out. Forms whose library or device isn't there are listed with what is missing.
+`--tiny --device cpu` tries it out. Forms whose library or device isn't there are listed with what is missing. On an
+H100 with 16 cores it should take three minutes; forms for which no time is left are listed as such, and the report is
+written after each form.
 """
 
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import sys
@@ -36,7 +39,8 @@ from sgld.errors import ModelError
 from sgld.models.linears import fp8_rows
 from sgld.models.quantization import Activations, Family, Quantization, check, detect
 from sgld.models.quantized import load_weights, quantize
-from sgld.models.weight_files import place_of, weights_at
+from sgld.models.resolve import one_line
+from sgld.models.weight_files import place_of, read_header, weights_at
 
 REAL: dict[str, Any] = {"num_layers": 4, "num_single_layers": 8, "guidance_embeds": True}
 TINY: dict[str, Any] = {
@@ -50,6 +54,18 @@ TINY: dict[str, Any] = {
     "guidance_embeds": True,
 }
 BLOCK = ("transformer_blocks.", "single_transformer_blocks.")
+# What libraries raise where something of theirs isn't there.
+UNAVAILABLE = (
+    ModelError,
+    ImportError,
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    OSError,
+)
 LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "bitsandbytes", "gguf")
 
 
@@ -77,21 +93,21 @@ class Bench:
         self.folder, self.device, self.repeats = folder, device, repeats
         self.is_gpu = device.type == "cuda"
         self.base = folder / "bf16"
+        self.base_file = self.base / "diffusion_pytorch_model.safetensors"
         self.input_scales: dict[str, Tensor] = {}
         self.expected: Tensor | None = None
+        self.started = 0.0
         _random_model(sizes, device).save_pretrained(self.base, max_shard_size="100GB")
         _free()
 
     def row(self, name: str, make: Callable[["Bench"], nn.Module]) -> Row:
         """Load one form and run it."""
         try:
-            torch.manual_seed(0)
-            self._reset_peak()
             before = self._allocated()
-            start = time.perf_counter()
+            self.begin()
             model = make(self).to(self.device)
             self._synchronize()
-            load_s = time.perf_counter() - start
+            load_s = time.perf_counter() - self.started
             weights, load_peak = self._allocated() - before, self._peak() - before
             step_512 = self._step_ms(model, 512)
             self._reset_peak()
@@ -106,10 +122,15 @@ class Bench:
                 step_peak_gb=_gb(self._peak()) if self.is_gpu else None,
                 error=self._error(model),
             )
-        except (ModelError, ImportError, RuntimeError, ValueError, AssertionError) as error:
-            return Row(name=name, problem=str(error).splitlines()[0])
+        except UNAVAILABLE as error:
+            return Row(name=name, problem=one_line(error))
         finally:
             _free()
+
+    def begin(self) -> None:
+        """What is measured of loading begins here."""
+        self._reset_peak()
+        self.started = time.perf_counter()
 
     def bf16(self) -> nn.Module:
         return FluxTransformer2DModel.from_pretrained(self.base, dtype=torch.bfloat16)  # type: ignore[no-any-return]
@@ -224,7 +245,7 @@ def checkpoint(write: Callable[[Bench, Path], Path | None]) -> Callable[[Bench],
         try:
             path = write(bench, folder) or folder
             _free()
-            bench._reset_peak()
+            bench.begin()
             weights = weights_at(place_of(str(path)))
             found = detect(weights, weights.config)
             assert found is not None
@@ -243,7 +264,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def _base_tensors(bench: Bench) -> dict[str, Tensor]:
-    return load_file(bench.base / "diffusion_pytorch_model.safetensors")
+    return load_file(bench.base_file)
 
 
 def _is_quantized(name: str, tensor: Tensor) -> bool:
@@ -345,7 +366,6 @@ FORMS: dict[str, Callable[[Bench], nn.Module]] = {
     "FP8 file, scales of rows": checkpoint(write_fp8_rows),
     "ModelOpt FP8 folder, static scales": checkpoint(write_modelopt_fp8),
     "GGUF Q8_0": checkpoint(write_gguf("Q8_0")),
-    "GGUF Q4_0": checkpoint(write_gguf("Q4_0")),
     "torchao Int8WeightOnly": checkpoint(write_by_diffusers(torchao("Int8WeightOnlyConfig"))),
     "torchao Float8 dynamic, by rows": checkpoint(
         write_by_diffusers(torchao("Float8DynamicActivationFloat8WeightConfig", granularity="PerRow"))
@@ -356,6 +376,7 @@ FORMS: dict[str, Callable[[Bench], nn.Module]] = {
         )
     ),
     "bitsandbytes LLM.int8": checkpoint(write_by_diffusers(bitsandbytes(load_in_8bit=True))),
+    "GGUF Q4_0": checkpoint(write_gguf("Q4_0")),
 }
 
 
@@ -412,18 +433,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="a model of some kilobytes")
     parser.add_argument("--only", help="only forms whose name has this in it, and bf16")
+    parser.add_argument("--seconds", type=float, default=220.0, help="no form begins later than that")
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    start = time.perf_counter()
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     forms = {name: make for name, make in FORMS.items() if name == "bf16" or (args.only or "") in name}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), device, TINY if args.tiny else REAL, args.repeats)
         for name, make in forms.items():
-            rows.append(bench.row(name, make))
-            print(rows[-1], flush=True)
-        num_parameters = sum(t.numel() for t in _base_tensors(bench).values())
+            has_time = time.perf_counter() - start < args.seconds
+            rows.append(bench.row(name, make) if has_time else Row(name=name, problem="no time was left"))
+            print(f"{time.perf_counter() - start:.0f} s: {rows[-1]}", flush=True)
+            write(rows, bench, args)
+    print(args.out.with_suffix(".md").read_text() if args.out else "")
+
+
+def write(rows: list[Row], bench: Bench, args: argparse.Namespace) -> None:
+    """The report so far."""
+    if not args.out:
+        return
+    num_parameters = sum(math.prod(info.shape) for info in read_header(bench.base_file).tensors.values())
     where = torch.cuda.get_device_name() if bench.is_gpu else platform.machine()
     report = {
         "command": f"python bench/quantization.py --device {args.device}{' --tiny' if args.tiny else ''}",
@@ -432,10 +464,8 @@ def main() -> None:
         "model": f"FLUX with {num_parameters / 1e9:.2g} billion parameters",
         "rows": [msgspec.to_builtins(row) for row in rows],
     }
-    print(table(rows, report))
-    if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(table(rows, report))
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    args.out.with_suffix(".md").write_text(table(rows, report))
 
 
 if __name__ == "__main__":
