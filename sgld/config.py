@@ -173,6 +173,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, _field("a folder, a Hugging Face model id, or a model that ships with sgld", aliases=("model",))
     ] = EMBEDDED_IMAGE_MODEL
     revision: Annotated[str | None, _field("revision of the model on the hub")] = None
+    backend: Annotated[
+        Literal["auto", "sglang", "sgld", "diffusers"],
+        _field(
+            "sglang (or sgld): the engine; diffusers: pipelines run whole, one at a time; auto: what suits the model"
+        ),
+    ] = "auto"
     component_paths: Annotated[
         dict[str, str],
         _field("components from other folders or hub ids; --vae-path PATH chooses the vae, and so on for each"),

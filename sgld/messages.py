@@ -58,6 +58,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Names the configurations of its components; None: nothing that is learned of it is kept."""
     decisions: dict[str, str] = {}
     """Component name, or `model`, to how it was loaded."""
+    is_whole: bool = False
+    """Its pipeline runs as diffusers has it: one request at a time."""
 
 
 class Command(msgspec.Struct, frozen=True, tag_field="type"):

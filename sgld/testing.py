@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sgld.engine.scheduler import Scheduler
 from sgld.ipc.channel import channel_pair
 from sgld.ipc.tensor_queue import tensor_queue
 from sgld.messages import Pending, Ran, Stepped
+from sgld.models.backend import choose_backend
 from sgld.models.load import LoadedModel
 from sgld.sampling_params import StepCacheParams
 from sgld.worker.executor import Executor
@@ -110,13 +111,16 @@ class InlineReplica:
 
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any] | None = None) -> None:
         self._model = LoadedModel(pipeline, torch.device(pipeline.device), dict(defaults or {}), "inline")
+        self._class_names = [base.__name__ for base in type(pipeline).__mro__]
 
     @asynccontextmanager
     async def __call__(self, config: EngineConfig) -> AsyncIterator[Rank]:
         """A rank, as long as the block lasts."""
         front, rank_end = channel_pair()
         reader, writer = tensor_queue()
-        args = (rank_end, writer, config, lambda: self._model)
+        is_whole = choose_backend(config.backend, self._class_names, {}).is_whole
+        model = replace(self._model, is_whole=is_whole)
+        args = (rank_end, writer, config, lambda: model)
         thread = threading.Thread(target=serve, args=args, name="inline-rank")
         thread.start()
         try:

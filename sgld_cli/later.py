@@ -33,7 +33,6 @@ LATER: dict[str, Later] = {
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Compilation and caches
-    "backend": Later("a backend without sgld's scheduler", today=("auto", "sglang")),
     "cache_dit_config": Later("Cache-DiT"),
     "enable_cache_dit": Later("Cache-DiT", today=_OFF),
     "enable_teacache": Later("TeaCache", today=_OFF),

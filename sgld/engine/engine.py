@@ -313,6 +313,8 @@ class Engine:
                 logger.debug("the rank is %s", stage)
             case Ready(model=model):
                 self._rank, self._model, self._requests.fps = rank, model, model.fps
+                if model.is_whole:
+                    self._scheduler.run_singly()
                 self._is_decided.set()
             case LoadFailed(message=message):
                 self._fail_load(message)

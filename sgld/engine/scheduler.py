@@ -61,6 +61,10 @@ class Scheduler:
         self._tick_s = 0.0
         """The longest of late."""
 
+    def run_singly(self) -> None:
+        """From now on one request starts when the last one has ended."""
+        self._max_running = 1
+
     def check_room(self, demand: Demand, num_requests: int, now: float) -> None:
         """See that so many more requests may wait, and can be done in time.
 

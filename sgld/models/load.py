@@ -36,6 +36,7 @@ class LoadedModel:
     """A model on its device: the pipeline that was loaded, and its siblings for other inputs.
 
     `defaults` are the sampling params that the model's author recommends; `verdict_file` keeps what is learned of it.
+    `is_whole`: its requests run as diffusers runs them, one at a time.
     """
 
     pipeline: Any
@@ -44,6 +45,7 @@ class LoadedModel:
     model_path: str
     verdict_file: VerdictFile | None = None
     decisions: dict[str, str] = field(default_factory=dict)
+    is_whole: bool = False
     _siblings: dict[str, Any] = field(default_factory=dict)
 
     def pipeline_for(self, given: Collection[str]) -> Any:
@@ -77,6 +79,7 @@ class LoadedModel:
             device_name=_device_name(self.device),
             identity=self.verdict_file.name if self.verdict_file is not None else None,
             decisions=self.decisions,
+            is_whole=self.is_whole,
         )
 
 
@@ -104,7 +107,10 @@ def load(config: EngineConfig) -> LoadedModel:
     decisions = planned.decisions()
     for notes in (made, said, {"model": note} if note else {}):
         decisions = with_notes(decisions, notes)
-    return LoadedModel(pipeline, device, recommended | guidance, config.model_path, verdict_file, decisions)
+    is_whole = planned.backend.is_whole
+    return LoadedModel(
+        pipeline, device, recommended | guidance, config.model_path, verdict_file, decisions, is_whole=is_whole
+    )
 
 
 def _pipeline(planned: Plan) -> Any:

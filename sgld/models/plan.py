@@ -11,12 +11,14 @@ from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
 from sgld.models import noise
 from sgld.models.attention import Attention, choose
+from sgld.models.backend import ENGINE, Backend, choose_backend
 from sgld.models.overlay import find_model
 from sgld.models.pipeline_class import class_name, with_class
 from sgld.models.quantization import Capability, Quantization
 from sgld.models.resolve import ModelSource, model_index
 from sgld.models.single_file import single_file
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
+from sgld.models.verdicts import VerdictFile
 from sgld.models.weight_files import Weights, is_file_of_weights
 from sgld.models.weights_choice import choose_weights, is_denoiser, weights_paths
 
@@ -60,6 +62,7 @@ class Plan:
     attention: Attention | None = None
     scheduler: Any = None
     """The noise scheduler in the place of the model's own, where one was chosen."""
+    backend: Backend = ENGINE
 
     def decisions(self) -> dict[str, str]:
         """What was decided, for people: by component, and of the whole under `model`."""
@@ -88,8 +91,11 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     scheduler, parts = noise.choose(config.noise, parts, config.model_path)
     parts = tuple(_quantized(part, config, device_type, fetches=materializes) for part in parts)
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
-    notes = (*source.notes, *_source_notes(source, config), *((attention.note,) if attention is not None else ()))
-    return Plan(config, source, index, class_name(index), device_type, parts, notes, attention, scheduler)
+    name = class_name(index)
+    backend = choose_backend(config.backend, [name], VerdictFile(source, index, parts).read().modes)
+    chosen = (backend.note, attention.note if attention is not None else None)
+    notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen))
+    return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:

@@ -6,13 +6,15 @@ import logging
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from sgld.config import cache_root
-from sgld.models.plan import ComponentPlan
 from sgld.models.resolve import ModelSource
+
+if TYPE_CHECKING:
+    from sgld.models.plan import ComponentPlan
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class VerdictFile:
     :param components: those of its plan.
     """
 
-    def __init__(self, source: ModelSource, index: dict[str, Any], components: Sequence[ComponentPlan] = ()) -> None:
+    def __init__(self, source: ModelSource, index: dict[str, Any], components: "Sequence[ComponentPlan]" = ()) -> None:
         # What is loaded as the index says has nothing to add.
         decided = [(part.name, str(part.source), part.class_name, part.notes) for part in components if part.notes]
         named = [version("diffusers"), source.model_path, index, sorted(decided)]

@@ -12,22 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from sgld.errors import InvalidRequest
+from sgld.models.backend import NEEDS_GRADIENTS
 from sgld.sampling_params import StepCacheParams
 from sgld.worker.calls import Call, ComponentProxy
 from sgld.worker.deferred import Deferral, forced
-from sgld.worker.snapshot import Snapshot
 from sgld.worker.step_cache import StepCache
 from sgld.worker.task import Task
 
-# Their `__call__` differentiates through the denoiser, which a call handed over can't do.
-NEEDS_GRADIENTS = frozenset(
-    {
-        "StableDiffusionAttendAndExcitePipeline",
-        "StableDiffusionDiffEditPipeline",
-        "StableDiffusionPix2PixZeroPipeline",
-        "CLIPGuidedStableDiffusion",
-    }
-)
 # By name: to import them takes half a second.
 _STATEFUL = {"SchedulerMixin", "BaseGuidance"}
 
@@ -40,9 +31,15 @@ def bind(pipeline: Any, task: Task, *, defers: bool = False, cache: StepCachePar
     :raises InvalidRequest: the pipeline needs gradients inside its `__call__`.
     """
     if NEEDS_GRADIENTS & {base.__name__ for base in type(pipeline).__mro__}:
-        raise InvalidRequest(f"{type(pipeline).__name__} needs gradients inside its __call__; sgld can't serve it")
+        name = type(pipeline).__name__
+        raise InvalidRequest(f"{name} needs gradients inside its __call__; it can be served with --backend diffusers")
     deferral = Deferral(task) if defers else None
     return _Binding(task, deferral, StepCache(task, cache) if cache is not None else None).bound(pipeline, "")
+
+
+def bind_whole(pipeline: Any, task: Task) -> Any:
+    """A copy of the pipeline for one task that runs its models itself, and alone; it may change them until it ends."""
+    return _WholeBinding(task, None, None).bound(pipeline, "")
 
 
 def release(bound: Any) -> None:
@@ -85,17 +82,23 @@ class _Binding:
             return self._copies[id(value)]
         bases = {base.__name__ for base in type(value).__mro__}
         if isinstance(value, nn.Module):
-            own: Any = ComponentProxy(value, name, self._hand_over, self._touched)
-        elif isinstance(value, DiffusionPipeline):
+            return self._own_model(value, name)
+        if isinstance(value, DiffusionPipeline):
             return self.bound(value, f"{name}.")
-        elif "ModularPipelineBlocks" in bases:
-            own = self._blocks(value, name)
+        if "ModularPipelineBlocks" in bases:
+            own: Any = self._blocks(value, name)
         elif _STATEFUL & bases:
             own = copy.deepcopy(value)
         else:
             return value
         self._copies[id(value)] = own
         return own
+
+    def _own_model(self, model: nn.Module, name: str) -> Any:
+        """What stands in the place of a model."""
+        proxy = ComponentProxy(model, name, self._hand_over, self._touched)
+        self._copies[id(model)] = proxy
+        return proxy
 
     def _blocks(self, blocks: Any, name: str) -> Any:
         """Blocks of a modular pipeline, which show progress themselves."""
@@ -121,13 +124,25 @@ class _Binding:
         # What waits was meant for the component as it is.
         self._task.settle()
         self._task.exclusive_because = self._task.exclusive_because or what
-        if all(snapshot.component is not component for snapshot in self._task.snapshots):
-            self._task.snapshots.append(Snapshot(component))
+        self._task.remember(component)
 
     def _progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> "ProgressBar":
         if total is None:
             total = len(iterable) if isinstance(iterable, Sized) else self._task.num_steps
         return ProgressBar(self._task, total, iterable)
+
+
+class _WholeBinding(_Binding):
+    """The same with the models themselves."""
+
+    def bound(self, pipeline: Any, prefix: str) -> Any:
+        bound = super().bound(pipeline, prefix)
+        del vars(bound)["maybe_free_model_hooks"]
+        return bound
+
+    def _own_model(self, model: nn.Module, name: str) -> Any:
+        self._task.remember(model)
+        return model
 
 
 class ProgressBar:
@@ -138,7 +153,7 @@ class ProgressBar:
         self._iterable = iterable
         self.total = total
         self.n = 0
-        task.step, task.num_steps, task.has_progress_bar = 0, total, True
+        task.began(total)
 
     def __enter__(self) -> Self:
         return self

@@ -133,6 +133,23 @@ class Call:
             return function(*args, **kwargs)
 
 
+class Stretch(Call):
+    """What a pipeline that runs its models itself does until its next step; it runs in the thread of its task."""
+
+    def __init__(self, request_id: str, name: str, size: str, kind: CallKind) -> None:
+        super().__init__(request_id, name, nn.Identity(), kind, (), {}, current_context())
+        self._kind: CallKind = kind
+        self._size = size
+
+    @functools.cached_property
+    def kind(self) -> CallKind:
+        return self._kind
+
+    @functools.cached_property
+    def cost_key(self) -> str:
+        return f"{self.component}.{self.kind}({self._size})"
+
+
 class ComponentProxy:
     """A component as a task sees it: the real one, except that its calls are handed over.
 
@@ -208,3 +225,22 @@ class ComponentProxy:
     def real(self) -> nn.Module:
         """The component itself."""
         return self.__dict__["_real"]  # type: ignore[no-any-return]
+
+
+def real_of(component: Any) -> nn.Module:
+    """The component itself, for which a proxy may stand."""
+    return component.real if type(component) is ComponentProxy else component
+
+
+def enter_around(component: Any, method: str, around: Callable[[], AbstractContextManager[None]]) -> None:
+    """Enter a context around each call of a method, where it runs; of a component itself, as long as it is so."""
+    if type(component) is ComponentProxy:
+        component.enter_around(method, around)
+        return
+    real = getattr(component, method)
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return real(*args, **kwargs)
+
+    vars(component)[method] = functools.wraps(real)(within)

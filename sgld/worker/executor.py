@@ -59,7 +59,7 @@ class Executor:
         self.num_proofs = 0
         self.num_parted = 0
         """Merged forwards of which some calls left after the first block."""
-        self._synchronize = synchronize
+        self.synchronize = synchronize
         self._digests = Digests()
         self._encodings = Encodings(self._digests, max_encodings_bytes)
         self._max_rows: Recent[int] = Recent()
@@ -83,7 +83,7 @@ class Executor:
         cost_key = max(calls, key=_num_elements).cost_key
         start = time.perf_counter()
         outcomes, is_merged, is_timed, num_reused = self._answer(calls)
-        self._synchronize()
+        self.synchronize()
         return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed, cost_key, num_reused)
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:

@@ -28,6 +28,7 @@ from sgld.messages import (
 )
 from sgld.sampling_params import SamplingParams
 from sgld.worker.arguments import arguments, num_steps, with_pictures
+from sgld.worker.calls import enter_around, real_of
 from sgld.worker.executor import Executor
 from sgld.worker.memory import Memory
 from sgld.worker.outputs import outputs_of, sample_rate_of
@@ -120,13 +121,17 @@ class Rank:
 
     def _start(self, request_id: str, params: SamplingParams) -> None:
         try:
+            if self._model.is_whole and params.cache is not None:
+                raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
             images = [load_image(Path(path)) for path in params.image_path]
             pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
             kwargs = with_pictures(arguments(pipeline, params, self._model.defaults, images))
         except Exception as error:  # noqa: BLE001 - the task's boundary: what it can't begin with fails it alone
             self._failed(request_id, translated(error, has_made_calls=False))
             return
-        output = _Output(self._results, request_id, self._model, self._previewer, params)
+        # A task that runs its models itself has the cores.
+        num_threads = torch.get_num_threads() if self._model.is_whole else 1
+        output = _Output(self._results, request_id, self._model, self._previewer, params, num_threads)
         self._session.start(
             Job(
                 request_id,
@@ -135,6 +140,7 @@ class Rank:
                 num_steps=num_steps(pipeline, kwargs),
                 is_exact=params.exact,
                 cache=params.cache,
+                is_whole=self._model.is_whole,
                 prepare=output.prepare,
                 finish=output.finish,
             )
@@ -158,12 +164,19 @@ class _Output:
     """Sends what one task shows while it runs and in the end."""
 
     def __init__(
-        self, results: Results, request_id: str, model: "LoadedModel", previewer: Previewer, params: SamplingParams
+        self,
+        results: Results,
+        request_id: str,
+        model: "LoadedModel",
+        previewer: Previewer,
+        params: SamplingParams,
+        num_threads: int,
     ) -> None:
         self._results = results
         self._request_id = request_id
         self._model = model
         self._previewer = previewer
+        self._num_threads = num_threads
         self._num_previews = params.num_previews
         self._flow_shift = params.flow_shift
         self._video_processor: Any = None
@@ -173,7 +186,7 @@ class _Output:
     def prepare(self, task: Task, bound: Any) -> None:
         """In the task's thread, before its pipeline runs."""
         # The executor has the cores; a pool of threads for each task would fight for them.
-        torch.set_num_threads(1)
+        torch.set_num_threads(self._num_threads)
         if self._model.device.type == "cuda":
             torch.cuda.set_device(self._model.device)
         if self._flow_shift is not None:
@@ -183,10 +196,11 @@ class _Output:
         vae = getattr(bound, "vae", None)
         if vae is None:
             return
-        self._previewer.watch(task, bound, vae.real, self._num_previews, self._preview)
+        real = real_of(vae)
+        self._previewer.watch(task, bound, real, self._num_previews, self._preview)
         self._video_processor = getattr(bound, "video_processor", None)
-        if can_stream(vae.real) and self._video_processor is not None:
-            vae.enter_around("decode", lambda: streamed(vae.real, self._stream))
+        if can_stream(real) and self._video_processor is not None:
+            enter_around(vae, "decode", lambda: streamed(real, self._stream))
 
     def finish(self, result: Any) -> None:
         """In the task's thread: send what wasn't sent while it was decoded."""

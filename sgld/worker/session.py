@@ -1,8 +1,9 @@
 """The tasks of one rank, and what the scheduler's decisions do to them. Synchronous: whoever calls owns the device."""
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,17 @@ from torch import nn
 from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Pending, Ran, Stepped, TickMode
 from sgld.sampling_params import StepCacheParams
-from sgld.worker.binding import bind, release
-from sgld.worker.calls import Call
+from sgld.worker.binding import bind, bind_whole, release
+from sgld.worker.calls import Call, Stretch
 from sgld.worker.executor import Executor, Tick
 from sgld.worker.probe import probed_axes
 from sgld.worker.snapshot import next_hook_id, remove_hooks
-from sgld.worker.task import Outcome, Raised, Task
+from sgld.worker.task import Outcome, Raised, Task, Value
 
 logger = logging.getLogger(__name__)
+# Arguments whose numbers tell how long a step takes. Of others it matters that they are given, of some not even that.
+_COUNTS = ("height", "width", "num_frames", "num_images_per_prompt", "num_videos_per_prompt", "max_sequence_length")
+_OF_NO_SIZE = ("generator", "num_inference_steps", "output_type")
 News = Pending | Ran | Stepped
 
 
@@ -28,7 +32,7 @@ class Job:
     """What a task runs: a pipeline with arguments.
 
     `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned. An exact one
-    shares no forward, not even between its own calls.
+    shares no forward, not even between its own calls. One that is whole runs its models itself, while no other runs.
     """
 
     request_id: str
@@ -37,6 +41,7 @@ class Job:
     num_steps: int = 0
     is_exact: bool = False
     cache: StepCacheParams | None = None
+    is_whole: bool = False
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
     finish: Callable[[Any], Any] = lambda result: result
 
@@ -83,6 +88,8 @@ class Session:
             return
         task = self._task_of(job)
         self._tasks[job.request_id], self._jobs[job.request_id] = task, job
+        if job.is_whole:
+            self._exclusive = task
         was_alone = len(self._tasks) == 2
         self._advance(task)
         if was_alone:
@@ -90,7 +97,22 @@ class Session:
         self._tell()
 
     def _task_of(self, job: Job) -> Task:
+        def whole(task: Task) -> Any:
+            size = size_of(job.kwargs)
+            task.whole = functools.partial(Stretch, job.request_id, type(job.pipeline).__name__, size)
+            bound = bind_whole(job.pipeline, task)
+            try:
+                job.prepare(task, bound)
+                task.pause("encode")
+                # What it complains of before its first step are its arguments.
+                task.num_calls = 0
+                return job.finish(bound(**job.kwargs))
+            finally:
+                release(bound)
+
         def body(task: Task) -> Any:
+            if job.is_whole:
+                return whole(task)
             defers = self.executor.merges and not job.is_exact
             bound = bind(job.pipeline, task, defers=defers, cache=job.cache)
             try:
@@ -142,6 +164,8 @@ class Session:
         """One forward; returns the calls that follow if they can share the next one."""
         if not calls:
             return ()
+        if isinstance(calls[0], Stretch):
+            return self._stretch(calls[0])
         started_ns, num_proofs = time.monotonic_ns(), self.executor.num_proofs
         tick = self.executor.run(calls)
         is_proof = self.executor.num_proofs > num_proofs
@@ -156,6 +180,16 @@ class Session:
         for task in tasks:
             self._advance(task, answers[task.request_id])
         return self._following(tasks, calls[0])
+
+    def _stretch(self, call: Stretch) -> Sequence[int]:
+        """Let a task run its models itself, up to its next step."""
+        task, started_ns, start = self._tasks[call.request_id], time.monotonic_ns(), time.perf_counter()
+        task.advance(Value(None))
+        self.executor.synchronize()
+        tick = Tick([], time.perf_counter() - start, is_merged=False, is_timed=True, cost_key=call.cost_key)
+        self._note_ran([call], tick, started_ns, "single")
+        self._look_at(task)
+        return () if task.end is not None else self._following([task], call)
 
     def _tell(self) -> None:
         """Tell what happened, in one message: each wakes the front, and takes as long as a handover to a task."""
@@ -203,6 +237,10 @@ class Session:
             # Only one task runs at a time, so they are its own: on parts of models, which no proxy stands for.
             task.hook_ids.update(hooks)
             task.exclusive_because = task.exclusive_because or "hooks on parts of its models"
+        self._look_at(task, known)
+
+    def _look_at(self, task: Task, known: Collection[Call] = ()) -> None:
+        """What became of a task that ran: it has ended, or has calls that weren't known."""
         if task.end is not None:
             self._finish(task)
             return
@@ -299,6 +337,15 @@ class Session:
 def is_cancelled(outcome: Outcome) -> bool:
     """Whether a task ended because it was told to."""
     return isinstance(outcome, Raised) and isinstance(outcome.error, Cancelled)
+
+
+def size_of(kwargs: Mapping[str, Any]) -> str:
+    """What of the arguments tells how long a step of a whole pipeline takes."""
+    counts = [f"{name}={value}" for name, value in sorted(kwargs.items()) if name in _COUNTS and value is not None]
+    others = [
+        name for name, value in sorted(kwargs.items()) if name not in (*_COUNTS, *_OF_NO_SIZE) and value is not None
+    ]
+    return ",".join([*counts, *others])
 
 
 def _seed_of(job: Job) -> int:

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from sgld.errors import Cancelled
+from sgld.messages import CallKind
 from sgld.worker.calls import Call
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.sites import Skips
@@ -66,6 +69,8 @@ class Task:
         """The components that it changes, as they were before."""
         self.hook_ids: set[int] = set()
         """The hooks that it registered in its own thread."""
+        self.whole: Callable[[CallKind], Call] | None = None
+        """Makes its stretches, where it runs its models itself."""
         self._body: Callable[[Task], Any] | None = body
         self._random = OwnRandom(seed)
         self._on_step = on_step
@@ -184,10 +189,35 @@ class Task:
             self._calls.clear()
             raise Cancelled
 
+    def began(self, num_steps: int) -> None:
+        """In the task's thread: so many denoising steps follow, and a progress bar tells of them.
+
+        :raises Cancelled: the task is cancelled.
+        """
+        self.step, self.num_steps, self.has_progress_bar = 0, num_steps, True
+        self.pause("denoise")
+
     def stepped(self, step: int, num_steps: int) -> None:
-        """In the task's thread: `step` of `num_steps` denoising steps are done."""
+        """In the task's thread: `step` of `num_steps` denoising steps are done.
+
+        :raises Cancelled: the task is cancelled.
+        """
         self.step, self.num_steps = step, num_steps
         self._on_step(self)
+        self.pause("denoise" if step < num_steps else "decode")
+
+    def pause(self, kind: CallKind) -> None:
+        """In the task's thread: where it runs whole, stop until the stretch that follows is its turn.
+
+        :raises Cancelled: the task is cancelled.
+        """
+        if self.whole is not None:
+            self.hand_over(self.whole(kind))
+
+    def remember(self, component: nn.Module) -> None:
+        """Take note of a component that it may change."""
+        if all(snapshot.component is not component for snapshot in self.snapshots):
+            self.snapshots.append(Snapshot(component))
 
     def _main(self) -> None:
         self._go.acquire()
