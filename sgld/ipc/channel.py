@@ -14,6 +14,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import assert_spawning
 from typing import Any, Generic, Never, TypeVar
@@ -95,6 +96,11 @@ class RankEnd(Generic[SendT, ReceiveT]):
     def fileno(self) -> int:
         """The descriptor, for a thread that waits for several things at once."""
         return self._socket.fileno()
+
+    def shutdown(self) -> None:
+        """End the connection: both ends find their peer gone, in all threads, those that wait, too."""
+        with suppress(OSError):  # the peer may have done so before
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close this process's hold on the end; other threads have left it by now."""

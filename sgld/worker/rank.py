@@ -82,6 +82,7 @@ class Rank:
         """Do what the front commands until it says `Exit`.
 
         :raises ChannelClosed: the front is gone.
+        :raises Exception: results can't be sent any more.
         """
         try:
             while True:

@@ -42,6 +42,7 @@ class Results:
         self._tensors = tensors
         self._waiting: queue.Queue[_Parcel | AnyReply | None] = queue.Queue(MAX_WAITING)
         self._is_closed = threading.Event()
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._send_all, name="results", daemon=True)
         self._thread.start()
 
@@ -92,11 +93,16 @@ class Results:
         self._put(message)
 
     def close(self) -> None:
-        """Send what waits, unless the front is gone."""
+        """Send what waits, unless the front is gone.
+
+        :raises Exception: something can't be sent, so that nothing was since then.
+        """
         with suppress(queue.Full):
             self._waiting.put(None, timeout=_CLOSE_S)
             self._thread.join(timeout=_CLOSE_S)
         self._is_closed.set()
+        if self._error is not None:
+            raise self._error
 
     def _put(self, item: _Parcel | AnyReply) -> None:
         # CUDA work is ordered by streams: the thread must not copy before the pixels are there.
@@ -114,6 +120,10 @@ class Results:
                     self._channel.send(item)
         except (ChannelClosed, Cancelled):
             self._drain()
+        except Exception as error:  # the boundary of the thread: the rank ends, and `close` says why
+            self._error = error
+            self._channel.shutdown()
+            self._drain()
 
     def _should_stop(self) -> bool:
         """Whether nobody will release a slot of the tensor queue any more."""
@@ -125,6 +135,6 @@ class Results:
         return bool(poll.poll(0))
 
     def _drain(self) -> None:
-        """The front is gone: nothing that a task gives any more may block it."""
+        """Nobody hears any more: nothing that a task gives may block it."""
         while self._waiting.get() is not None:
             pass

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgld.errors import PipelineFailed
+from sgld.errors import ChannelClosed, PipelineFailed
 from sgld.ipc.channel import FrontEnd, channel_pair
 from sgld.ipc.tensor_queue import TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Decoded, Finished, Previewed
@@ -109,6 +109,31 @@ def in_time(action: Any) -> bool:
     thread.start()
     thread.join(timeout=20)
     return not thread.is_alive()
+
+
+def test_what_can_not_be_sent_ends_the_rank_and_says_why() -> None:
+    front_end, rank = channel_pair()
+    reader, writer = tensor_queue(num_slots=4, slot_bytes=SLOT_BYTES)
+    results, front = Results(rank, writer), Front(front_end, reader)
+    results.message(Finished(request_id="before"))
+    results.preview("a", 1, np.zeros((1, 2, 3), np.float32))  # type: ignore[arg-type]
+
+    def give() -> None:
+        for index in range(3 * MAX_WAITING):
+            results.message(Finished(request_id=str(index)))
+
+    assert front.receive() == Finished(request_id="before")
+    with pytest.raises(ChannelClosed):
+        front.receive()
+    # Whoever waits for commands hears of it.
+    with pytest.raises(ChannelClosed):
+        rank.receive(20)
+    assert in_time(give)
+    with pytest.raises(ValueError, match="takes uint8, got float32"):
+        results.close()
+    front_end.close()
+    for end in (rank, reader, writer):
+        end.close()
 
 
 def test_front_that_is_gone_blocks_nobody(ends: Ends) -> None:
