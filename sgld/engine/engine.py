@@ -107,7 +107,7 @@ class Engine:
     async def __aenter__(self) -> Self:
         _refuse_unguarded_spawn()
         self._tally.trace = await to_thread.run_sync(_open_trace, self._config.trace)
-        tasks = await self._stack.enter_async_context(anyio.create_task_group())
+        self._tasks = tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._stack.callback(tasks.cancel_scope.cancel)
         self._is_open = True
         tasks.start_soon(self._serve)
@@ -242,9 +242,7 @@ class Engine:
             while self._load_error is None:
                 reply: AnyReply | None = await rank.receive()
                 while reply is not None:
-                    if isinstance(reply, Ready):
-                        await self._recall(reply.model)
-                    self._handle(rank, reply)
+                    await self._handle(rank, reply)
                     reply = rank.receive_nowait()
                 self._tick()
         except RankLost as error:
@@ -307,11 +305,12 @@ class Engine:
             # Whoever waits for its replies sees it, too, and recovers.
             logger.debug("%s wasn't sent, the rank is gone", command)
 
-    def _handle(self, rank: Rank, reply: AnyReply) -> None:
+    async def _handle(self, rank: Rank, reply: AnyReply) -> None:
         match reply:
             case Alive(stage=stage):
                 logger.debug("the rank is %s", stage)
             case Ready(model=model):
+                await self._recall(model)
                 self._rank, self._model, self._requests.fps = rank, model, model.fps
                 if model.is_whole:
                     self._scheduler.run_singly()
@@ -332,8 +331,11 @@ class Engine:
                     self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
             case Idle():
                 self._running = None
-            case Previewed() | Decoded() | Heard() | Stepped() | Finished() | TaskFailed() | TaskCancelled():
-                self._requests.heard(reply, rank.tensors)
+            case Previewed() | Decoded() | Heard():
+                await self._requests.take(reply, rank.tensors)
+            case Stepped() | Finished() | TaskFailed() | TaskCancelled():
+                if (completed := self._requests.report(reply)) is not None:
+                    self._tasks.start_soon(self._requests.tell_completed, completed)
             case unknown:
                 assert_never(unknown)
 

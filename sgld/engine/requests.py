@@ -1,11 +1,15 @@
 """The requests on their way: what the rank's replies say of them becomes their events."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import count
-from typing import assert_never
+from math import prod
+from typing import TypeVar, assert_never
 
+import anyio
 import numpy as np
+from anyio.to_thread import run_sync
+from numpy.typing import NDArray
 
 from sgld.engine.demand import demand_of
 from sgld.engine.entry import Entry
@@ -14,13 +18,16 @@ from sgld.engine.statistics import Tally
 from sgld.errors import RankLost
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started, Terminal
 from sgld.ipc.tensor_queue import TensorReader
-from sgld.messages import Decoded, Finished, Heard, Previewed, Start, Stepped, TaskCancelled, TaskFailed
+from sgld.messages import Decoded, Finished, Heard, Previewed, Start, Stepped, TaskCancelled, TaskFailed, TensorRef
 from sgld.request import Request, RequestState
 from sgld.sampling_params import SamplingParams
 
 # A request that was running when so many ranks were lost is to blame.
 MAX_LOSSES = 2
+# Less than this is done faster than a thread is asked to do it.
+_LARGE_BYTES = 2**20
 _ids = count(1)
+T = TypeVar("T")
 Result = Previewed | Decoded | Heard
 Report = Stepped | Finished | TaskFailed | TaskCancelled
 
@@ -88,15 +95,59 @@ class Requests:
             entry.change(RequestState.FAILED)
             entry.stream.close()
 
-    def heard(self, reply: Result | Report, tensors: TensorReader) -> None:
-        """The rank says something of a request; it may have ended meanwhile."""
+    async def take(self, reply: Result, tensors: TensorReader) -> None:
+        """The rank sends pixels or sound of a request, which may have ended meanwhile.
+
+        They are copied out of the tensor queue: the consumer may keep them, the rank needs the slots.
+        """
+        ref = reply.samples if isinstance(reply, Heard) else reply.pixels
+        if reply.request_id not in self._entries:
+            tensors.release(ref)
+            return
+        copied = await _off_the_loop(prod(ref.shape), lambda: _copied(tensors, ref))
+        if (entry := self._entries.get(reply.request_id)) is None:
+            return
         match reply:
-            case Previewed() | Decoded() | Heard():
-                self._take_result(tensors, reply)
-            case Stepped() | Finished() | TaskFailed() | TaskCancelled():
-                self._report(reply)
+            case Previewed(step=step):
+                entry.put(entry.event(Preview, step=step, image=copied))
+            case Decoded(index=index, is_video=is_video):
+                entry.is_video = is_video
+                if (new := entry.keep(index, copied)) is not None and is_video:
+                    entry.put(entry.event(Frames, index=new[0], frames=new[1]))
+            case Heard(sample_rate=sample_rate):
+                entry.sample_rate = sample_rate
+                entry.sound.append(copied.view(np.float32).T)
+
+    def report(self, reply: Report) -> Entry | None:
+        """The rank says something else of a request; it may have ended meanwhile.
+
+        :return: a request that is completed, which `tell_completed` is to tell.
+        """
+        entry = self._entries.get(reply.request_id)
+        if entry is None:
+            return None
+        match reply:
+            case Stepped(step=step, num_steps=num_steps):
+                self._scheduler.stepped(reply.request_id, step)
+                self._tally.stepped(reply)
+                eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
+                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
+            case Finished():
+                self._leave(entry, RequestState.COMPLETED)
+                return entry
+            case TaskFailed(code=code, message=message):
+                self.end(entry, RequestState.FAILED, entry.event(Failed, code=code, message=message))
+            case TaskCancelled():
+                self.end(entry, RequestState.CANCELLED, entry.event(Cancelled))
             case unknown:
                 assert_never(unknown)
+        return None
+
+    async def tell_completed(self, entry: Entry) -> None:
+        """Tell the last event of a request, with all its frames in one; also while the engine closes."""
+        num_bytes = sum(piece.nbytes for piece in entry.frames)
+        with anyio.CancelScope(shield=True):
+            entry.put(await _off_the_loop(num_bytes, lambda: self._completed(entry)))
 
     def run_again(self, problem: str, blamed: Collection[str] | None) -> None:
         """The rank is lost: its requests run again, but one that was running when two ranks were lost fails.
@@ -116,41 +167,6 @@ class Requests:
             self._scheduler.requeue(entry.request.id, is_suspect=is_blamed)
             entry.put(entry.event(Restarted, attempt=entry.attempt))
 
-    def _take_result(self, tensors: TensorReader, reply: Previewed | Decoded | Heard) -> None:
-        """Copy pixels or sound out of the tensor queue: the consumer may keep them, the rank needs the slots."""
-        entry = self._entries.get(reply.request_id)
-        with tensors.borrowed(reply.samples if isinstance(reply, Heard) else reply.pixels) as view:
-            if entry is None:
-                return
-            copied = view.copy()
-        match reply:
-            case Previewed(step=step):
-                entry.put(entry.event(Preview, step=step, image=copied))
-            case Decoded(index=index, is_video=is_video):
-                entry.is_video = is_video
-                if (new := entry.keep(index, copied)) is not None and is_video:
-                    entry.put(entry.event(Frames, index=new[0], frames=new[1]))
-            case Heard(sample_rate=sample_rate):
-                entry.sample_rate = sample_rate
-                entry.sound.append(copied.view(np.float32).T)
-
-    def _report(self, reply: Stepped | Finished | TaskFailed | TaskCancelled) -> None:
-        entry = self._entries.get(reply.request_id)
-        if entry is None:
-            return
-        match reply:
-            case Stepped(step=step, num_steps=num_steps):
-                self._scheduler.stepped(reply.request_id, step)
-                self._tally.stepped(reply)
-                eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
-                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
-            case Finished():
-                self.end(entry, RequestState.COMPLETED, self._completed(entry))
-            case TaskFailed(code=code, message=message):
-                self.end(entry, RequestState.FAILED, entry.event(Failed, code=code, message=message))
-            case TaskCancelled():
-                self.end(entry, RequestState.CANCELLED, entry.event(Cancelled))
-
     def _completed(self, entry: Entry) -> Completed:
         params = entry.request.params
         return entry.event(
@@ -166,11 +182,24 @@ class Requests:
 
     def end(self, entry: Entry, state: RequestState, event: Terminal) -> None:
         """A request is over, and this is its last event."""
+        self._leave(entry, state)
+        entry.put(event)
+
+    def _leave(self, entry: Entry, state: RequestState) -> None:
         self._entries.pop(entry.request.id)
         self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
         self._tally.ended(entry.request, state, time.monotonic())
         entry.change(state)
-        entry.put(event)
+
+
+async def _off_the_loop(num_bytes: int, work: Callable[[], T]) -> T:
+    """Do what takes long with so many bytes in a thread: a clip of 97 MB takes half a second."""
+    return work() if num_bytes < _LARGE_BYTES else await run_sync(work)
+
+
+def _copied(tensors: TensorReader, ref: TensorRef) -> NDArray[np.uint8]:
+    with tensors.borrowed(ref) as view:
+        return view.copy()
 
 
 def output_id(group: str, index: int) -> str:

@@ -120,7 +120,7 @@ class Results:
                     self._channel.send(item)
         except (ChannelClosed, Cancelled):
             self._drain()
-        except Exception as error:  # the boundary of the thread: the rank ends, and `close` says why
+        except Exception as error:  # noqa: BLE001 - the thread's boundary: the rank ends, and `close` says why
             self._error = error
             self._channel.shutdown()
             self._drain()

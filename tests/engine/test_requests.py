@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 
@@ -47,17 +49,44 @@ async def test_replies_become_events_until_the_request_ends(queue: tuple[TensorR
     assert requests.admit() == [Start(request_id=entry.request.id, params=entry.request.params)]
     requests.fps = 8.0
     request_id = entry.request.id
-    requests.heard(Stepped(request_id=request_id, step=1, num_steps=2), reader)
+    requests.report(Stepped(request_id=request_id, step=1, num_steps=2))
     ref = writer.put(PIXELS)
-    requests.heard(Decoded(request_id=request_id, index=0, is_video=False, pixels=ref), reader)
-    requests.heard(Finished(request_id=request_id), reader)
+    await requests.take(Decoded(request_id=request_id, index=0, is_video=False, pixels=ref), reader)
+    assert requests.report(Finished(request_id=request_id)) is entry
     assert request_id not in requests
-    requests.heard(Finished(request_id=request_id), reader)
+    assert requests.report(Finished(request_id=request_id)) is None
+    await requests.tell_completed(entry)
     *_, progress, completed = await told(entry)
     assert isinstance(progress, Progress)
     assert isinstance(completed, Completed)
     assert np.array_equal(completed.frames, PIXELS)
     assert completed.fps == 8.0
+
+
+async def test_a_long_clip_holds_up_nobody() -> None:
+    """97 MB, put together while others have their turn."""
+    requests, [entry] = requests_of("a")
+    requests.admit()
+    entry.frames = [np.zeros((27, 720, 832, 3), np.uint8) for _ in range(2)]
+    assert requests.report(Finished(request_id=entry.request.id)) is entry
+    num_turns = 0
+
+    async def take_turns() -> None:
+        nonlocal num_turns
+        while not done.is_set():
+            await anyio.lowlevel.checkpoint()
+            num_turns += 1
+
+    done = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take_turns)
+        await requests.tell_completed(entry)
+        done.set()
+
+    completed = (await told(entry))[-1]
+    assert isinstance(completed, Completed)
+    assert completed.frames.nbytes == 2 * 27 * 720 * 832 * 3
+    assert num_turns > 10
 
 
 async def test_pixels_of_a_request_that_has_ended_give_back_their_memory(
@@ -68,7 +97,7 @@ async def test_pixels_of_a_request_that_has_ended_give_back_their_memory(
     requests.cancel(entry)
     for index in range(3):  # more than there is room for
         ref = writer.put(PIXELS)
-        requests.heard(Decoded(request_id=entry.request.id, index=index, is_video=False, pixels=ref), reader)
+        await requests.take(Decoded(request_id=entry.request.id, index=index, is_video=False, pixels=ref), reader)
 
 
 async def test_who_is_blamed_twice_fails_and_the_others_run_again(queue: tuple[TensorReader, TensorWriter]) -> None:
@@ -87,7 +116,7 @@ async def test_failure_of_one_output_leaves_the_others(queue: tuple[TensorReader
     requests = Requests(Scheduler(FlatCost()), Tally(None))
     first, second = requests.add(SamplingParams(prompt="a", num_outputs_per_prompt=2))
     requests.admit()
-    requests.heard(TaskFailed(request_id=first.request.id, code="pipeline_failed", message="x"), queue[0])
+    requests.report(TaskFailed(request_id=first.request.id, code="pipeline_failed", message="x"))
     assert (first.state, second.state) == (RequestState.FAILED, RequestState.RUNNING)
     assert first.stream is second.stream
     requests.abandon_all()

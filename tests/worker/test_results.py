@@ -116,7 +116,7 @@ def test_what_can_not_be_sent_ends_the_rank_and_says_why() -> None:
     reader, writer = tensor_queue(num_slots=4, slot_bytes=SLOT_BYTES)
     results, front = Results(rank, writer), Front(front_end, reader)
     results.message(Finished(request_id="before"))
-    results.preview("a", 1, np.zeros((1, 2, 3), np.float32))  # type: ignore[arg-type]
+    results.preview("a", 1, np.zeros((1, 2, 3), np.float32))
 
     def give() -> None:
         for index in range(3 * MAX_WAITING):
