@@ -35,7 +35,8 @@ def as_json_text(model_path: str, description: Description) -> str:
         "model_path": model_path,
         "pipeline_class": description.pipeline_class,
         "components": [{name: getattr(component, name) for name in names} for component in description.components],
-        "defaults": dict(description.defaults),
+        "defaults": {name: default.value for name, default in description.defaults.items()},
+        "default_origins": {name: default.origin for name, default in description.defaults.items()},
         "modes": dict(description.modes),
         "decisions": dict(description.decisions),
     }
@@ -50,13 +51,13 @@ def as_text(model_path: str, description: Description) -> str:
         size = size_text(part.size_bytes) if part.size_bytes else ""
         rows.append((part.name, f"{part.library}.{part.class_name}", size, part.dtype or "", mode))
     total = size_text(sum(part.size_bytes for part in description.components))
-    defaults = [f"  {name}: {value}" for name, value in description.defaults.items()]
+    defaults = [f"  {name}: {default.value} ({default.origin})" for name, default in description.defaults.items()]
     lines = [f"{model_path}: {description.pipeline_class}, {total}", "", *table(rows)]
     if not description.modes:
         lines += ["", "Which components merge requests isn't proved yet: it is learned from the first requests."]
     decisions = [f"  {name}: {said}" for name, said in description.decisions.items()]
     lines += ["", "loaded as:", *decisions] if decisions else []
-    return "\n".join([*lines, "", "defaults:", *defaults] if defaults else lines)
+    return "\n".join([*lines, "", "what requests get that say nothing:", *defaults] if defaults else lines)
 
 
 def size_text(size_bytes: int) -> str:

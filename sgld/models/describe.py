@@ -1,11 +1,10 @@
 """What a model consists of, read from its files without loading it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from sgld.config import EngineConfig
+from sgld.models.call_defaults import Default, call_defaults
 from sgld.models.plan import ComponentPlan, plan
-from sgld.models.resolve import defaults
 from sgld.models.verdicts import VerdictFile
 from sgld.models.weights import main_dtype
 
@@ -27,7 +26,8 @@ class Description:
 
     pipeline_class: str
     components: tuple[Component, ...]
-    defaults: dict[str, Any]
+    defaults: dict[str, Default]
+    """What a request gets that leaves it open."""
     modes: dict[str, str]
     """Component name to merge, interleave or exclusive."""
     decisions: dict[str, str]
@@ -44,7 +44,7 @@ def describe(config: EngineConfig) -> Description:
     return Description(
         pipeline_class=planned.pipeline_class,
         components=tuple(map(_component, planned.components)),
-        defaults=defaults(source),
+        defaults=call_defaults(planned),
         modes=VerdictFile(source, planned.index, planned.components).read().modes,
         decisions=planned.decisions(),
     )

@@ -109,7 +109,7 @@ def entries(index: dict[str, Any]) -> dict[str, list[Any]]:
     return {
         name: value
         for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and len(value) in (2, 3) and value[0] is not None
+        if not name.startswith("_") and isinstance(value, list) and len(value) in (2, 3) and isinstance(value[0], str)
     }
 
 

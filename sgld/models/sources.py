@@ -91,12 +91,12 @@ def class_of(name: str, source: ComponentSource, named: ComponentClass | None) -
     return found
 
 
-def config_of(source: ComponentSource) -> dict[str, Any] | None:
-    """The config.json of a component; None if there is none.
+def config_of(source: ComponentSource, named: ComponentClass | None = None) -> dict[str, Any] | None:
+    """The config.json of a component, or the file that describes one of this class; None if there is none.
 
     :raises ModelError: it can't be read.
     """
-    return _read(source, "config.json")
+    return _read(source, _config_files(named)[0] if named is not None else "config.json")
 
 
 def _config_files(named: ComponentClass | None) -> Sequence[str]:

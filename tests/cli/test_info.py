@@ -5,16 +5,18 @@ from dataclasses import replace
 
 import msgspec
 
+from sgld.models.call_defaults import Default
 from sgld.models.describe import Component, Description
 from sgld_cli.info import as_json_text, as_text, size_text
 
+SAYING_NOTHING = "what requests get that say nothing:"
 DESCRIPTION = Description(
     pipeline_class="StableDiffusionPipeline",
     components=(
         Component("unet", "diffusers", "UNet2DConditionModel", 1_500_000, "float32"),
         Component("scheduler", "diffusers", "DDIMScheduler", 0, None),
     ),
-    defaults={"num_inference_steps": 50},
+    defaults={"num_inference_steps": Default(50, "signature of P")},
     modes={"unet": "merge"},
     decisions={"unet": "bf16"},
 )
@@ -27,7 +29,13 @@ def test_text_has_a_row_per_component_and_the_defaults() -> None:
         line.split() == ["unet", "diffusers.UNet2DConditionModel", "1.5", "MB", "float32", "merge"] for line in lines
     )
     assert any(line.split() == ["scheduler", "diffusers.DDIMScheduler"] for line in lines)
-    assert lines[-5:] == ["loaded as:", "  unet: bf16", "", "defaults:", "  num_inference_steps: 50"]
+    assert lines[-5:] == [
+        "loaded as:",
+        "  unet: bf16",
+        "",
+        SAYING_NOTHING,
+        "  num_inference_steps: 50 (signature of P)",
+    ]
 
 
 def test_text_says_when_nothing_is_proved_yet() -> None:
@@ -39,6 +47,8 @@ def test_json_has_everything() -> None:
     assert content["components"][1] == {
         "name": "scheduler", "library": "diffusers", "class_name": "DDIMScheduler", "size_bytes": 0, "dtype": None,
     }  # fmt: skip
+    assert content["defaults"] == {"num_inference_steps": 50}
+    assert content["default_origins"] == {"num_inference_steps": "signature of P"}
     assert (content["modes"], content["decisions"]) == ({"unet": "merge"}, {"unet": "bf16"})
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
+from sgld.models.call_defaults import Default
 from sgld.models.describe import Component, Description, describe
 from sgld.models.resolve import DEFAULTS_FILE, INDEX_FILE, model_index, resolve
 from sgld.models.verdicts import Kept, VerdictFile
@@ -74,7 +75,8 @@ def test_recommended_params_and_proved_modes_are_told(sdxl_folder: Path, tmp_pat
     source = resolve(str(folder))
     VerdictFile(source, model_index(source)).write(Kept(modes={"unet": "merge"}))
     description = described(folder)
-    assert (description.defaults, description.modes) == ({"num_inference_steps": 7}, {"unet": "merge"})
+    assert description.defaults["num_inference_steps"] == Default(7, DEFAULTS_FILE)
+    assert description.modes == {"unet": "merge"}
 
 
 @pytest.mark.parametrize("content", [b"", b"1234", b"\xff" * 16, b"\x05" + b"\0" * 7 + b"{abc}"])
