@@ -44,6 +44,10 @@ def find_model(config: EngineConfig, *, materializes: bool = True) -> ModelSourc
         return replace(resolve(config.model_path, config.source.model_subfolder), revision=config.revision)
     if isinstance(overlay, ModelSource):
         return overlay
+    if config.source.model_subfolder is not None:
+        raise ModelError(
+            f"model_subfolder isn't for models with an overlay ({overlay.name}), whose mappings say it all"
+        )
     inputs = inputs_of(overlay)
     parts = _at(overlay.name, overlay.revision), _at(overlay.source, overlay.source_revision)
     made_from = f"materialised from overlay {parts[0]} and source {parts[1]}"
@@ -134,22 +138,27 @@ def _is_overlay(repo_id: str, revision: str | None) -> bool:
 def _registered(config: EngineConfig, entry: Entry) -> Overlay | ModelSource:
     name, revision = entry.overlay_repo_id, entry.overlay_revision
     folder = local_folder(name)
-    if folder is None and not has_file(name, MANIFEST_FILE, revision):
-        note = f"{config.model_path} is replaced by {_at(name, revision)}, its overlay, which is complete"
-        return ModelSource(name, None, revision, (note,))
-    folder = folder or fetch(name, revision, ignore=NOT_OF_OVERLAYS)
-    found = read_manifest(folder, name)
-    if found is None:
-        if not (folder / INDEX_FILE).is_file():
-            raise ModelError(
-                f"overlay {name} of {config.model_path} has neither {MANIFEST_FILE} nor {INDEX_FILE}; it needs the "
-                "first to make a model, or the second to be one"
-            )
-        return ModelSource(name, folder, None, (f"{config.model_path} is replaced by {name}, its overlay",))
+    if folder is None and has_file(name, MANIFEST_FILE, revision):
+        folder = fetch(name, revision, ignore=NOT_OF_OVERLAYS)
+    found = read_manifest(folder, name) if folder is not None else None
+    if folder is None or found is None:
+        return _complete(config, name, revision)
     manifest, written = found
     _check_index(folder, name)
     source_revision = config.revision or entry.source_revision or manifest.source_revision
     return Overlay(config.model_path, source_revision, name, revision, folder, manifest, written)
+
+
+def _complete(config: EngineConfig, name: str, revision: str | None) -> ModelSource:
+    """The model that an overlay without a manifest is."""
+    try:
+        source = resolve(name, config.source.model_subfolder)
+    except ModelError as error:
+        raise ModelError(
+            f"overlay {name} of {config.model_path} has no {MANIFEST_FILE} to make a model, and is none: {error}"
+        ) from None
+    note = f"{config.model_path} is replaced by {_at(name, revision)}, its overlay, which is complete"
+    return replace(source, revision=revision, notes=(note,))
 
 
 def _direct(config: EngineConfig, folder: Path) -> Overlay | None:

@@ -1,7 +1,7 @@
 """The shift of the noise schedule that a request chooses, against pipelines that were made with it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pipelines import build
@@ -23,13 +23,15 @@ def with_shift(name: str, shift: float) -> Any:
     return pipeline
 
 
-@pytest.mark.parametrize("name", ["wan", "sd3"])
-async def test_results_are_those_of_pipelines_with_these_shifts_alone_and_in_company(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), [("wan", "auto"), ("sd3", "auto"), ("sd3", "diffusers")])
+async def test_results_are_those_of_pipelines_with_these_shifts_alone_and_in_company(
+    name: str, backend: Literal["auto", "diffusers"]
+) -> None:
     pipeline, kwargs = build(name)
     requests = [params_of(kwargs, flow_shift=shift) for shift in (None, 7.0, 1.5)]
     expected = [plain(pipeline, params_of(kwargs)), *(plain(with_shift(name, s), params_of(kwargs)) for s in (7, 1.5))]
     assert difference(expected[1], expected[2]) > 0
-    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+    async with Engine(EngineConfig(device="cpu", backend=backend), rank_factory=InlineReplica(pipeline)) as engine:
         alone = [(await completed(engine, params)).frames for params in requests]
         together = await ends_of(engine, *requests)
     assert [difference(one, right) for one, right in zip(alone, expected, strict=True)] == [0, 0, 0]

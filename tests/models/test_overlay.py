@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from models.overlays import UNET_TREE, folder_of, made, names_in, overlay_in, source_in, write
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, SourceConfig
 from sgld.errors import ModelError
 from sgld.models.describe import describe
 from sgld.models.manifest import MANIFEST_FILE
 from sgld.models.materialize import materialized_root
-from sgld.models.overlay import BUILT_IN, VARIABLE, Entry, matching, registry
+from sgld.models.overlay import BUILT_IN, VARIABLE, Entry, find_model, matching, registry
 from sgld.models.plan import plan
 from sgld.models.resolve import INDEX_FILE
 
@@ -115,12 +115,21 @@ def test_registered_overlay_without_a_manifest_is_the_model(tmp_path: Path, sour
     complete = write(tmp_path / "complete", {INDEX_FILE: '{"_class_name": "P"}'})
     registered({"org/source": str(complete)})
     found = made(source)
-    assert (found.folder, found.notes) == (complete, (f"{source} is replaced by {complete}, its overlay",))
+    assert found.folder == complete
+    assert found.notes == (f"{source} is replaced by {complete}, its overlay, which is complete",)
 
 
 def test_registered_folder_that_is_neither_is_told(tmp_path: Path, source: Path, registered: Any) -> None:
     registered({"org/source": str(write(tmp_path / "empty", {"README.md": ""}))})
-    assert f"has neither {MANIFEST_FILE} nor {INDEX_FILE}" in refusal(source)
+    message = refusal(source)
+    assert f"has no {MANIFEST_FILE} to make a model, and is none: " in message
+    assert f"has no {INDEX_FILE}" in message
+
+
+def test_subfolder_is_not_for_models_that_are_made(tmp_path: Path, source: Path) -> None:
+    config = EngineConfig(model_path=str(overlay_in(tmp_path, source)), source=SourceConfig(model_subfolder="a"))
+    with pytest.raises(ModelError, match="model_subfolder isn't for models with an overlay"):
+        find_model(config)
 
 
 def test_overlay_given_as_the_model_must_name_its_source(tmp_path: Path) -> None:
