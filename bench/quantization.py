@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from sgld.errors import ModelError
 from sgld.models.linears import fp8_rows
-from sgld.models.quantization import Activations, Family, Quantization, check, detect
+from sgld.models.quantization import Activations, Family, Quantization, detect
 from sgld.models.quantized import load_weights, quantize
+from sgld.models.requirements import check
 from sgld.models.resolve import one_line
 from sgld.models.weight_files import place_of, read_header, weights_at
 

@@ -5,6 +5,7 @@
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sgld.config import EngineConfig, Precision
@@ -14,7 +15,8 @@ from sgld.models.attention import Attention, choose
 from sgld.models.backend import ENGINE, Backend, choose_backend
 from sgld.models.overlay import find_model
 from sgld.models.pipeline_class import class_name, with_class
-from sgld.models.quantization import Capability, Quantization
+from sgld.models.quantization import Quantization
+from sgld.models.requirements import Capability
 from sgld.models.resolve import ModelSource, model_index
 from sgld.models.single_file import single_file
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
@@ -89,7 +91,7 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     # Of two with one name the one that was chosen is the later; the place is that of the index.
     parts = tuple({part.name: part for part in components}.values())
     scheduler, parts = noise.choose(config.noise, parts, config.model_path)
-    parts = tuple(_quantized(part, config, device_type, fetches=materializes) for part in parts)
+    parts = tuple(_quantized(part, source.file, config, device_type, fetches=materializes) for part in parts)
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
     name = class_name(index)
     backend = choose_backend(config.backend, [name], VerdictFile(source, index, parts).read().modes)
@@ -182,12 +184,16 @@ def _component(
     return ComponentPlan(name, cls.library, cls.name, precision, source, auto_class=cls.auto_class)
 
 
-def _quantized(part: ComponentPlan, config: EngineConfig, device_type: str, *, fetches: bool) -> ComponentPlan:
+def _quantized(
+    part: ComponentPlan, file: Path | None, config: EngineConfig, device_type: str, *, fetches: bool
+) -> ComponentPlan:
     """With its weights and how they are quantized, if they come by themselves or are quantized."""
     path = weights_paths(config).get(part.name)
     if path is None and not is_denoiser(part.library, part.class_name):
         return part
-    chosen = choose_weights(part.name, part.source, path, config.quantized, _capability(device_type), fetches=fetches)
+    whole = None if part.is_separate else file
+    place, options, gpu = (part.name, part.source, path, whole), config.quantized, _capability(device_type)
+    chosen = choose_weights(*place, options, gpu, fetches=fetches)
     return replace(
         part,
         weights=chosen.weights,

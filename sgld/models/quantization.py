@@ -1,13 +1,12 @@
-"""How weights are quantized, found in what their files say of themselves; what that needs, and whether it is here.
+"""How weights are quantized, found in what their files say of themselves.
 
 Looked at in this order: what the config of sgld says; `quantization_config` of config.json; the metadata of safetensors
 files; the kinds of their tensors. Nothing is loaded for that.
 """
 
-import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ Family = Literal[
     "nunchaku_lite", "svdquant",
 ]  # fmt: skip
 Activations = Literal["full", "rows", "static"]
-Capability = tuple[int, int]
 MIXES_ROWS = "sgld_mixes_rows"
 """An attribute of components whose calls must not share a forward: it says why."""
 # What `quantization` of the config asks for.
@@ -38,8 +36,10 @@ _DECLARED: dict[str, tuple[Family, ...]] = {
     "gguf": ("gguf",),
     "svdquant": ("svdquant", "nunchaku_lite"),
 }
-# Loaded by sgld itself (models.linears); all others by diffusers or by the library that they need.
+# Loaded by sgld itself; all others by diffusers or by the library that they need.
 OWN: tuple[Family, ...] = ("fp8", "int8")
+# No loader of folders reads these: their files are loaded by themselves.
+BY_FILES: tuple[Family, ...] = (*OWN, "nvfp4", "gguf", "svdquant")
 
 
 @dataclass(frozen=True)
@@ -77,58 +77,6 @@ class Quantization:
         )
 
 
-@dataclass(frozen=True)
-class _Need:
-    """What a family needs: a module to import, the package that has it, a GPU, and which."""
-
-    module: str = ""
-    package: str = ""
-    needs_gpu: bool = False
-    gpus: str = ""
-    suits: Callable[[Capability], bool] = lambda _capability: True
-
-
-_NEEDS: dict[Family, _Need] = {
-    "gguf": _Need("gguf", "gguf"),
-    "torchao": _Need("torchao", "torchao"),
-    "bitsandbytes": _Need("bitsandbytes", "bitsandbytes", needs_gpu=True),
-    "modelopt": _Need("modelopt", "nvidia-modelopt"),
-    "quanto": _Need("optimum.quanto", "optimum-quanto"),
-    "auto-round": _Need("auto_round", "auto-round"),
-    "sdnq": _Need("sdnq", "sdnq"),
-    "nunchaku_lite": _Need(
-        "kernels", "kernels", True, "7.5 or more, but not 9.x (Hopper)", lambda c: c >= (7, 5) and c[0] != 9
-    ),
-    "svdquant": _Need("nunchaku", "nunchaku", True, "8.x or 12.x", lambda c: c[0] in (8, 12)),
-}
-
-
-def check(found: Quantization, name: str, capability: Capability | None) -> Quantization:
-    """Can it be had here?
-
-    :param name: of the component, for the message.
-    :param capability: of the GPU; None on a CPU.
-    :return: the same; FP8 activations become full ones on a GPU that can't multiply FP8.
-    :raises ModelError: a library is missing, or the device doesn't suit; names it.
-    """
-    need = _NEEDS.get(found.family, _Need())
-    what = f"{name} is quantized with {found.family} ({found.detail})"
-    if need.module and not _is_installed(need.module):
-        raise ModelError(f"{what}, which needs {need.package}; install it: pip install {need.package}")
-    if need.needs_gpu and capability is None:
-        raise ModelError(f"{what}, which runs on NVIDIA GPUs only, and the device is cpu")
-    if capability is not None and not need.suits(capability):
-        has = _dotted(capability)
-        raise ModelError(f"{what}, which needs a GPU of compute capability {need.gpus}; this one has {has}")
-    if found.family == "fp8" and found.activations != "full" and not multiplies_fp8(capability):
-        if found.was_asked_for:
-            raise ModelError(
-                f"{what}, which needs a GPU of compute capability 8.9 or more; this one has {_dotted(capability)}"
-            )
-        return replace(found, activations="full", detail=found.detail + ", activations as they are: no FP8 on this GPU")
-    return found
-
-
 def agreed(asked: str, found: Quantization | None, name: str) -> Quantization | None:
     """What the config asks for and what a component of that name is, as one.
 
@@ -150,22 +98,6 @@ def agreed(asked: str, found: Quantization | None, name: str) -> Quantization | 
         )
     is_dynamic = asked in _ONLINE and _ONLINE[asked][1] == "rows"
     return replace(found, activations="rows", was_asked_for=True) if is_dynamic else found
-
-
-def _dotted(capability: Capability | None) -> str:
-    return ".".join(map(str, capability or ()))
-
-
-def multiplies_fp8(capability: Capability | None) -> bool:
-    """A CPU does it with the same numbers, slowly."""
-    return capability is None or capability >= (8, 9)
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def detect(weights: Weights | None, config: Mapping[str, Any] | None) -> Quantization | None:

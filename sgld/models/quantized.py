@@ -1,7 +1,6 @@
 """Loads weights that lie apart from their component or are quantized, and quantizes what is not."""
 
 import json
-import logging
 import re
 import tempfile
 from collections.abc import Collection, Mapping
@@ -9,27 +8,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import BFLQuantizationConfig, GGUFQuantizationConfig
 from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
-from diffusers.loaders.single_file_model import (
-    SINGLE_FILE_LOADABLE_CLASSES,
-    FromOriginalModelMixin,
-    _get_single_file_loadable_mapping_class,
-)
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from torch import nn
 
 from sgld.config import QuantizationConfig
 from sgld.errors import ModelError
-from sgld.models.linears import QuantizedLinear, quantized
-from sgld.models.quantization import MIXES_ROWS, OWN, Quantization, is_input_scale, is_weight_scale, of_layers
+from sgld.models.eight_bits import load_eight_bits, some
+from sgld.models.linears import quantized
+from sgld.models.quantization import MIXES_ROWS, OWN, Quantization
 from sgld.models.weight_files import Weights, read_header
-
-logger = logging.getLogger(__name__)
-_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-# Before the names of a denoiser's weights in files that hold a whole model.
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
 def load_weights(
@@ -42,23 +31,16 @@ def load_weights(
     :raises ModelError: the weights don't fit, or there is no way to load them.
     """
     config = {name: value for name, value in base.items() if name != "quantization_config"}
-    family = found.family if found is not None else None
-    if family in OWN:
-        model = _load_own(cls, config, weights, dtype)
-        _set_activations(model, found.activations if found is not None else "full")
-    elif family == "svdquant":
+    if found is not None and found.family in OWN:
+        model = load_eight_bits(cls, config, weights, found.activations, dtype)
+    elif found is not None and found.family == "svdquant":
         model = _load_nunchaku(cls, weights, dtype)
     else:
         model = _load_with_diffusers(cls, config, weights, found, dtype)
     missing = [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
     if missing:
-        raise ModelError(f"{weights.name} doesn't fit {cls.__name__}: it has no {_some(missing)}")
+        raise ModelError(f"{weights.name} doesn't fit {cls.__name__}: it has no {some(missing)}")
     return model.eval()
-
-
-def _some(names: Collection[str]) -> str:
-    first = sorted(names)[:3]
-    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _load_with_diffusers(
@@ -106,120 +88,6 @@ def _load_nunchaku(cls: Any, weights: Weights, dtype: torch.dtype) -> nn.Module:
         has = ", ".join(sorted(n for n in classes.values() if n.startswith("Nunchaku") and "Transformer" in n))
         raise ModelError(f"nunchaku has no {cls.__name__}; it has {has}")
     return getattr(nunchaku, name).from_pretrained(str(weights.files[0]), torch_dtype=dtype)  # type: ignore[no-any-return]
-
-
-def _load_own(cls: Any, config: dict[str, Any], weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """FP8 and int8: the layers with such weights become quantized ones."""
-    with init_empty_weights():
-        model: nn.Module = cls.from_config(config)
-    tensors = {_own_name(name): tensor for file in weights.files for name, tensor in load_file(file).items()}
-    _check_markers(tensors)
-    plain, scales, input_scales = _in_layout_of(model, cls, config, tensors, weights.name)
-    in_full = getattr(cls, "_keep_in_fp32_modules", None) or []
-    state: dict[str, Tensor] = {}
-    for name, tensor in plain.items():
-        wanted = torch.float32 if any(part in in_full for part in name.split(".")) else dtype
-        layer = _layer(model, name)
-        if tensor.dtype not in _EIGHT_BITS:
-            state[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
-        elif layer is None or wanted != dtype:
-            state[name] = tensor.to(wanted).mul_(scales.get(name, torch.ones(1)))
-        else:
-            bias = plain.get(name.removesuffix("weight") + "bias")
-            made = QuantizedLinear(
-                tensor.contiguous(),
-                scales.get(name, torch.ones(1)),
-                None if bias is None else bias.to(wanted),
-                input_scale=input_scales[name].amax() if name in input_scales else None,
-                dtype=dtype,
-            )
-            model.set_submodule(name.removesuffix(".weight"), made)
-    unused = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
-    if unused:
-        logger.warning("%s: these weights are not used: %s", weights.name, ", ".join(unused))
-    return model
-
-
-def _own_name(name: str) -> str:
-    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
-
-
-def _layer(model: nn.Module, name: str) -> nn.Linear | None:
-    """The linear layer that has this weight."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    return module if leaf == "weight" and isinstance(module, nn.Linear) else None
-
-
-def _check_markers(tensors: dict[str, Tensor]) -> None:
-    """What ComfyUI notes of layers, as JSON in tensors, is looked at and taken out.
-
-    :raises ModelError: a layer is quantized in a way that can't be loaded.
-    """
-    marks = [bytes(tensors.pop(name).tolist()) for name in list(tensors) if name.endswith(".comfy_quant")]
-    if marks:
-        of_layers(json.loads(mark)["format"] for mark in marks)
-    tensors.pop("scaled_fp8", None)
-
-
-Named = dict[str, Tensor]
-
-
-def _in_layout_of(
-    model: nn.Module, cls: Any, config: dict[str, Any], tensors: Named, asked: str
-) -> tuple[Named, Named, Named]:
-    """Weights, their scales (rows, 1) and the scales of activations (rows, 1) by the names of diffusers' weights."""
-    scales: Named = {}
-    input_scales: Named = {}
-    for name in list(tensors):
-        kept = scales if is_weight_scale(name) else input_scales if is_input_scale(name) else None
-        if kept is not None:
-            kept[f"{name.rpartition('.')[0]}.weight"] = tensors.pop(name).float()
-    # Left behind by ModelOpt's calibration.
-    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith("_amax")}
-    rows = {name: _by_rows(scale, plain[name]) for name, scale in scales.items() if name in plain}
-    input_rows = {name: _by_rows(scale, plain[name]) for name, scale in input_scales.items() if name in plain}
-    names = model.state_dict().keys()
-    known = _get_single_file_loadable_mapping_class(cls)
-    if known is None or names <= plain.keys():
-        return plain, rows, input_rows
-    convert = SINGLE_FILE_LOADABLE_CLASSES[known]["checkpoint_mapping_fn"]
-
-    def converted(stand_ins: Named) -> Named:
-        # Names of a model's authors. Layers are joined and divided along their rows, and scales in the place of
-        # weights go the same way.
-        try:
-            return dict(convert(config=config, checkpoint=plain | stand_ins))
-        except (LookupError, AttributeError, ValueError, RuntimeError):
-            is_ours = len(names & plain.keys()) > len(names) / 2
-            missing = f"it has no {_some(names - plain.keys())}" if is_ours else f"it has {_some(plain)}"
-            raise ModelError(f"{asked} doesn't fit {cls.__name__}: {missing}") from None
-
-    weights = converted({})
-    codes = {name for name, tensor in weights.items() if tensor.dtype in _EIGHT_BITS}
-    # Where a layer has no scale its codes are still in that place.
-    by_row, by_input = (
-        {name: tensor for name, tensor in converted(of).items() if name in codes and tensor.dtype == torch.float32}
-        for of in (rows, input_rows)
-    )
-    return weights, by_row, by_input
-
-
-def _by_rows(scale: Tensor, weight: Tensor) -> Tensor:
-    """A scale, of a tensor or of its rows, as one for each row."""
-    return scale.reshape(-1, 1).expand(len(weight), 1)
-
-
-def _set_activations(model: nn.Module, activations: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            can = module.codes.dtype != torch.float8_e5m2 and (
-                activations != "static" or module.input_scale is not None
-            )
-            module.activations = activations if can else "full"
 
 
 def quantize(model: nn.Module, found: Quantization, ignored: Collection[str], device: torch.device) -> int:

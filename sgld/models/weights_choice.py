@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from sgld.config import EngineConfig, QuantizationConfig
 from sgld.errors import ModelError
-from sgld.models.quantization import OWN, Capability, Quantization, agreed, check, detect
+from sgld.models.quantization import BY_FILES, Quantization, agreed, detect
+from sgld.models.requirements import Capability, check
 from sgld.models.sources import ComponentSource, config_of
 from sgld.models.weight_files import Place, Weights, is_file_of_weights, place_of, weights_at
 
@@ -45,6 +47,7 @@ def choose_weights(
     name: str,
     source: ComponentSource,
     path: str | None,
+    whole: Path | None,
     config: QuantizationConfig,
     capability: Capability | None,
     *,
@@ -53,25 +56,33 @@ def choose_weights(
     """The weights of a component.
 
     :param path: where they are if not with the component.
+    :param whole: the file that the whole model is, if it is one.
     :param capability: of the GPU; None on a CPU.
-    :param fetches: False: what is on the hub isn't looked at.
+    :param fetches: False: weights on the hub aren't fetched for it.
     :raises ModelError: they aren't there, can't be read, contradict the config, or need what isn't here.
     """
     place = place_of(path) if path is not None else None
-    weights = weights_at(place) if place is not None and (fetches or place.folder is not None) else None
-    if place is not None and weights is None:
+    if place is not None and place.folder is None and not fetches:
         return Chosen(None, None, (f"weights of {place.name}, which are looked at when they are loaded",))
-    if place is None:
-        weights = _own_weights(source)
-    declared = weights.config if place is not None and weights is not None else config_of(source)
-    found = agreed(config.quantization, detect(weights, declared), name)
+    if place is not None:
+        weights: Weights | None = weights_at(place)
+    else:
+        weights = Weights(str(whole), (whole,)) if whole is not None else _own_weights(source)
+    is_with_source = place is None and whole is None
+    declared = config_of(source) if is_with_source else weights.config if weights is not None else None
+    found = detect(weights, declared)
+    if weights is None and found is not None and found.family in BY_FILES and fetches:
+        # On the hub only the config was read.
+        weights = weights_at(Place(str(source), None, source.subfolder or "", source.path, source.revision))
+        found = detect(weights, declared)
+    found = agreed(config.quantization, found, name)
     if found is not None:
         found = check(found, name, capability)
+    is_by_files = found is not None and found.family in BY_FILES and not found.is_online
+    if whole is not None and place is None and found is not None and not is_by_files and not found.is_online:
+        raise ModelError(f"{whole} is quantized with {found.family}; name it in --transformer-weights-path instead")
     notes = (*((f"weights of {place.name}",) if place is not None else ()), *(found.notes if found is not None else ()))
-    is_own = found is not None and found.family in OWN and not found.is_online
-    if place is None and is_own and weights is None:
-        weights = weights_at(Place(str(source), None, source.subfolder or "", source.path, source.revision))
-    return Chosen(weights if place is not None or is_own else None, found, notes)
+    return Chosen(weights if place is not None or is_by_files else None, found, notes)
 
 
 def _own_weights(source: ComponentSource) -> Weights | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import gguf
 import torch
+from diffusers.quantizers.bfl.utils import dequantize_nvfp4, quantize_nvfp4
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,6 +37,18 @@ def fp8(tensors: Named, scales: Scales) -> tuple[Named, Named]:
         if shape is not None:
             made[f"{name}_scale"] = scale.reshape(shape)
     return made, meant
+
+
+def nvfp4(tensors: Named) -> tuple[Named, Named]:
+    """A checkpoint with weights of four bits, as NVIDIA's Model Optimizer exports, and what it stands for."""
+    made, meant = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if in_blocks(name, weight):
+            codes, scale, second = quantize_nvfp4(weight)
+            layer = name.removesuffix("weight")
+            made |= {name: codes, f"{name}_scale": scale, f"{name}_scale_2": second, f"{layer}input_scale": second}
+            meant[name] = dequantize_nvfp4(codes, scale, second)
+    return {name: tensor.clone() for name, tensor in made.items()}, meant
 
 
 def with_input_scales(made: Named, value: float) -> Named:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -7,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, GGUFQuantizationConfig, ZImageTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from pipelines import BUILDERS, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.checkpoints import Named, Scales, fp8, in_blocks, with_input_scales, write_folder, write_gguf
-from sgld.config import EngineConfig, QuantizationConfig
+from models.checkpoints import Named, Scales, fp8, in_blocks, nvfp4, with_input_scales, write_folder, write_gguf
+from sgld.config import EngineConfig, QuantizationConfig, SourceConfig
 from sgld.errors import ModelError
 from sgld.models.describe import describe
 from sgld.models.linears import QuantizedLinear
@@ -39,15 +46,18 @@ def tensors(flux_folder: Path) -> Named:
     return load_file(flux_folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def configured(folder: Path, *, transformer: Path | None = None, **quantized: Any) -> EngineConfig:
-    paths = {} if transformer is None else {"transformer": str(transformer)}
-    values: dict[str, Any] = {n: str(value) if isinstance(value, Path) else value for n, value in quantized.items()}
+def configured(folder: Path, **options: Any) -> EngineConfig:
+    """Components are named as such; what is an option of quantization goes there."""
+    values: dict[str, Any] = {n: str(value) if isinstance(value, Path) else value for n, value in options.items()}
+    quantized: dict[str, Any] = {n: values.pop(n) for n in QuantizationConfig.__struct_fields__ if n in values}
+    paths: dict[str, str] = {name: values.pop(name) for name in ("transformer", "vae") if name in values}
     return EngineConfig(
         model_path=str(folder),
         device="cpu",
         num_cpu_threads=1,
         component_paths=paths,
-        quantized=QuantizationConfig(**values),
+        quantized=QuantizationConfig(**quantized),
+        **values,
     )
 
 
@@ -194,6 +204,95 @@ def test_names_of_a_model_s_authors_are_translated_with_their_scales(tmp_path: P
     )
     model = loaded(tmp_path / "model", transformer_weights_path=tmp_path / "fp8.safetensors")
     assert_same(picture(model.pipeline, "z_image"), picture(pipeline, "z_image"))
+
+
+def test_unet_that_is_cast_to_fp8_as_a_whole(sdxl_folder: Path, tmp_path: Path) -> None:
+    own = load_file(sdxl_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    cast = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in own.items()}
+    save_file(cast, tmp_path / "w.safetensors")
+    pipeline = DiffusionPipeline.from_pretrained(sdxl_folder)
+    pipeline.unet.load_state_dict({name: tensor.float() for name, tensor in cast.items()})
+    model = loaded(sdxl_folder, unet_weights_path=tmp_path / "w.safetensors")
+    assert_same(picture(model.pipeline, "sdxl"), picture(pipeline, "sdxl"))
+    assert "fp8 without scales, 8 bits (by tensors)" in model.decisions["unet"]
+
+
+def test_scales_of_convolutions_are_those_of_their_rows(sdxl_folder: Path, tmp_path: Path) -> None:
+    made = load_file(sdxl_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    codes = made["conv_in.weight"].to(torch.float8_e4m3fn)
+    scale = torch.linspace(0.5, 2, len(codes))
+    save_file(made | {"conv_in.weight": codes, "conv_in.weight_scale": scale}, tmp_path / "w.safetensors")
+    unet = loaded(sdxl_folder, unet_weights_path=tmp_path / "w.safetensors").pipeline.unet
+    assert torch.equal(unet.conv_in.weight, codes.float() * scale.reshape(-1, 1, 1, 1))
+
+
+def test_model_that_is_one_file_of_fp8(tmp_path: Path) -> None:
+    build("ltx")[0].save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    made, meant = fp8(load_file(weights), "rows")
+    names = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    authors: Named = {}
+    for name, tensor in made.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        authors[f"model.diffusion_model.{name}"] = tensor
+    save_file(authors, tmp_path / "ltx.safetensors")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline.transformer.load_state_dict(meant)
+    folder = str(tmp_path / "model")
+    config = configured(
+        tmp_path / "ltx.safetensors", vae=tmp_path / "model", source=SourceConfig(single_file_config=folder)
+    )
+    model = load(config)
+    assert model.decisions["transformer"] == "fp32; fp8 with scales of rows, 8 bits (by tensors)"
+    kwargs = calls("ltx")[0]
+    expected = torch.as_tensor(pipeline(**calls("ltx")[0]).frames)
+    assert_same(torch.as_tensor(model.pipeline(**kwargs).frames), expected)
+
+
+@pytest.mark.parametrize("as_component", [False, True])
+def test_nvfp4_makes_the_picture_of_the_weights_it_stands_for(
+    flux_folder: Path, tensors: Named, tmp_path: Path, as_component: bool
+) -> None:
+    made, meant = nvfp4(tensors)
+    config = FluxTransformer2DModel.load_config(flux_folder / "transformer")
+    folder = write_folder(tmp_path, made, config, quant_method="modelopt", quant_algo="NVFP4")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    model = loaded(flux_folder, **({"transformer": folder} if as_component else {"transformer_weights_path": file}))
+    assert f"4 bits (by {'config.json' if as_component else 'tensors'})" in model.decisions["transformer"]
+    assert_same(picture(model.pipeline), picture(plain(flux_folder, meant)))
+
+
+def test_model_s_own_transformer_may_be_quantized(flux_folder: Path, tensors: Named, tmp_path: Path) -> None:
+    made, meant = fp8(tensors, "rows")
+    shutil.copytree(flux_folder, tmp_path / "model")
+    config = FluxTransformer2DModel.load_config(flux_folder / "transformer")
+    write_folder(tmp_path / "model" / "transformer", made, config, quant_method="fp8", activation_scheme="dynamic")
+    model = loaded(tmp_path / "model")
+    assert "fp8 with scales of rows, 8 bits (by config.json); activations in 8 bits" in model.decisions["transformer"]
+    assert 0 < distance(picture(model.pipeline), picture(plain(flux_folder, meant))) < 0.05
+
+
+def test_weights_have_the_precision_that_diffusers_gives_them(wan_folder: Path, tmp_path: Path) -> None:
+    own = load_file(wan_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(fp8(own, "rows")[0], tmp_path / "w.safetensors")
+    ours = loaded(wan_folder, transformer_weights_path=tmp_path / "w.safetensors", dit_precision="bf16")
+    theirs = WanTransformer3DModel.from_pretrained(wan_folder / "transformer", dtype=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
+    found = {name: parameter.dtype for name, parameter in ours.pipeline.transformer.named_parameters()}
+    assert found == {name: dtype for name, dtype in dtypes.items() if name in found}
+    assert set(found.values()) == {torch.bfloat16, torch.float32}
+    missing = {name.removesuffix(".weight") for name in dtypes.keys() - found.keys()}
+    layers = {n for n, m in ours.pipeline.transformer.named_modules() if isinstance(m, QuantizedLinear)}
+    assert missing == layers
+
+
+def test_both_transformers_are_quantized(tmp_path: Path) -> None:
+    build("wan_2_2")[0].save_pretrained(tmp_path)
+    model = loaded(tmp_path, quantization="int8")
+    for name in ("transformer", "transformer_2"):
+        layers = [m for m in getattr(model.pipeline, name).modules() if isinstance(m, QuantizedLinear)]
+        assert model.decisions[name].endswith(f"; {len(layers)} layers")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
