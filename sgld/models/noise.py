@@ -116,23 +116,25 @@ def _class(name: str, own: Any) -> type[Any]:
         for other in found
         if isinstance(other, type) and issubclass(other, diffusers.SchedulerMixin) and _suits(other, own)
     ]
-    problem = f"isn't for models with {type(own).__name__}" if cls is not None else "is no noise scheduler of diffusers"
-    close = difflib.get_close_matches(name, suitable, n=1)
+    kind = "flow matching" if _matches_flows(own) else "predicted noise"
+    problem = f"isn't for models of {kind}" if cls is not None else "is no noise scheduler of diffusers"
+    close = [s for s in suitable if name.lower() in s.lower()] or difflib.get_close_matches(name, suitable, n=1)
     hint = f"; did you mean {close[0]}?" if close and cls is None else f"; these are: {', '.join(sorted(suitable))}"
     raise ModelError(f"scheduler {name} {problem}{hint}")
 
 
 def _suits(cls: type[Any], own: Any) -> bool:
-    if cls in own.compatibles or type(own) in cls._get_compatibles():
-        return True
+    """Whether a class is for such models. What diffusers calls compatible isn't, where only some match flows."""
     accepted = _parameters(cls)
-    if _matches_flows(own.config, type(own)):
-        return "shift" in accepted or "use_flow_sigmas" in accepted
-    return "prediction_type" in accepted and "shift" not in accepted
+    is_compatible = cls in own.compatibles or type(own) in cls._get_compatibles()
+    if _matches_flows(own):
+        can_match = "shift" in accepted or "use_flow_sigmas" in accepted
+        return can_match or (is_compatible and "prediction_type" not in accepted)
+    return is_compatible or ("prediction_type" in accepted and "shift" not in accepted)
 
 
-def _matches_flows(config: Mapping[str, Any], cls: type[Any]) -> bool:
-    return "shift" in _parameters(cls) or bool(config.get("use_flow_sigmas"))
+def _matches_flows(own: Any) -> bool:
+    return "shift" in _parameters(type(own)) or bool(own.config.get("use_flow_sigmas"))
 
 
 def _carried(config: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:

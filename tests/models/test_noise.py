@@ -121,11 +121,14 @@ def test_scheduler_that_does_not_suit_the_model_is_refused_with_those_that_do(
     pixart_folder: Path, wan_folder: Path
 ) -> None:
     message = refusal(pixart_folder, scheduler="FlowMatchEulerDiscreteScheduler")
-    assert "isn't for models with DPMSolverMultistepScheduler; these are: " in message
+    assert "scheduler FlowMatchEulerDiscreteScheduler isn't for models of predicted noise; these are: " in message
     assert "EulerDiscreteScheduler" in message
     assert "FlowMatchHeun" not in message
-    message = refusal(wan_folder, scheduler="KarrasVeScheduler")
+    # diffusers calls it compatible with that of Wan, but it matches no flows.
+    message = refusal(wan_folder, scheduler="DDIMScheduler")
+    assert "isn't for models of flow matching" in message
     assert "FlowMatchEulerDiscreteScheduler" in message
+    assert "EulerAncestralDiscreteScheduler" not in message
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,7 @@ def test_scheduler_that_does_not_suit_the_model_is_refused_with_those_that_do(
             {"scheduler": "UniPCMultistepSheduler"},
             "UniPCMultistepSheduler is no noise scheduler of diffusers; did you mean UniPCMultistepScheduler?",
         ),
+        ({"scheduler": "unipc"}, "unipc is no noise scheduler of diffusers; did you mean UniPCMultistepScheduler?"),
         ({"scheduler": "WanPipeline"}, "scheduler WanPipeline is no noise scheduler of diffusers; these are: "),
         (
             {"scheduler_config": {"flow_shft": 3}},
