@@ -1,5 +1,6 @@
 """The engine: requests in, events out. One event loop owns the scheduler and the handles of the ranks."""
 
+import dataclasses
 import logging
 import multiprocessing
 import sys
@@ -168,22 +169,24 @@ class Engine:
             self._tally.trace.span(output_id(event.request_id, event.output_index), label, start_s, end_s)
 
     async def generate(
-        self, params: SamplingParams, *, inputs: InputPolicy = _ANY_INPUT
+        self, params: SamplingParams, *, inputs: InputPolicy = _ANY_INPUT, waited_s: float = 0.0
     ) -> AsyncGenerator[AnyEvent, None]:
         """Run one request and stream its events; each of its outputs ends with an event of its own.
 
         Leaving the iteration early cancels what still runs.
 
         :param inputs: where the pictures that the params refer to may come from.
+        :param waited_s: since it was accepted, with an earlier engine: its deadline counts from there, and doesn't
+            refuse it any more.
         :raises InvalidRequest: the params are too large, hold what JSON doesn't have, or a picture can't be had.
         :raises QueueFull: too many requests wait.
         :raises DeadlineImpossible: it takes longer than its deadline allows, even alone.
         :raises EngineClosed: the engine isn't open.
         :raises ModelError: the model can't be served.
         """
-        self._check_open(params)
+        self._check_open(params, waited_s)
         async with as_files(params, inputs) as readable:
-            entries = self._submit(readable)
+            entries = self._submit(readable, waited_s)
             stream = entries[0].stream
             try:
                 num_open = len(entries)
@@ -198,19 +201,22 @@ class Engine:
                 for entry in entries:
                     self._cancel(entry)
 
-    def _check_open(self, params: SamplingParams) -> None:
+    def _check_open(self, params: SamplingParams, waited_s: float) -> None:
         """See that a request would be taken now; raises what `generate` does."""
         if not self._is_open:
             raise EngineClosed("the engine isn't open; use it in an `async with` block")
         if self._load_error is not None:
             raise self._load_error
-        self._scheduler.check_room(demand_of(params), params.num_outputs_per_prompt, time.monotonic())
+        demand = demand_of(params)
+        if waited_s:
+            demand = dataclasses.replace(demand, deadline_s=None)
+        self._scheduler.check_room(demand, params.num_outputs_per_prompt, time.monotonic())
 
-    def _submit(self, params: SamplingParams) -> list[Entry]:
+    def _submit(self, params: SamplingParams, waited_s: float) -> list[Entry]:
         # Again: meanwhile its pictures may have been downloaded.
-        self._check_open(params)
+        self._check_open(params, waited_s)
         _check_message(params)
-        entries = self._requests.add(params)
+        entries = self._requests.add(params, waited_s)
         self._tick()
         return entries
 

@@ -49,8 +49,11 @@ class Requests:
         """How many are in a state."""
         return sum(entry.state is state for entry in self._entries.values())
 
-    def add(self, params: SamplingParams) -> list[Entry]:
-        """Queue a request for each output; they share a stream."""
+    def add(self, params: SamplingParams, waited_s: float = 0.0) -> list[Entry]:
+        """Queue a request for each output; they share a stream.
+
+        :param waited_s: how long it has waited already, elsewhere.
+        """
         group, now, demand = f"r{next(_ids)}", time.monotonic(), demand_of(params)
         entries: list[Entry] = []
         for index in range(params.num_outputs_per_prompt):
@@ -59,7 +62,7 @@ class Requests:
             )
             entry = Entry(request, group, entries[0].stream if entries else None)
             self._entries[request.id] = entry
-            self._scheduler.add(request.id, now, demand)
+            self._scheduler.add(request.id, now - waited_s, demand)
             entries.append(entry)
         for entry in entries:
             position = self._scheduler.position(entry.request.id, now)

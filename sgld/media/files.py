@@ -89,15 +89,27 @@ def resolve_output(folder: Path, name: str) -> Path:
     return path
 
 
-def write_atomically(path: Path, content: Content) -> None:
+def write_atomically(path: Path, content: Content, *, is_durable: bool = False) -> None:
     """Write a file that appears whole or not at all, in place of one that may be there.
 
-    The data isn't forced to the disk: after a power failure the file may be missing or empty.
-
+    :param is_durable: it is forced to the disk; else it may be missing or empty after a power failure.
     :raises OSError: it can't be written; nothing of it is left.
     """
     temporary = _write_temporary(path, content)
+    if is_durable:
+        sync(temporary)
     _move(temporary, path)
+    if is_durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_unique(path: Path, content: Content) -> Path:

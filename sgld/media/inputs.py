@@ -24,6 +24,7 @@ from anyio.to_thread import run_sync
 
 from sgld.errors import InvalidRequest
 from sgld.media.download import Refused, download
+from sgld.media.files import sync
 from sgld.media.images import MAX_INPUT_PIXELS, check_image
 from sgld.sampling_params import SamplingParams
 
@@ -148,7 +149,7 @@ def _limiter() -> CapacityLimiter:
 
 
 async def kept_in(folder: Path, params: SamplingParams, policy: InputPolicy) -> SamplingParams:
-    """The params with copies in a folder in the place of all sources; without pictures there is no folder.
+    """The params with copies in a folder in the place of all sources, on the disk; without pictures there is no folder.
 
     :raises InvalidRequest: a picture can't be had, or isn't one.
     :raises OSError: the folder can't be written.
@@ -165,6 +166,7 @@ def _copied_to(folder: Path, params: SamplingParams) -> SamplingParams:
             folder.mkdir(parents=True, exist_ok=True)
             copies[path] = str(folder / str(len(copies)))
             shutil.copyfile(path, copies[path])
+            sync(Path(copies[path]))
         return copies[path]
 
     kwargs = replaced(params.diffusers_kwargs, lambda r: {_IMAGE: copy_of(r.source), _MODE: r.mode})

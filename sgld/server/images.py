@@ -33,6 +33,7 @@ from sgld.server.schemas import (
     PartialImage,
     PartialType,
     image_request,
+    in_words,
 )
 from sgld.server.services import Services, services_of
 from sgld.server.sse import EventStream, encode_event
@@ -154,6 +155,11 @@ async def _edit_request(request: Request) -> ImageRequest:
 
 
 async def _answer(request: Request, asked: ImageRequest, verb: _Verb) -> Response:
+    with in_words(asked.words):
+        return await _answer_in_our_words(request, asked, verb)
+
+
+async def _answer_in_our_words(request: Request, asked: ImageRequest, verb: _Verb) -> Response:
     services, owner = services_of(request), owner_of(request)
     check_limits(asked.params, services.config)
     await check_sources(asked.params, services.config)

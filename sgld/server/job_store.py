@@ -1,7 +1,7 @@
 """Jobs in an SQLite file: what was asked, how far it is, what came of it.
 
 One thread at a time uses the file, never the one of the event loop. What was committed is there after the process was
-killed; after a power failure the last commits may be missing.
+killed, and after a power failure.
 """
 
 import sqlite3
@@ -110,7 +110,11 @@ class JobStore:
         try:
             self._connection = _open(path)
         except sqlite3.Error as error:
-            hint = "; does another server use this folder? Choose one with --data-dir" if "locked" in str(error) else ""
+            hint = (
+                f"; another server uses {path.parent}, and each needs a folder of its own: choose one with --data-dir"
+                if "locked" in str(error)
+                else ""
+            )
             raise OSError(f"the jobs in {path} can't be used: {error}{hint}") from None
 
     def close(self) -> None:
@@ -206,7 +210,8 @@ def _open(path: Path) -> sqlite3.Connection:
         # Before WAL: then it needs no memory that processes share, and keeps others out.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
+        # 4 ms for each commit on an ordinary disk, where NORMAL takes 0.01 and forgets the last ones with the power.
+        db.execute("PRAGMA synchronous = FULL")
         db.execute("BEGIN IMMEDIATE")
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:

@@ -222,10 +222,16 @@ class Jobs:
         await run_sync(shutil.rmtree, self._folder / job_id, True)
         await self._store.delete(job_id)
 
-    async def _launch(self, job: Job) -> RunningJob:
+    async def _launch(self, job: Job, waited_s: float = 0.0) -> RunningJob:
         work = self._works[job.kind](job)
-        params, finish = job.asked.params, work.finish
-        live = await self._requests.submit(params, kind=job.kind, owner=job.owner, finish=finish, request_id=job.id)
+        live = await self._requests.submit(
+            job.asked.params,
+            kind=job.kind,
+            owner=job.owner,
+            finish=work.finish,
+            request_id=job.id,
+            waited_s=waited_s,
+        )
         self._running[job.id] = running = RunningJob(live, work)
         self._tasks.start_soon(self._follow, running)
         return running
@@ -295,13 +301,12 @@ class Jobs:
                 await running.ended.wait()
 
     async def _rerun(self, job: Job) -> RunningJob | None:
-        """Begin a job anew; its deadline, which counted from when it came, is no more."""
-        params = msgspec.structs.replace(job.asked.params, deadline_s=None)
-        job = msgspec.structs.replace(job, asked=msgspec.structs.replace(job.asked, params=params))
+        """Begin a job anew; its deadline still counts from when it came."""
         try:
             while (now := await self._store.get(job.id)) is not None and not now.is_finished:
                 try:
-                    return await self._launch(job)
+                    # A clock that was set back makes no time; but what was accepted isn't refused.
+                    return await self._launch(job, waited_s=max(self._clock() - job.created_at, 1e-3))
                 except QueueFull:
                     await anyio.sleep(_NO_ROOM_S)
                 except (EngineClosed, ModelError):

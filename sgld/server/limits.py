@@ -32,8 +32,8 @@ def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[st
     # The side that isn't given is up to the model, and about as long.
     sides = [side for side in (params.width, params.height) if side]
     if sides:
-        yield "size", "the number of pixels", sides[0] * sides[-1], config.max_pixels
-    yield "num_frames", "num_frames", params.num_frames or 1, config.max_frames
+        yield "width" if params.width else "height", "the number of pixels", sides[0] * sides[-1], config.max_pixels
+    yield "num_frames", "the number of frames", params.num_frames or 1, config.max_frames
     yield "num_inference_steps", "num_inference_steps", params.num_inference_steps or 1, config.max_steps
     yield "n", "the number of outputs", params.num_outputs_per_prompt, config.max_outputs
     yield "prompt", "the length of the prompt", len(params.prompt), config.max_prompt_chars

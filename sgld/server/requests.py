@@ -43,8 +43,10 @@ class Generates(Protocol):
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while its rank is lost."""
 
-    def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> AsyncGenerator[AnyEvent, None]:
-        """Stream the events of all outputs of a request."""
+    def generate(
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0
+    ) -> AsyncGenerator[AnyEvent, None]:
+        """Stream the events of all outputs of a request, which was accepted `waited_s` ago by an earlier server."""
 
     def statistics(self) -> Statistics:
         """What it has done and knows."""
@@ -55,6 +57,7 @@ class LiveRequest:
 
     :param finish: called with each output before its `Completed` is told, to encode and store it. An SgldError or
         OSError of it makes the output a failed one.
+    :param waited_s: how long ago an earlier server accepted it.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class LiveRequest:
         owner: str,
         params: SamplingParams,
         finish: "Finish",
+        *,
+        waited_s: float = 0.0,
     ) -> None:
         self.id = request_id
         self.kind = kind
@@ -74,6 +79,7 @@ class LiveRequest:
         self.epoch = secrets.token_hex(4)
         """What numbers of its events are worth anything with: a job that runs again has others."""
         self._finish = finish
+        self._waited_s = waited_s
         self._scope = anyio.CancelScope()
         self._open = set(range(params.num_outputs_per_prompt))
         self._history: list[tuple[int, AnyEvent]] = []
@@ -127,7 +133,7 @@ class LiveRequest:
 
     async def _relay(self, engine: Generates, inputs: InputPolicy, finishing: TaskGroup) -> None:
         try:
-            async with aclosing(engine.generate(self.params, inputs=inputs)) as events:
+            async with aclosing(engine.generate(self.params, inputs=inputs, waited_s=self._waited_s)) as events:
                 async for event in events:
                     self._decide(None)
                     if isinstance(event, Completed):
@@ -233,17 +239,25 @@ class Requests:
         return await self._tasks.__aexit__(exc_type, exc, traceback)
 
     async def submit(
-        self, params: SamplingParams, *, kind: str, owner: str, finish: Finish, request_id: str | None = None
+        self,
+        params: SamplingParams,
+        *,
+        kind: str,
+        owner: str,
+        finish: Finish,
+        request_id: str | None = None,
+        waited_s: float = 0.0,
     ) -> LiveRequest:
         """Start a request and wait until it is queued; cancelled meanwhile, it is cancelled, too.
 
         :param kind: what its id begins with, `img` or `video`.
         :param request_id: its id, where it has one already.
+        :param waited_s: how long ago an earlier server accepted it.
         :raises SgldError: it is refused.
         """
         if not self._is_open:
             raise EngineClosed("the server is shutting down")
-        live = LiveRequest(request_id or new_id(kind), kind, owner, params, finish)
+        live = LiveRequest(request_id or new_id(kind), kind, owner, params, finish, waited_s=waited_s)
         live.observers = self.observers
         self._live[live.id] = live
         self._tasks.start_soon(self._run, live)

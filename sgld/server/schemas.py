@@ -8,6 +8,7 @@ import difflib
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -48,6 +49,14 @@ CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
 _OWN_WORDS = frozenset({"image_path", "num_previews", "num_outputs_per_prompt", "num_frames", "fps", "seed"})
 SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - _OWN_WORDS
 _ALIASES = {"num_outputs": "n", "num_outputs_per_prompt": "n"}
+# Sampling params that follow from a field of another name.
+_SAID_AS = {
+    "num_outputs_per_prompt": "n",
+    "width": "size",
+    "height": "size",
+    "num_previews": "partial_images",
+    "num_frames": "seconds",
+}
 OUTPUT_QUALITY = {"default": 90, "maximum": 100, "high": 90, "medium": 75, "low": 50}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 PartialType = Literal["image_generation.partial_image", "image_edit.partial_image"]
@@ -109,10 +118,14 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for pictures, understood."""
+    """A request for pictures, understood.
+
+    :param words: what the client called fields that have other names here.
+    """
 
     options: ImageOptions
     params: SamplingParams
+    words: Mapping[str, str]
 
 
 class TokenDetails(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,7 +207,16 @@ def image_request(
     :raises InvalidRequest: a field has a value that it can't have.
     :raises msgspec.ValidationError: a field has another type.
     """
-    fields = dict(known(unpacked(given), ImageOptions))
+    fields = unpacked(given)
+    words = words_of(fields, "image")
+    with in_words(words):
+        return _image_request(fields, images, mask, is_form, words)
+
+
+def _image_request(
+    given: Mapping[str, Any], images: tuple[str, ...], mask: str | None, is_form: bool, words: Mapping[str, str]
+) -> ImageRequest:
+    fields = dict(known(given, ImageOptions))
     sampling = {name: fields.pop(name) for name in SAMPLING_FIELDS & fields.keys()}
     options = convert(fields, ImageOptions, is_form)
     if options.stream and not options.wait:
@@ -210,7 +232,34 @@ def image_request(
     if mask is not None:
         kwargs = {**params.diffusers_kwargs, "mask_image": {"$image": mask, "mode": "L"}}
         params = msgspec.structs.replace(params, diffusers_kwargs=kwargs)
-    return ImageRequest(options=options, params=params)
+    return ImageRequest(options=options, params=params, words=words)
+
+
+def words_of(given: Mapping[str, Any], picture: str) -> dict[str, str]:
+    """What the client called the fields that have other names here.
+
+    :param picture: what it calls an input picture.
+    """
+    words = {"image_path": picture} | {name: alias for alias, name in _ALIASES.items() if alias in given}
+    said = {ours: words.get(name, name) for ours, name in _SAID_AS.items() if ours not in given}
+    return words | {ours: name for ours, name in said.items() if name in given}
+
+
+@contextmanager
+def in_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Name fields in errors as the client did."""
+
+    def said(text: str) -> str:
+        return re.sub(r"\w+", lambda found: words.get(found[0], found[0]), text)
+
+    try:
+        yield
+    except msgspec.ValidationError as error:
+        raise msgspec.ValidationError(said(str(error))) from None
+    except InvalidRequest as error:
+        if error.param is None or error.param not in words:
+            raise
+        raise InvalidRequest(said(str(error)), words[error.param]) from None
 
 
 def convert(fields: Mapping[str, Any], struct: type[_Struct], is_form: bool) -> _Struct:

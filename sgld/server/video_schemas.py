@@ -10,7 +10,17 @@ from msgspec import Meta
 from sgld.errors import InvalidRequest
 from sgld.sampling_params import SamplingParams
 from sgld.server.job_store import Job, Status
-from sgld.server.schemas import OUTPUT_QUALITY, SAMPLING_FIELDS, convert, known, seed_of, size_of, unpacked
+from sgld.server.schemas import (
+    OUTPUT_QUALITY,
+    SAMPLING_FIELDS,
+    convert,
+    in_words,
+    known,
+    seed_of,
+    size_of,
+    unpacked,
+    words_of,
+)
 
 DEFAULT_FPS = 24.0
 """Where neither the client nor the model says."""
@@ -62,10 +72,14 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for videos, understood, but for the pictures that it begins with."""
+    """A request for videos, understood, but for the pictures that it begins with.
+
+    :param words: what the client called fields that have other names here.
+    """
 
     options: VideoOptions
     params: SamplingParams
+    words: Mapping[str, str]
 
 
 class VideoError(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,7 +132,16 @@ def video_request(given: Mapping[str, Any], *, model_fps: float | None, is_form:
     :raises InvalidRequest: a field has a value that it can't have.
     :raises msgspec.ValidationError: a field has another type.
     """
-    fields = dict(known(unpacked(given), VideoOptions, _SAMPLING))
+    fields = unpacked(given)
+    words = words_of(fields, "reference_url" if "reference_url" in given else "input_reference")
+    with in_words(words):
+        return _video_request(fields, model_fps, is_form, words)
+
+
+def _video_request(
+    given: Mapping[str, Any], model_fps: float | None, is_form: bool, words: Mapping[str, str]
+) -> VideoRequest:
+    fields = dict(known(given, VideoOptions, _SAMPLING))
     sampling = {name: fields.pop(name) for name in _SAMPLING & fields.keys()}
     options = convert(fields, VideoOptions, is_form)
     if not sampling.get("prompt"):
@@ -131,7 +154,7 @@ def video_request(given: Mapping[str, Any], *, model_fps: float | None, is_form:
         fps = params.fps or model_fps or DEFAULT_FPS
         num_frames = max(1, round(_seconds(options.seconds) * fps))
         params = msgspec.structs.replace(params, num_frames=num_frames, fps=fps)
-    return VideoRequest(options=options, params=params)
+    return VideoRequest(options=options, params=params, words=words)
 
 
 def _seconds(given: str | float) -> float:

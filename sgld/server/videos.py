@@ -23,6 +23,7 @@ from sgld.server.jobs import RunningJob
 from sgld.server.limits import check_limits, check_sources, number_in
 from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
+from sgld.server.schemas import in_words
 from sgld.server.services import Services, services_of
 from sgld.server.video_schemas import (
     DEFAULT_FPS,
@@ -52,10 +53,12 @@ async def create(request: Request) -> Response:
     asked = video_request(fields, model_fps=served.fps if served else None, is_form=is_form)
     sources = (*pictures, *await _referred(request, asked.options))
     params = msgspec.structs.replace(asked.params, image_path=sources)
-    check_limits(params, services.config)
-    await check_sources(params, services.config)
     options = msgspec.to_builtins(msgspec.structs.replace(asked.options, input_reference=None, reference_url=None))
-    return await _accept(request, Asked(params=params, options=options, model_path=services.engine_config.model_path))
+    model_path = services.engine_config.model_path
+    with in_words(asked.words):
+        check_limits(params, services.config)
+        await check_sources(params, services.config)
+        return await _accept(request, Asked(params=params, options=options, model_path=model_path))
 
 
 async def remix(request: Request) -> Response:

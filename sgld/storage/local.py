@@ -1,6 +1,7 @@
 """Results in a folder of this machine."""
 
 import shutil
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from anyio.to_thread import run_sync
@@ -18,8 +19,8 @@ class LocalStorage:
         self._folder = folder.absolute()
 
     async def put(self, key: str, content: Content, media_type: str) -> None:
-        """Keep a file, in place of one that may be there."""
-        await run_sync(write_atomically, self._path(key), content)
+        """Keep a file, in place of one that may be there; after that a power failure doesn't take it."""
+        await run_sync(partial(write_atomically, self._path(key), content, is_durable=True))
 
     async def read(self, key: str) -> bytes | None:
         """The content of a file; None if there is none."""

@@ -57,6 +57,9 @@ async def test_deadline_that_no_such_request_meets_is_refused(pixart: Pipeline) 
         with pytest.raises(DeadlineImpossible, match="deadline_s is 1e-06, but such a request takes"):
             await events_of(engine, params_of(kwargs, deadline_s=1e-6, seed=5))
         await completed(engine, params_of(kwargs, deadline_s=60.0))
+        # Who was accepted by an earlier engine isn't refused.
+        late = [event async for event in engine.generate(params_of(kwargs, deadline_s=1e-6), waited_s=3600.0)]
+        assert isinstance(late[-1], Completed)
 
 
 async def test_next_start_knows_how_long_requests_take(pixart: Pipeline, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class FakeEngine:
     def __init__(self, *, is_ready: bool = True) -> None:
         self.model: ModelInfo | None = MODEL if is_ready else None
         self.params: list[SamplingParams] = []
+        self.waited_s: list[float] = []
         self.ended: list[str] = []
         self.hanging = anyio.Event()
         self.go = anyio.Event()
@@ -78,9 +79,12 @@ class FakeEngine:
         """Nothing was counted."""
         return self.counted
 
-    async def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> AsyncGenerator[AnyEvent, None]:
+    async def generate(
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0
+    ) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request, as sgld.engine.engine.Engine.generate gives them."""
         self.params.append(params)
+        self.waited_s.append(waited_s)
         verb, _, rest = params.prompt.partition(" ")
         if verb == "refuse":
             raise _REFUSALS[rest]("it was refused")

@@ -87,6 +87,14 @@ async def test_a_url_leads_to_the_picture_until_it_is_deleted(tmp_path: Path) ->
         ({"n": 11}, "n"),
         ({"n": 0}, "n"),
         ({"n": "2"}, "n"),
+        ({"n": 5000}, "n"),
+        ({"num_outputs": 5000}, "num_outputs"),
+        ({"num_outputs": 0}, "num_outputs"),
+        ({"num_outputs_per_prompt": 11}, "num_outputs_per_prompt"),
+        ({"size": "0x64"}, "size"),
+        ({"width": 0}, "width"),
+        ({"width": 9000, "height": 9000}, "width"),
+        ({"partial_images": 9, "stream": True}, "partial_images"),
         ({"num_inference_steps": 201}, "num_inference_steps"),
         ({"diffusers_kwargs": {"sigmas": [0.5] * 201}}, "diffusers_kwargs"),
         ({"prompt": "x" * 32_001}, "prompt"),
@@ -107,6 +115,7 @@ async def test_what_can_not_be_done_is_said(tmp_path: Path, fields: dict[str, An
     assert answer.status_code == 400
     assert error_of(answer)["param"] == param
     assert error_of(answer)["type"] == "invalid_request_error"
+    assert "num_outputs_per_prompt" not in error_of(answer)["message"] or param == "num_outputs_per_prompt"
     assert server.engine.params == []
 
 

@@ -164,8 +164,9 @@ async def test_what_was_unfinished_is_done_by_the_next_server(tmp_path: Path, is
         assert (after.status, after.attempts) == ("completed", 2 if is_killed else 1)
         assert await server.jobs.storage.read(after.files[0].key) == b"3"
         assert await server.now(done) == done
-    # A deadline counted from when the job came.
-    assert [(params.prompt, params.deadline_s) for params in engine.params] == [("wait", None)]
+    # Its deadline counts from when the job came.
+    assert [(params.prompt, params.deadline_s) for params in engine.params] == [("wait", 9.0)]
+    assert engine.waited_s[0] > 0
 
 
 async def test_pictures_of_a_job_are_there_for_the_next_server(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ class FullForAWhile(FakeEngine):
         super().__init__()
         self.num_refusals = num_refusals
 
-    def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> Any:
+    def generate(self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0) -> Any:
         self.num_refusals -= 1
         if self.num_refusals >= 0:
             params = msgspec.structs.replace(params, prompt="refuse queue_full")

@@ -28,8 +28,8 @@ def test_what_is_within_the_limits_passes(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"width": 10, "height": 11}, "size"),
-        ({"height": 11}, "size"),
+        ({"width": 10, "height": 11}, "width"),
+        ({"height": 11}, "height"),
         ({"num_frames": 6}, "num_frames"),
         ({"num_inference_steps": 5}, "num_inference_steps"),
         ({"num_outputs_per_prompt": 4}, "n"),

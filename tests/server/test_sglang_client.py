@@ -46,7 +46,9 @@ def edit(response_format: str) -> str:
 class VideoEngine(FakeEngine):
     """Its model makes videos, as long as it likes where nothing is said."""
 
-    async def generate(self, params: SamplingParams, *, inputs: InputPolicy) -> AsyncGenerator[AnyEvent, None]:
+    async def generate(
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0
+    ) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request."""
         params = msgspec.structs.replace(params, num_frames=params.num_frames or 5)
         async for event in super().generate(params, inputs=inputs):

@@ -167,8 +167,8 @@ async def test_lengths(tmp_path: Path, fields: dict[str, Any], num_frames: int |
         ({}, "prompt"),
         ({"prompt": "a cat", "seconds": "long"}, "seconds"),
         ({"prompt": "a cat", "seconds": -1}, "seconds"),
-        ({"prompt": "a cat", "seconds": 1e9}, "num_frames"),
-        ({"prompt": "a cat", "seconds": 1e300}, "num_frames"),
+        ({"prompt": "a cat", "seconds": 1e9}, "seconds"),
+        ({"prompt": "a cat", "seconds": 1e300}, "seconds"),
         ({"prompt": "a cat", "num_frames": 513}, "num_frames"),
         ({"prompt": "a cat", "n": 11}, "n"),
         ({"prompt": "a cat", "size": "wide"}, "size"),
@@ -176,7 +176,7 @@ async def test_lengths(tmp_path: Path, fields: dict[str, Any], num_frames: int |
         ({"prompt": "a cat", "video_url": "http://example.org/a.mp4"}, "video_url"),
         ({"prompt": "a cat", "input_reference": {"path": "a"}}, "input_reference"),
         ({"prompt": "a cat", "input_reference": {"file_id": "file-1"}}, "file_id"),
-        ({"prompt": "a cat", "input_reference": "data:;base64,AAAA"}, "image_path"),
+        ({"prompt": "a cat", "input_reference": "data:;base64,AAAA"}, "input_reference"),
     ],
 )
 async def test_what_can_not_be_done_is_said(tmp_path: Path, fields: dict[str, Any], param: str) -> None:
