@@ -34,11 +34,12 @@ _FORMAT = 1
 class Overlay:
     """A source model, and the small repo that makes a model in the layout of diffusers of it.
 
-    `source` and `name` are folders or ids on the hub; `folder` has the files of the overlay, and `written` is its
-    manifest as it is written.
+    `source` and `name` are folders or ids on the hub; `source_folder` is None if the source is there. `folder` has the
+    files of the overlay, and `written` is its manifest as it is written.
     """
 
     source: str
+    source_folder: Path | None
     source_revision: str | None
     name: str
     revision: str | None
@@ -87,7 +88,7 @@ def inputs_of(overlay: Overlay) -> Inputs:
 
     :raises ModelError: files can't be read, or a link leads out of its folder.
     """
-    folder = local_folder(overlay.source)
+    folder = overlay.source_folder
     try:
         return Inputs(
             source=str(folder.absolute()) if folder and overlay.source not in EMBEDDED else overlay.source,
@@ -265,7 +266,7 @@ def _source_folder(overlay: Overlay) -> Path:
     :raises ModelError: it can't be fetched, or lacks files that the overlay requires.
     """
     required = overlay.manifest.required_source_files
-    folder = local_folder(overlay.source)
+    folder = overlay.source_folder
     if folder is not None:
         if missing := _missing(folder, required):
             raise ModelError(f"the source {folder} lacks {', '.join(missing)}, which overlay {overlay.name} requires")

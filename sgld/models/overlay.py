@@ -19,7 +19,7 @@ from sgld.models.hub import fetch, has_file
 from sgld.models.manifest import MANIFEST_FILE, read_manifest
 from sgld.models.mapping import NOT_OF_OVERLAYS
 from sgld.models.materialize import Overlay, inputs_of, local_folder, materialize, whole
-from sgld.models.resolve import INDEX_FILE, ModelSource, one_line, resolve
+from sgld.models.resolve import EMBEDDED, INDEX_FILE, ModelSource, is_hub_id, one_line, resolve
 
 VARIABLE = "SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY"
 BUILT_IN = Path(__file__).with_name("overlay_registry.json")
@@ -146,7 +146,8 @@ def _registered(config: EngineConfig, entry: Entry) -> Overlay | ModelSource:
     manifest, written = found
     _check_index(folder, name)
     source_revision = config.revision or entry.source_revision or manifest.source_revision
-    return Overlay(config.model_path, source_revision, name, revision, folder, manifest, written)
+    source_folder = local_folder(config.model_path)
+    return Overlay(config.model_path, source_folder, source_revision, name, revision, folder, manifest, written)
 
 
 def _complete(config: EngineConfig, name: str, revision: str | None) -> ModelSource:
@@ -174,9 +175,15 @@ def _direct(config: EngineConfig, folder: Path) -> Overlay | None:
             f"model that the registry gives it ({VARIABLE})"
         )
     _check_index(folder, name)
-    is_local = local_folder(name) is not None
-    revision = None if is_local else config.revision
-    return Overlay(manifest.source_model_id, manifest.source_revision, name, revision, folder, manifest, written)
+    source = manifest.source_model_id
+    if local_folder(name) is not None:
+        source_folder, revision = local_folder(source), None
+    elif is_hub_id(source):
+        # Who wrote the overlay doesn't choose folders of this machine.
+        source_folder, revision = EMBEDDED.get(source), config.revision
+    else:
+        raise ModelError(f"overlay {name} is made of {source!r}, which isn't an id on the hub (owner/name) as its own")
+    return Overlay(source, source_folder, manifest.source_revision, name, revision, folder, manifest, written)
 
 
 def _check_index(folder: Path, name: str) -> None:

@@ -43,6 +43,19 @@ def test_overlay_on_the_hub_makes_a_model_of_a_source_on_the_hub(tmp_path: Path,
     assert hub.asked == asked
 
 
+def test_overlay_on_the_hub_takes_no_folder_of_this_machine(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = write(tmp_path / "org" / "source", {"weights/key": "K"})
+    for number, source in enumerate((str(private), "../org/source", "~/source")):
+        hub.put(f"org/overlay{number}", overlay_in(tmp_path, source))
+        with pytest.raises(ModelError, match="which isn't an id on the hub"):
+            made(f"org/overlay{number}")
+    hub.put("org/overlay", overlay_in(tmp_path, "org/source"))
+    monkeypatch.chdir(tmp_path)
+    assert names_in(folder_of("org/overlay")) == MADE
+
+
 def test_revisions_of_the_registry_and_of_the_flag_are_taken(tmp_path: Path, hub: Hub, registered: Any) -> None:
     hub.put("org/overlay", overlay_in(tmp_path, None, source_revision="old"), "v2")
     for revision in ("old", "new", "newest"):

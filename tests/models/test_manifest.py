@@ -6,7 +6,8 @@ import pytest
 
 from models.overlays import overlay_in, write
 from sgld.errors import ModelError
-from sgld.models.manifest import MANIFEST_FILE, FileMapping, GlobMapping, TreeMapping, read_manifest
+from sgld.models.manifest import MANIFEST_FILE, FileMapping, GlobMapping, Manifest, TreeMapping, read_manifest
+from sgld.models.overlay import Entry
 
 
 def problem(tmp_path: Path, content: Any) -> str:
@@ -17,6 +18,12 @@ def problem(tmp_path: Path, content: Any) -> str:
     assert str(caught.value).startswith(f"{MANIFEST_FILE} of overlay org/overlay can't be used: ")
     assert "\n" not in str(caught.value)
     return str(caught.value).partition("can't be used: ")[2]
+
+
+def test_docs_have_every_field() -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "overlays.md").read_text()
+    fields = [*Manifest.__struct_fields__, *FileMapping.__struct_fields__, *TreeMapping.__struct_fields__]
+    assert [name for name in (*fields, *Entry.__struct_fields__) if f"`{name}`" not in docs] == []
 
 
 def test_mappings_have_types_and_defaults(tmp_path: Path) -> None:
