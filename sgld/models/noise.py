@@ -39,7 +39,8 @@ def choose(
     values = dict(config.scheduler_config)
     _check_values(values, cls)
     try:
-        made = cls.from_config(own.config, **(_carried(own.config, cls) | values))
+        kept = {name: value for name, value in own.config.items() if name in _parameters(cls) or name[0] == "_"}
+        made = cls.from_config(kept, **(_carried(own.config, cls) | values))
         if config.flow_shift is not None:
             made = shifted(made, config.flow_shift)
     except Unshiftable as error:

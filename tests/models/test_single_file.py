@@ -8,8 +8,9 @@ from diffusers import DiffusionPipeline
 from pipelines import BUILDERS, build
 from safetensors.torch import load_file, save_file
 
-from sgld.config import EngineConfig, SourceConfig
+from sgld.config import EngineConfig, NoiseConfig, SourceConfig
 from sgld.errors import ModelError
+from sgld.models.describe import describe
 from sgld.models.load import load
 from sgld.models.plan import plan
 
@@ -73,6 +74,15 @@ def test_file_with_a_configuration_is_the_model(whole: Path, configuration: Path
     expected = pixels(DiffusionPipeline.from_pretrained(whole))
     torch.testing.assert_close(pixels(model.pipeline), expected, rtol=0, atol=0)
     assert model.decisions["model"] == f"weights from {checkpoint}; configuration from {configuration}"
+
+
+def test_file_takes_another_noise_scheduler_and_tells_defaults(
+    whole: Path, configuration: Path, checkpoint: Path
+) -> None:
+    noise = NoiseConfig(scheduler="UniPCMultistepScheduler", flow_shift=2)
+    config = configured(checkpoint, configuration, component_paths={"vae": str(whole)}, noise=noise)
+    assert load(config).pipeline.scheduler.config.flow_shift == 2
+    assert describe(config).defaults["num_frames"].value == 161
 
 
 def test_components_of_a_file_have_their_precisions(whole: Path, configuration: Path, checkpoint: Path) -> None:
