@@ -4,7 +4,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from sgld.ipc.channel import channel_pair
 from sgld.ipc.tensor_queue import tensor_queue
 from sgld.messages import Pending, Ran, Stepped
 from sgld.models.backend import choose_backend
-from sgld.models.load import LoadedModel
+from sgld.models.load import LoadedModel, load
+from sgld.models.verdicts import VerdictFile
 from sgld.sampling_params import StepCacheParams
 from sgld.worker.executor import Executor
 from sgld.worker.main import serve
@@ -106,21 +108,22 @@ class InlineReplica:
 
     The channel, the tensor queue and the rank's code are the real ones.
 
+    :param pipeline: None: the model of the engine's config is loaded.
     :param defaults: sampling params that the model recommends, by parameter name.
     """
 
-    def __init__(self, pipeline: Any, defaults: Mapping[str, Any] | None = None) -> None:
-        self._model = LoadedModel(pipeline, torch.device(pipeline.device), dict(defaults or {}), "inline")
-        self._class_names = [base.__name__ for base in type(pipeline).__mro__]
+    def __init__(self, pipeline: Any | None, defaults: Mapping[str, Any] | None = None) -> None:
+        self._pipeline = pipeline
+        self._defaults = dict(defaults or {})
+        self.verdict_file: VerdictFile | None = None
+        """Where what is learned of a loaded pipeline is kept."""
 
     @asynccontextmanager
     async def __call__(self, config: EngineConfig) -> AsyncIterator[Rank]:
         """A rank, as long as the block lasts."""
         front, rank_end = channel_pair()
         reader, writer = tensor_queue()
-        is_whole = choose_backend(config.backend, self._class_names, {}).is_whole
-        model = replace(self._model, is_whole=is_whole)
-        args = (rank_end, writer, config, lambda: model)
+        args = (rank_end, writer, config, partial(self._model, config))
         thread = threading.Thread(target=serve, args=args, name="inline-rank")
         thread.start()
         try:
@@ -132,3 +135,11 @@ class InlineReplica:
                 await to_thread.run_sync(thread.join)
             writer.close()
             reader.close()
+
+    def _model(self, config: EngineConfig) -> LoadedModel:
+        if self._pipeline is None:
+            return load(config)
+        names = [base.__name__ for base in type(self._pipeline).__mro__]
+        is_whole = choose_backend(config.backend, names, {}).is_whole
+        device = torch.device(self._pipeline.device)
+        return LoadedModel(self._pipeline, device, self._defaults, "inline", self.verdict_file, is_whole=is_whole)

@@ -61,14 +61,22 @@ def with_pictures(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
-    """What the pipeline's `__call__` takes by name; a modular one takes what its blocks take."""
+    """What the pipeline's `__call__` takes by name; a modular one takes what its blocks take.
+
+    A class that takes any keyword hands them on to the one that it is derived from.
+    """
     of_blocks = getattr(pipeline, "default_call_parameters", None)
     if of_blocks is not None:
         # One without a name stands for whatever else is given.
         named = {name: default for name, default in of_blocks.items() if name is not None}
         return {n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in named.items()}
-    parameters = inspect.signature(pipeline.__call__).parameters
-    return {n: p for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL}
+    found: dict[str, inspect.Parameter] = {}
+    for call in (vars(base)["__call__"] for base in type(pipeline).__mro__ if "__call__" in vars(base)):
+        _self, *parameters = inspect.signature(call).parameters.values()
+        found = {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} | found
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def num_steps(pipeline: Any, kwargs: Mapping[str, Any]) -> int:

@@ -277,7 +277,7 @@ def write_picture(path: Path, metadata: dict[str, object]) -> Path:
 
 
 def test_picture_chooses_only_what_sgld_writes_into_it(tmp_path: Path) -> None:
-    written = {"model_path": "m", "vae_tiling": True}
+    written = {"model_path": "m", "vae_tiling": True, "component_paths": {"vae": "v"}}
     params = {"prompt": "a", "seed": 3}
     strange = {"output_path": "/tmp", "output_file_name": "x.png", "prompt_path": "/etc/passwd", "num_gpus": 2}
     path = write_picture(

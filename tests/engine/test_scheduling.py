@@ -29,7 +29,7 @@ def replica(pipeline: Any, *, is_kept: bool) -> InlineReplica:
     made = InlineReplica(pipeline)
     if is_kept:
         source = resolve("sgld/tiny-image")
-        made._model.verdict_file = VerdictFile(source, model_index(source))
+        made.verdict_file = VerdictFile(source, model_index(source))
     return made
 
 

@@ -118,6 +118,16 @@ def test_parameters_are_those_that_go_by_name() -> None:
     assert list(parameters_of(Pipeline())) == ["a", "b"]
 
 
+def test_class_that_takes_any_keyword_takes_those_of_its_base() -> None:
+    class Base:
+        def __call__(self, prompt: str, height: int = 8, **kwargs: Any) -> None: ...
+
+    class Own(Base):
+        def __call__(self, *args: Any, scale: float = 1.0, **kwargs: Any) -> None: ...
+
+    assert list(parameters_of(Own())) == ["prompt", "height", "scale"]
+
+
 def test_modular_pipeline_takes_what_its_blocks_take() -> None:
     pipeline, _ = build("modular_flux")
     assert {"prompt", "generator", "output_type", "num_inference_steps"} <= parameters_of(pipeline).keys()
