@@ -5,8 +5,8 @@ python bench/step_cache.py --device cuda [--sizes 17x256x256 17x480x832] [--out 
 
 On a CPU: the two models that ship, each picture against the one without a cache (PSNR, SSIM), and against what as many
 forwards without a cache make of it. Time is CPU time of the denoiser, on one thread. On a GPU: a Wan pipeline whose
-transformer has the width of Wan 2.1 1.3B, half of its layers and random weights, so its pictures say nothing: only times
-count, and first blocks skip as often as they may.
+transformer has the width of Wan 2.1 1.3B, half of its layers and random weights, so its pictures say nothing: only
+times count, and first blocks skip as often as they may.
 """
 
 import argparse
