@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
+from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL, NoiseConfig
 from sgld.errors import InvalidRequest
 from sgld.media.images import encode_image
 from sgld_cli.options import UsageError
@@ -133,6 +133,13 @@ def test_prompt_and_file_of_prompts_exclude_each_other() -> None:
 def test_two_spellings_of_one_setting_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="sets dit_precision, which is set already"):
         accept({"dit_precision": "bf16", "precision": "fp16"}, "c.yaml")
+
+
+def test_shift_is_that_of_the_model_and_of_its_requests() -> None:
+    given = {"--prompt": ["a"], "--flow-shift": "3", "--scheduler-config": '{"solver_order": 3}'}
+    settings = build(merge([accept(given, "flag")]))
+    assert settings.engine.noise == NoiseConfig(flow_shift=3, scheduler_config={"solver_order": 3})
+    assert settings.params[0].flow_shift == 3
 
 
 @pytest.mark.parametrize("name", ["seed", "quantization", "lora_path", "vae_path"])

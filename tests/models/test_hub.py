@@ -15,6 +15,7 @@ from sgld.models.hub import fetch, has_file
 from sgld.models.overlay import VARIABLE
 from sgld.models.resolve import INDEX_FILE
 
+_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 MADE = ["README.md", INDEX_FILE, "unet/a.safetensors", "unet/more/b.json"]
 
 
@@ -111,6 +112,21 @@ def test_made_model_needs_no_hub(tmp_path: Path, hub: Hub) -> None:
     hub.repos.clear()
     shutil.rmtree(tmp_path / "hub")
     assert folder_of(overlay) == folder
+
+
+@pytest.mark.parametrize("how", ["offline", "unreachable"])
+def test_overlay_that_was_fetched_needs_no_hub(
+    tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    hub.put("org/overlay", overlay_in(tmp_path, "org/source"))
+    folder = folder_of("org/overlay")
+    if how == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        nowhere = "http://127.0.0.1:9"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nowhere + _PATH)
+    assert folder_of("org/overlay") == folder
 
 
 @pytest.mark.parametrize("model_path", ["org/missing", "source of overlay", "registered"])

@@ -167,6 +167,7 @@ async def test_sglangs_fields_reach_the_engine(tmp_path: Path) -> None:
             seed=[5, 6],
             negative_prompt="dogs",
             enable_teacache=False,
+            flow_shift=3,
             user="me",
             extra_body={"num_inference_steps": 3, "diffusers_kwargs": {"eta": 0.5}},
         )
@@ -174,6 +175,7 @@ async def test_sglangs_fields_reach_the_engine(tmp_path: Path) -> None:
     assert answer.status_code == 200
     (params,) = engine.params
     assert (params.width, params.height, params.num_outputs_per_prompt, params.seed) == (32, 48, 2, 5)
+    assert params.flow_shift == 3
     assert (params.negative_prompt, params.num_inference_steps, params.diffusers_kwargs) == ("dogs", 3, {"eta": 0.5})
 
 

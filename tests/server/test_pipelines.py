@@ -81,6 +81,16 @@ async def test_a_mask_that_no_pipeline_takes_is_refused(tmp_path: Path) -> None:
     assert "inpainting" in error_of(answer)["message"]
 
 
+async def test_a_shift_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    pipeline, _ = build("sdxl")
+
+    async with running(tmp_path, factory=serving(pipeline)) as server:
+        answer = await server.post(prompt="a cat", size="32x32", num_inference_steps=1, flow_shift=3)
+
+    assert answer.status_code == 400
+    assert "flow_shift can't be 3.0: EulerDiscreteScheduler has no shift here" in error_of(answer)["message"]
+
+
 async def test_previews_come_before_the_picture(tmp_path: Path) -> None:
     pipeline, _ = build("sdxl")
 
