@@ -1,4 +1,4 @@
-"""What is fetched of the Hugging Face hub for overlays: folders of a repo, and whether it has a file."""
+"""What is fetched of the Hugging Face hub as files: folders of a repo, their names, and whether it has a file."""
 
 from pathlib import Path
 
@@ -29,6 +29,25 @@ def fetch(
     except (OSError, ValueError, _http_error()) as error:
         raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
     return Path(folder)
+
+
+def names_in(repo_id: str, revision: str | None) -> list[str]:
+    """The files of a repo; where the hub can't be reached, those that the cache has.
+
+    :raises ModelError: neither says.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download  # takes a second
+
+    try:
+        siblings = HfApi().model_info(repo_id, revision=revision or constants.DEFAULT_REVISION).siblings or ()
+        return [file.rfilename for file in siblings]
+    except (OSError, ValueError, _http_error()) as error:
+        try:
+            # None of its files has to be there.
+            folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
+        except (OSError, ValueError):
+            raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 
 def has_file(repo_id: str, name: str, revision: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Weights apart from their component: which files they are, and what these say of themselves without being read."""
 
+import glob
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from sgld.errors import ModelError
+from sgld.models.hub import fetch, names_in
 from sgld.models.resolve import one_line
 from sgld.models.weights import header_of
 
@@ -119,17 +121,11 @@ def _names_a_file(place: Place) -> bool:
 
 
 def _fetched(place: Place) -> tuple[Path, ...]:
-    import huggingface_hub
-
-    try:
-        names = huggingface_hub.list_repo_files(place.repo, revision=place.revision)
-        chosen = chosen_files(names, place.path, place.name)
-        beside = str(PurePosixPath(chosen[0]).with_name("config.json"))
-        wanted = [*chosen, *([beside] if beside in names and not _names_a_file(place) else [])]
-        paths = [huggingface_hub.hf_hub_download(place.repo, n, revision=place.revision) for n in wanted]
-    except (OSError, ValueError) as error:
-        raise ModelError(f"weights {place.name} can't be fetched: {one_line(error)}") from None
-    return tuple(map(Path, paths[: len(chosen)]))
+    names = names_in(place.repo, place.revision)
+    chosen = chosen_files(names, place.path, place.name)
+    beside = str(PurePosixPath(chosen[0]).with_name("config.json"))
+    folder = fetch(place.repo, place.revision, allow=[*map(glob.escape, chosen), beside])
+    return tuple(folder / name for name in chosen)
 
 
 def chosen_files(names: Collection[str], path: str, asked: str) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.hub import Hub, running_hub
 from sgld.errors import ModelError
 from sgld.models.weight_files import Place, chosen_files, place_of, read_header, weights_at
 
@@ -98,31 +100,34 @@ def test_file_that_is_broken_is_told(tmp_path: Path, content: bytes) -> None:
         read_header(tmp_path / "a.safetensors")
 
 
-def test_weights_on_a_hub_that_is_out_of_reach_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(tmp_path / "hub") as hub:
+        (tmp_path / "t").mkdir()
+        save_file({"a": torch.ones(2)}, tmp_path / "t" / "a.safetensors")
+        (tmp_path / "t" / "config.json").write_text('{"n": 2}')
+        (tmp_path / "w-Q8_0.gguf").write_bytes(b"GGUF")
+        (tmp_path / "w-Q4_0.gguf").write_bytes(b"GGUF")
+        hub.put("o/r", tmp_path)
+        yield hub
 
-    def refuse(*_args: object, **_options: object) -> list[str]:
-        raise OSError("no route\nto the hub")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
-    with pytest.raises(ModelError, match=r"^weights o/r:Q8 can't be fetched: no route$"):
-        weights_at(place_of("o/r:Q8"))
+def test_weights_on_the_hub_are_fetched_with_their_config_and_nothing_else(hub: Hub) -> None:
+    weights = weights_at(place_of("o/r/t"))
+    assert (weights.files[0].name, weights.config) == ("a.safetensors", {"n": 2})
+    assert weights.header().tensors == {"a": ("F32", (2,))}
+    assert weights_at(place_of("o/r:q4_0")).files[0].name == "w-Q4_0.gguf"
+    assert sorted(hub.asked) == ["r/t/a.safetensors", "r/t/config.json", "r/w-Q4_0.gguf"]
 
 
-def test_weights_on_the_hub_are_fetched_with_their_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+def test_weights_that_were_fetched_need_no_hub(hub: Hub) -> None:
+    before = weights_at(place_of("o/r:Q4_0"))
+    hub.repos.clear()
+    assert weights_at(place_of("o/r:Q4_0")) == before
 
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "config.json").write_text('{"n": 2}')
-    fetched: list[tuple[str, str, str | None]] = []
 
-    def fetch(repo: str, name: str, revision: str | None) -> str:
-        fetched.append((repo, name, revision))
-        return str(tmp_path / name)
-
-    names = ["x.safetensors", "t/a.safetensors", "t/config.json"]
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _repo, revision: names)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    weights = weights_at(place_of("o/r/t", "v1"))
-    assert (weights.files, weights.config) == ((tmp_path / "t/a.safetensors",), {"n": 2})
-    assert fetched == [("o/r", "t/a.safetensors", "v1"), ("o/r", "t/config.json", "v1")]
+def test_weights_that_the_hub_does_not_have_are_told(hub: Hub) -> None:
+    with pytest.raises(ModelError, match="o/none can't be fetched: "):
+        weights_at(place_of("o/none:Q8"))
+    with pytest.raises(ModelError, match=r"o/r has several files of weights; .*: w-Q4_0.gguf, w-Q8_0"):
+        weights_at(place_of("o/r"))
