@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from sgld.fields import check_fields, refuse_later
+from sgld.fields import FieldError, check_fields, refuse_later
 
 Precision = Literal["fp32", "fp16", "bf16"]
 EMBEDDED_IMAGE_MODEL = "sgld/tiny-image"
@@ -163,6 +163,64 @@ class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     ] = ()
 
 
+class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The LoRA adapters that are there from the start, and how many may be.
+
+    :raises FieldError: a value is out of its range, or there are more nicknames or scales than paths.
+    """
+
+    lora_path: Annotated[
+        tuple[str, ...], _field("LoRA adapters: files, folders or hub ids, where :name names a file of a folder")
+    ] = ()
+    lora_nickname: Annotated[
+        tuple[str, ...], _field("one for each; default: `default`, and names of their files where there are several")
+    ] = ()
+    lora_scale: Annotated[tuple[float, ...], _field("one for each, or one for all; default: 1.0")] = ()
+    lora_weight_name: Annotated[str | None, _field("the file, where lora_path is a folder or hub id")] = None
+    lora_alpha: Annotated[float, Meta(gt=0), _field("alpha of adapters that don't say; default: their rank")] | None = (
+        None
+    )
+    lora_target: Annotated[str, _field("the component that they change, as transformer_2")] = "all"
+    lora_partial: Annotated[bool, _field("load adapters, too, of which some layers fit nothing in the model")] = False
+    max_loras: Annotated[int, Meta(ge=1), _field("combinations of adapters on the device at the same time")] = 8
+    max_lora_bytes: Annotated[
+        int, Meta(ge=0), _field("memory for adapters that were read; those used last are kept")
+    ] = 4 * 1024**3
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        num = len(self.lora_path)
+        if len(self.lora_nickname) not in (0, num):
+            raise FieldError("lora_nickname", self.lora_nickname, f"there are {num} in lora_path, one for each")
+        if len(self.lora_scale) not in (0, 1, num):
+            raise FieldError("lora_scale", self.lora_scale, f"there are {num} in lora_path, one for each")
+        if len(set(self.nicknames)) < num:
+            raise FieldError("lora_nickname", self.nicknames, "each needs one of its own; give lora_nickname")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is loaded, one phrase each."""
+        parts = zip(self.nicknames, self.paths, self.scales, strict=True)
+        return tuple(f"LoRA adapter {nickname} from {path}, scale {scale:g}" for nickname, path, scale in parts)
+
+    @property
+    def nicknames(self) -> tuple[str, ...]:
+        """Those that were given, or names made of the paths."""
+        if self.lora_nickname or len(self.lora_path) == 1:
+            return self.lora_nickname or ("default",)
+        return tuple(Path(path.rpartition(":")[2]).stem for path in self.lora_path)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """One for each path."""
+        return (self.lora_scale or (1.0,)) * (1 if len(self.lora_scale) > 1 else len(self.lora_path))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """With the name of the file."""
+        return tuple(f"{path}:{self.lora_weight_name}" if self.lora_weight_name else path for path in self.lora_path)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -213,6 +271,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     noise: NoiseConfig = NoiseConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     quantized: QuantizationConfig = QuantizationConfig()
+    adapters: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -260,6 +319,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cors_origins: Annotated[tuple[str, ...], _field("origins whose pages may use the API; * for all")] = ()
     allow_path: Annotated[tuple[str, ...], _field("folders whose files requests may name; by default none")] = ()
     allow_private_urls: Annotated[bool, _field("fetch pictures from private addresses, too")] = False
+    allow_lora_download: Annotated[bool, _field("let clients name LoRA adapters on the hub")] = False
     data_dir: Annotated[
         str | None, _field("folder of jobs and results, for one server at a time; default: $XDG_DATA_HOME/sgld")
     ] = None

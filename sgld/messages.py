@@ -89,6 +89,20 @@ class Cancel(Command, frozen=True, kw_only=True, tag="cancel"):
     request_id: str
 
 
+class LoadLora(Command, frozen=True, kw_only=True, tag="load_lora"):
+    """Read a LoRA adapter as it is on disk now; `LoraLoaded` or `LoraFailed` answers."""
+
+    path: str
+    alpha: float | None = None
+
+
+class UnloadLora(Command, frozen=True, kw_only=True, tag="unload_lora"):
+    """Forget a LoRA adapter; requests that use it go on."""
+
+    path: str
+    alpha: float | None = None
+
+
 class Exit(Command, frozen=True, tag="exit"):
     """Cancel all tasks and leave."""
 
@@ -142,6 +156,37 @@ class Judged(Reply, frozen=True, kw_only=True, tag="judged"):
     modes: dict[str, str]
     reasons: dict[str, str]
     """Component to why some of its calls don't merge, as last found out."""
+
+
+class LoraLoaded(Reply, frozen=True, kw_only=True, tag="lora_loaded"):
+    """A LoRA adapter was read, or it was there already."""
+
+    path: str
+    alpha: float | None = None
+    size_bytes: int
+    num_layers: dict[str, int]
+    """How many it changes in each component."""
+    num_unmatched: int = 0
+    """Layers that fit nothing in the model."""
+
+
+class LoraFailed(Reply, frozen=True, kw_only=True, tag="lora_failed"):
+    """A LoRA adapter can't be used."""
+
+    path: str
+    alpha: float | None = None
+    message: str
+
+
+class LorasHeld(Reply, frozen=True, kw_only=True, tag="loras_held"):
+    """How much adapters take, sent when it has changed."""
+
+    num_adapters: int = 0
+    """In memory."""
+    adapter_bytes: int = 0
+    num_slots: int = 0
+    """Combinations of adapters on the device."""
+    slot_bytes: int = 0
 
 
 class Idle(Reply, frozen=True, tag="idle"):
@@ -207,7 +252,7 @@ class TaskCancelled(Reply, frozen=True, kw_only=True, tag="task_cancelled"):
     request_id: str
 
 
-AnyCommand = Start | Run | Cancel | Exit
+AnyCommand = Start | Run | Cancel | LoadLora | UnloadLora | Exit
 AnyReply = (
     Alive
     | Ready
@@ -215,6 +260,9 @@ AnyReply = (
     | Pending
     | Ran
     | Judged
+    | LoraLoaded
+    | LoraFailed
+    | LorasHeld
     | Idle
     | Stepped
     | Previewed

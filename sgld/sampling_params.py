@@ -10,6 +10,40 @@ from sgld.fields import FieldError, check_fields
 
 DEFAULT_SEED = 42
 MAX_SEED = 2**63 - 1
+MAX_LORAS = 16
+
+
+class LoraChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One LoRA adapter of a request: one that was loaded under a nickname, or one at a path.
+
+    The path is a file, a folder, or an id on the hub, where `:name` names a file. `target` is the component that it
+    changes. `alpha` counts where the adapter doesn't say. Who chose a nickname finds the path beside it later.
+    """
+
+    nickname: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    path: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
+    scale: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+    target: Annotated[str, Meta(max_length=100)] = "all"
+    alpha: Annotated[float, Meta(gt=0)] | None = None
+
+    def __str__(self) -> str:
+        return repr(self.nickname or self.path)
+
+
+def lora_choice(text: str) -> Any:
+    """What stands for an adapter on a command line: JSON, or a nickname or path, with `=scale` behind it.
+
+    :raises msgspec.DecodeError: it looks like JSON and isn't.
+    """
+    if text.startswith(("{", "[")):
+        return msgspec.json.decode(text)
+    name, _, scale = text.rpartition("=")
+    try:
+        number = float(scale)
+    except ValueError:
+        name, number = text, 1.0
+    name = name or text
+    return {"path" if "/" in name or name.endswith(".safetensors") else "nickname": name, "scale": number}
 
 
 class TaylorCache(
@@ -110,6 +144,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ]
         | None
     ) = None
+    lora: (
+        Annotated[
+            tuple[LoraChoice, ...],
+            Meta(
+                max_length=MAX_LORAS,
+                description="adapters: nickname=scale, path=scale, or JSON; default: those that the server has active",
+                extra={"parse": lora_choice},
+            ),
+        ]
+        | None
+    ) = None
     num_previews: Annotated[
         int, Meta(ge=0, description="number of pictures sent while denoising goes on", extra={"is_flag": False})
     ] = 0
@@ -122,6 +167,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             check_fields(self)
         except FieldError as error:
             raise InvalidRequest(str(error), error.field) from None
+        if any(choice.nickname is None and choice.path is None for choice in self.lora or ()):
+            raise InvalidRequest("each adapter in lora needs a nickname or a path", "lora")
 
     def output(self, index: int) -> Self:
         """The params of output `index` alone, with its own seed."""

@@ -2,10 +2,11 @@
 
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from sgld.ipc.tensor_queue import tensor_queue
 from sgld.messages import Pending, Ran, Stepped
 from sgld.models.backend import choose_backend
 from sgld.models.load import LoadedModel, load
+from sgld.models.lora import adaptable
 from sgld.models.verdicts import VerdictFile
-from sgld.sampling_params import StepCacheParams
+from sgld.sampling_params import LoraChoice, StepCacheParams
+from sgld.worker.adapters import Adapters, source_of
 from sgld.worker.executor import Executor
 from sgld.worker.main import serve
 from sgld.worker.session import Job, News, Session
@@ -53,6 +56,7 @@ def run_together(
     *,
     merge: bool = True,
     caches: Sequence[StepCacheParams | None] = (),
+    lora: Sequence[Sequence[LoraChoice]] = (),
 ) -> Report:
     """Run a loaded diffusers pipeline with several keyword dicts at once, as a server would, in this process.
 
@@ -61,6 +65,8 @@ def run_together(
 
     :param merge: False: the calls take turns and share nothing.
     :param caches: the step cache of each call; by default none.
+    :param lora: the adapters of each call, if they have any.
+    :raises InvalidRequest: an adapter can't be read, or doesn't fit.
     """
     outputs: dict[str, Any] = {}
     denoisers: set[str] = set()
@@ -86,11 +92,17 @@ def run_together(
     session = Session(Executor(merge=merge), emit, ended, merges_alone=True)
     for index in range(len(calls)):
         scheduler.add(str(index), time.monotonic())
+    adapters = _adapters(pipeline, chain.from_iterable(lora), len(calls))
     for request_id in scheduler.admit(time.monotonic()):
         cache = caches[int(request_id)] if caches else None
-        session.start(Job(request_id, pipeline, dict(calls[int(request_id)]), cache=cache))
+        used = adapters.use(request_id, lora[int(request_id)]) if lora else {}
+        assert used is not None, "all are loaded, and there is room for all"
+        session.start(Job(request_id, pipeline, dict(calls[int(request_id)]), cache=cache, adapters=used))
     while (batch := scheduler.next_batch(time.monotonic())) is not None:
         session.run(batch.call_ids)
+    for request_id in outputs:
+        adapters.release(request_id)
+    adapters.close()
     modes = session.executor.verdicts.modes
     is_merged = any(modes.get(name) == "merge" for name in denoisers)
     return Report(
@@ -101,6 +113,15 @@ def run_together(
         parted_forwards=session.executor.num_parted,
         mode="exclusive" if "exclusive" in modes.values() else "merge" if is_merged else "interleave",
     )
+
+
+def _adapters(pipeline: Any, choices: Iterable[LoraChoice], max_combinations: int) -> Adapters:
+    """All adapters that are chosen, loaded."""
+    device = torch.device(getattr(pipeline, "device", "cpu"))
+    adapters = Adapters(pipeline, adaptable(pipeline), device, max_bytes=2**40, max_combinations=max_combinations)
+    for choice in choices:
+        adapters.load_now(source_of(choice))
+    return adapters
 
 
 class InlineReplica:

@@ -23,12 +23,8 @@ _OFF = ("false", "0", "none", "null", "off")
 
 LATER: dict[str, Later] = {
     # Adapters
-    "lora_path": Later("LoRA adapters"),
-    "lora_nickname": Later("LoRA adapters", today=("default",)),
-    "lora_scale": Later("LoRA adapters", today=("1", "1.0")),
-    "lora_weight_name": Later("LoRA adapters"),
-    "lora_merge_mode": Later("LoRA adapters", today=("auto",)),
-    "lora_target_modules": Later("LoRA adapters"),
+    "lora_merge_mode": Later("adapters that are merged into the weights", today=("auto", "dynamic")),
+    "lora_target_modules": Later("adapters for some layers only"),
     # Other weights than the model's own; `--<component>-path` is caught below
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),

@@ -7,7 +7,7 @@ help text, other spellings (`aliases`) and what it waits for (`later`). Nothing 
 
 import argparse
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, NoReturn, get_type_hints
@@ -50,6 +50,7 @@ class Option:
     :ivar type: the annotation of its field, which says what values it takes.
     :ivar later: what it waits for; until then only the default is accepted.
     :ivar is_scheduling: it decides when an output is made, not what it is.
+    :ivar parse: what an item that is written as text stands for; a list stands for several.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Option:
     aliases: tuple[str, ...] = ()
     later: str | None = None
     is_scheduling: bool = False
+    parse: Callable[[str], object] | None = None
 
     @property
     def flags(self) -> list[str]:
@@ -83,6 +85,8 @@ class Option:
         try:
             if self.kind == "json" and isinstance(raw, str):
                 raw = msgspec.json.decode(raw)
+            if self.parse is not None and isinstance(raw, list):
+                raw = self._parsed(raw)
             value = msgspec.convert(raw, self.type, strict=False)
             if self.kind == "json":
                 # YAML can also hold objects that contain themselves, or keys that no JSON object has.
@@ -94,6 +98,11 @@ class Option:
             choices = self.metavar.startswith("{")
             problem = f"Expected one of {self.metavar}" if choices else str(error).replace("`", "")
             raise UsageError(problem) from None
+
+    def _parsed(self, items: list[object]) -> list[object]:
+        assert self.parse is not None
+        parsed = [self.parse(item) if isinstance(item, str) else item for item in items]
+        return [part for item in parsed for part in (item if isinstance(item, list) else [item])]
 
 
 def as_flag(name: str) -> str:
@@ -147,6 +156,7 @@ def _option(field: inspect.Field, hint: Any, group: str) -> Option | None:
         aliases=extra.get("aliases", ()),
         later=extra.get("later"),
         is_scheduling=extra.get("is_scheduling", False),
+        parse=extra.get("parse"),
     )
 
 

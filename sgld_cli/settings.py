@@ -13,6 +13,7 @@ import msgspec
 import msgspec.inspect
 
 from sgld.config import EMBEDDED_VIDEO_MODEL, EngineConfig, OutputConfig
+from sgld.engine.loras import of_config
 from sgld.sampling_params import SamplingParams
 from sgld_cli.later import COMPONENT_PATH, LATER, Later, find_later
 from sgld_cli.options import HTTP_GROUP, UsageError, as_flag, options, options_by_name
@@ -97,13 +98,15 @@ def build(merged: Mapping[str, Setting]) -> Settings:
     """The structs that the settings fill, checked as far as that needs no model.
 
     :raises UsageError: there is no prompt, or no file of prompts.
-    :raises InvalidRequest: an input image is missing or can't be read.
+    :raises InvalidRequest: an input image is missing or can't be read, or no adapter has such a nickname.
     """
     values = {name: setting.value for name, setting in merged.items()}
     prompts = _prompts(values)
     _check_images(values["image_path"], values["diffusers_kwargs"])
     engine = fill(EngineConfig, values)
     sampling = _of(SamplingParams, values)
+    # Named here, so that the files say what made them.
+    sampling["lora"] = of_config(engine.adapters).resolved(sampling["lora"]) or sampling["lora"]
     params = tuple(SamplingParams(**{**sampling, "prompt": prompt}) for prompt in prompts)
     return Settings(engine, params, fill(OutputConfig, values))
 

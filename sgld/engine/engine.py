@@ -16,6 +16,7 @@ import msgspec
 from anyio import to_thread
 
 from sgld.config import EngineConfig
+from sgld.engine.adapters import EngineLoras
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import demand_of
 from sgld.engine.entry import Entry
@@ -43,6 +44,10 @@ from sgld.messages import (
     Idle,
     Judged,
     LoadFailed,
+    LoadLora,
+    LoraFailed,
+    LoraLoaded,
+    LorasHeld,
     ModelInfo,
     Pending,
     Previewed,
@@ -53,6 +58,7 @@ from sgld.messages import (
     Stepped,
     TaskCancelled,
     TaskFailed,
+    UnloadLora,
 )
 from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
@@ -104,6 +110,7 @@ class Engine:
         self._tally = Tally(None)
         self._requests = Requests(self._scheduler, self._tally)
         self._opened_at = time.monotonic()
+        self._loras = EngineLoras(config.adapters, self._send)
 
     async def __aenter__(self) -> Self:
         _refuse_unguarded_spawn()
@@ -131,6 +138,11 @@ class Engine:
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while its rank is lost."""
         return self._model if self._rank is not None else None
+
+    @property
+    def loras(self) -> EngineLoras:
+        """LoRA adapters: those that have names, and those that requests get."""
+        return self._loras
 
     async def ready(self) -> ModelInfo:
         """Wait until the model is loaded.
@@ -161,6 +173,7 @@ class Engine:
             costs=tuple(CostStatistics(key=k, num_rows=n, elapsed_s=s) for k, n, s in self._cost.learned()),
             tensor_queue=tensor_queue,
             channel=channel,
+            adapters=self._loras.held,
         )
 
     def record(self, event: AnyEvent, label: str, start_s: float, end_s: float) -> None:
@@ -178,13 +191,15 @@ class Engine:
         :param inputs: where the pictures that the params refer to may come from.
         :param waited_s: since it was accepted, with an earlier engine: its deadline counts from there, and doesn't
             refuse it any more.
-        :raises InvalidRequest: the params are too large, hold what JSON doesn't have, or a picture can't be had.
+        :raises InvalidRequest: the params are too large, hold what JSON doesn't have, a picture can't be had, or no
+            adapter has such a nickname.
         :raises QueueFull: too many requests wait.
         :raises DeadlineImpossible: it takes longer than its deadline allows, even alone.
         :raises EngineClosed: the engine isn't open.
         :raises ModelError: the model can't be served.
         """
         self._check_open(params, waited_s)
+        params = self._loras.resolved(params)
         async with as_files(params, inputs) as readable:
             entries = self._submit(readable, waited_s)
             stream = entries[0].stream
@@ -259,6 +274,7 @@ class Engine:
             self._fail_load(f"{self._config.model_path} can't be loaded: {error}")
         finally:
             self._rank = None
+            self._loras.lost()
         return None
 
     async def _recall(self, model: ModelInfo) -> None:
@@ -303,13 +319,16 @@ class Engine:
             return UNKNOWN_FACTOR * self._config.run_timeout_s
         return max(self._config.run_timeout_s, HANG_FACTOR * predicted_s)
 
-    def _send(self, command: Start | Run | Cancel) -> None:
-        assert self._rank is not None
+    def _send(self, command: Start | Run | Cancel | LoadLora | UnloadLora) -> bool:
+        """Tell the rank, if there is one."""
+        if self._rank is None:
+            return False
         try:
             self._rank.send(command)
         except RankLost:
             # Whoever waits for its replies sees it, too, and recovers.
             logger.debug("%s wasn't sent, the rank is gone", command)
+        return True
 
     async def _handle(self, rank: Rank, reply: AnyReply) -> None:
         match reply:
@@ -335,6 +354,8 @@ class Engine:
                 self._scheduler.ran(call_ids, elapsed_s)
                 if reply.is_timed:
                     self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
+            case LoraLoaded() | LoraFailed() | LorasHeld():
+                self._loras.heard(reply)
             case Idle():
                 self._running = None
             case Previewed() | Decoded() | Heard():

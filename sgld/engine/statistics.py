@@ -5,7 +5,7 @@ import msgspec
 from sgld.engine.trace import Trace
 from sgld.ipc.channel import ChannelStatistics
 from sgld.ipc.tensor_queue import TensorQueueStatistics
-from sgld.messages import CallInfo, CallKind, Judged, Ran, Stepped
+from sgld.messages import CallInfo, CallKind, Judged, LorasHeld, Ran, Stepped
 from sgld.request import Request, RequestState
 
 
@@ -65,6 +65,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     costs: tuple[CostStatistics, ...]
     tensor_queue: TensorQueueStatistics | None
     channel: ChannelStatistics | None
+    adapters: LorasHeld = LorasHeld()
+    """LoRA adapters that the rank holds."""
 
 
 class Tally:

@@ -96,7 +96,7 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     name = class_name(index)
     backend = choose_backend(config.backend, [name], VerdictFile(source, index, parts).read().modes)
     chosen = (backend.note, attention.note if attention is not None else None)
-    notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen))
+    notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen), *config.adapters.notes)
     return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend)
 
 

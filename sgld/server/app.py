@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from sgld.errors import SgldError
-from sgld.server import events, images, info, login, metrics, openapi, pages, video_events, videos
+from sgld.server import events, images, info, login, loras, metrics, openapi, pages, video_events, videos
 from sgld.server.auth import Auth, Keys, LocalOnly, is_loopback
 from sgld.server.drain import Drain
 from sgld.server.edge import Activity, Edge
@@ -47,6 +47,12 @@ ROUTES = [
     Route("/v1/requests/{id}", events.delete_request, methods=["DELETE"]),
     Route("/v1/requests/{id}/events", events.request_events),
     Route("/v1/requests/{id}/preview", events.get_preview),
+    Route("/v1/set_lora", loras.set_lora, methods=["POST"]),
+    Route("/v1/merge_lora_weights", loras.merge_lora_weights, methods=["POST"]),
+    Route("/v1/unmerge_lora_weights", loras.unmerge_lora_weights, methods=["POST"]),
+    Route("/v1/list_loras", loras.list_loras),
+    Route("/v1/unload_lora", loras.unload_lora, methods=["POST"]),
+    Route("/v1/loras/{nickname:path}", loras.delete_lora, methods=["DELETE"]),
     Route("/v1/videos", videos.create, methods=["POST"]),
     Route("/v1/videos", videos.list_videos, methods=["GET"]),
     Route("/v1/videos/{id}", videos.get_video, methods=["GET"]),

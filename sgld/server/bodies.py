@@ -26,7 +26,7 @@ _LARGE_BYTES = 64 * 1024
 _MAX_FILES = 64
 MASK = "mask"
 # Fields that hold objects; SGLang's clients write them as JSON.
-_OBJECTS = frozenset({"cache", "diffusers_kwargs", *CONTAINERS})
+_OBJECTS = frozenset({"cache", "diffusers_kwargs", "lora", *CONTAINERS})
 _MAX_FIELDS = 1000
 # A field, or an item of a list of such fields.
 _LIST = re.compile(r"[^\[]*(\[\d*\])?", re.ASCII)

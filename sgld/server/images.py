@@ -21,6 +21,7 @@ from sgld.server.errors import ApiError, from_code, from_event, json_response, n
 from sgld.server.idempotency import idempotency_key, submit_job
 from sgld.server.job_store import Asked, Job, StoredFile
 from sgld.server.limits import check_limits, check_sources, number_in
+from sgld.server.loras import with_adapters
 from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
 from sgld.server.schemas import (
@@ -163,6 +164,7 @@ async def _answer_in_our_words(request: Request, asked: ImageRequest, verb: _Ver
     services, owner = services_of(request), owner_of(request)
     check_limits(asked.params, services.config)
     await check_sources(asked.params, services.config)
+    asked = msgspec.structs.replace(asked, params=await with_adapters(services, asked.params))
     if idempotency_key(request) is not None or not asked.options.wait:
         return await _answer_job(request, asked, verb)
     work = ImageWork(services, asked.options)

@@ -59,14 +59,14 @@ async def liveness(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """GET /health: a request would be served now."""
-    _check_ready(services_of(request))
+    check_ready(services_of(request))
     return json_response({"status": "ok"})
 
 
 async def health_generate(request: Request) -> Response:
     """GET /health_generate: a picture is really made, with two steps."""
     services = services_of(request)
-    _check_ready(services)
+    check_ready(services)
 
     async def probe() -> Response:
         with anyio.move_on_after(_PROBE_TIMEOUT_S):
@@ -125,6 +125,7 @@ async def server_info(request: Request) -> Response:
         "dp_size": 1,
         "num_running_reqs": services.requests.num_live,
         "engine": services.engine_config,
+        "lora": services.engine.statistics().adapters,
         "limits": {name: getattr(services.config, name) for name in _LIMITS},
     }
     return json_response(info)
@@ -133,7 +134,8 @@ async def server_info(request: Request) -> Response:
 _LIMITS = ("max_pixels", "max_frames", "max_steps", "max_outputs", "max_prompt_chars", "max_body_bytes")
 
 
-def _check_ready(services: Services) -> None:
+def check_ready(services: Services) -> None:
+    """:raises ApiError: no request would be served now."""
     if services.stopping.is_set():
         raise ApiError(503, "the server is shutting down", "shutting_down")
     if services.engine.model is None:

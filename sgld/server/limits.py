@@ -1,6 +1,6 @@
 """What a single request may ask for at most."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
 from sgld.media.inputs import InputPolicy, references, scheme_of, shown
-from sgld.sampling_params import SamplingParams
+from sgld.models.lora_files import is_hub_id, place
+from sgld.sampling_params import LoraChoice, SamplingParams
 from sgld.server.errors import ApiError
 
 # Arguments of pipelines that hold a value for each step.
@@ -62,10 +63,37 @@ async def check_sources(params: SamplingParams, config: ServerConfig) -> None:
         await run_sync(_check_files, files, config.allow_path)
 
 
+async def check_adapters(choices: Iterable[LoraChoice], config: ServerConfig, known: Collection[str]) -> None:
+    """Refuse LoRA adapters that are neither `known` nor where the operator lets clients name some.
+
+    :raises InvalidRequest: names the path.
+    """
+    paths = [choice.path for choice in choices if choice.path is not None and choice.path not in known]
+    if paths:
+        await run_sync(_check_adapter_paths, paths, config)
+
+
+def _check_adapter_paths(paths: list[str], config: ServerConfig) -> None:
+    for path in paths:
+        if place(path) is None and is_hub_id(path.partition(":")[0]):
+            if not config.allow_lora_download:
+                message = f"the LoRA adapter {shown(path)} isn't here, and clients may not have any downloaded"
+                raise InvalidRequest(f"{message} (--allow-lora-download)", "lora")
+            continue
+        found = place(path)
+        if found is None or not _is_allowed(found, config.allow_path):
+            raise InvalidRequest(
+                f"the LoRA adapter {shown(path)} is in none of the folders that this server reads", "lora"
+            )
+
+
+def _is_allowed(file: Path, folders: tuple[str, ...]) -> bool:
+    return any(file.resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
+
+
 def _check_files(files: list[str], folders: tuple[str, ...]) -> None:
-    roots = [Path(folder).resolve() for folder in folders]
     for file in files:
-        if not any(Path(file).resolve().is_relative_to(root) for root in roots):
+        if not _is_allowed(Path(file), folders):
             raise InvalidRequest(f"the file {shown(file)} is in none of the folders that this server reads")
 
 

@@ -136,6 +136,11 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
     for cost in statistics.costs[:_MAX_COSTS]:
         costs.add_metric((cost.key, str(cost.num_rows)), cost.elapsed_s)
     yield costs
+    held = statistics.adapters
+    yield _gauge("sgld:lora_adapters", "LoRA adapters in memory", held.num_adapters)
+    yield _gauge("sgld:lora_adapter_bytes", "memory that they take", held.adapter_bytes)
+    yield _gauge("sgld:lora_slots", "combinations of adapters on the device", held.num_slots)
+    yield _gauge("sgld:lora_slot_bytes", "memory of the device that these take", held.slot_bytes)
     if statistics.tensor_queue is not None:
         free, total = statistics.tensor_queue.num_free, statistics.tensor_queue.num_slots
         yield _gauge("sgld:tensor_queue_used_ratio", "how full the queue of pixels is", 1 - free / total)

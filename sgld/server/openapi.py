@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from sgld import __version__
 from sgld.sampling_params import SamplingParams
-from sgld.server import events, images, info, login, metrics, previews, video_events, videos
+from sgld.server import events, images, info, login, loras, metrics, previews, video_events, videos
 from sgld.server.errors import ErrorResponse, json_response
 from sgld.server.schemas import (
     IGNORED,
@@ -81,6 +81,12 @@ class Spec:
 def _gives(tag: str, struct: type[msgspec.Struct], *errors: int, **queries: Schema) -> Spec:
     """A handler that takes no body and gives one type."""
     return Spec(tag, queries=queries, answers={200: {_JSON: _ref(struct)}}, errors=errors)
+
+
+def _changes_loras(body: type[msgspec.Struct], *errors: int) -> Spec:
+    return Spec(
+        "LoRA", bodies={_JSON: _ref(body)}, answers={200: {_JSON: _ref(loras.LoraDone)}}, errors=(400, 413, *errors)
+    )
 
 
 _IMAGE_EVENTS = {
@@ -159,6 +165,12 @@ SPECS: dict[Callable[..., Any], Spec] = {
     events.get_preview: Spec(
         "Live events", queries={"output": _NUMBER}, answers={200: {"image/jpeg": _FILE}}, errors=(404,)
     ),
+    loras.set_lora: _changes_loras(loras.SetLora, 415, 500, 503),
+    loras.merge_lora_weights: _changes_loras(loras.SwitchLora, 415),
+    loras.unmerge_lora_weights: _changes_loras(loras.SwitchLora, 415),
+    loras.list_loras: _gives("LoRA", loras.LoraList),
+    loras.unload_lora: _changes_loras(loras.UnloadLora, 404, 415),
+    loras.delete_lora: _gives("LoRA", loras.LoraDone, 404),
     info.liveness: Spec("Server", answers={200: {_JSON: _OBJECT}}),
     info.health: Spec("Server", answers={200: {_JSON: _OBJECT}}, errors=(503,)),
     info.health_generate: Spec("Server", answers={200: {_JSON: _OBJECT}}, errors=(429, 503)),
@@ -191,6 +203,11 @@ _TYPES = (
     events.Deleted,
     info.ModelList,
     info.ServedModel,
+    loras.SetLora,
+    loras.SwitchLora,
+    loras.UnloadLora,
+    loras.LoraDone,
+    loras.LoraList,
     login.Login,
     login.LoginState,
 )

@@ -12,6 +12,7 @@ import anyio
 import msgspec
 from anyio.abc import TaskGroup
 
+from sgld.engine.adapters import EngineLoras
 from sgld.engine.statistics import Statistics
 from sgld.errors import EngineClosed, SgldError
 from sgld.events import (
@@ -42,6 +43,10 @@ class Generates(Protocol):
     @property
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while its rank is lost."""
+
+    @property
+    def loras(self) -> EngineLoras:
+        """LoRA adapters: those that have names, and those that requests get."""
 
     def generate(
         self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0

@@ -15,6 +15,8 @@ from sgld.worker.trees import Path, at, closed, leaves, opened, rebuilt
 
 Trait = tuple[Path, str]
 """An argument, and what of it may differ between the calls of a forward: see `_traits`."""
+ADAPTERS: Trait = (("adapters",), "adapters")
+"""No argument, and so at no path of one: which adapters the calls have."""
 
 # Traits that say how much padding a row has in a batch. What is kept of first blocks has none.
 _SIZES = ("shapes", "length")
@@ -82,7 +84,9 @@ def _traits(call: Call, axes: CallAxes) -> Iterator[Trait]:
        Not of the first one, which is what the model works on, nor of one number for each row.
     3. The shapes of the tensors in a list of rows.
     4. The number of tokens of a text.
+    5. The adapters of the request.
     """
+    yield ADAPTERS
     rows = num_rows(call.tree, axes)
     for path, leaf in leaves(call.tree, axes.arguments):
         batched = axes.arguments.get(path)
@@ -98,6 +102,8 @@ def _traits(call: Call, axes: CallAxes) -> Iterator[Trait]:
 
 def _trait(call: Call, axes: CallAxes, trait: Trait, digests: Digests) -> Any:
     path, what = trait
+    if trait == ADAPTERS:
+        return call.adapters
     value = at(call.tree, path)
     if what == "length":
         return value.shape[axes.lengths[path]]

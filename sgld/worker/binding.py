@@ -112,6 +112,7 @@ class _Binding:
     def _hand_over(self, proxy: ComponentProxy, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = forced((args, kwargs))
         call: Call = proxy.call(method, args, kwargs, self._task.request_id)
+        call.adapters = self._task.adapters.get(call.component)
         if self._step_cache is not None and call.kind == "denoise":
             known = self._step_cache.answer(call, proxy.context_name)
             if known is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from sgld.messages import CallKind
 from sgld.worker.randomness import OwnRandom
+from sgld.worker.slots import Applied, Rows, selected
 from sgld.worker.trees import values
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Call:
     """Where first blocks tell whether the others are skipped, what is known of these."""
     answered: Callable[[Any], None] = lambda value: None
     """Told the result, before the task sees it."""
+    adapters: Applied | None = None
+    """The request's adapters, if they change this component."""
     known_key: tuple[object, str | None] | None = None
     """The merge key, and what was known of merging when it was computed."""
 
@@ -126,10 +129,15 @@ class Call:
         shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in self.tensors)
         return f"{self.component}.{self.method}({shapes})" + ("" if self.site is None else " first block")
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Invoke the component with these arguments in this thread, under the call's context."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows = (), *, by_row: bool = False) -> Any:
+        """Invoke the component with these arguments in this thread, under the call's context.
+
+        :param rows: whose rows the arguments hold, where not all are its own.
+        :param by_row: adapters are applied as where those of the rows differ.
+        """
         function = self.module if self.method == "forward" else getattr(self.module, self.method)
-        with entered(self.context, self.module), self.around():
+        adapters = selected(rows or [(self.adapters, 1)], by_row=by_row)
+        with entered(self.context, self.module), self.around(), adapters:
             return function(*args, **kwargs)
 
 

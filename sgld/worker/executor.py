@@ -9,10 +9,11 @@ import torch
 from sgld.config import ConditioningConfig
 from sgld.worker import batch, first_block, proof
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
-from sgld.worker.batch import Trait
+from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.reuse import Encodings
+from sgld.worker.slots import Unmixable
 from sgld.worker.task import Outcome, Raised, Value, forget_locals
 from sgld.worker.trees import Path
 from sgld.worker.verdicts import Recent, Verdicts, axes_key
@@ -139,11 +140,13 @@ class Executor:
         if len(calls) == 1:
             return self._singly(calls), True
         # What follows a failure comes after its `except`: until there its traceback holds what the forward allocated.
-        problem = None
+        problem, is_unmixable = None, False
         try:
             return [Value(value) for value in self._values(calls, axes, expanded)], True
         except torch.OutOfMemoryError:
             pass
+        except Unmixable as error:
+            problem, is_unmixable = str(error), True
         except Exception as error:  # noqa: BLE001 - whatever a model raises on a merged batch, the calls run singly
             problem = f"the merged forward raised {error!r}"
         self.pulse()
@@ -151,7 +154,10 @@ class Executor:
             self._halve(key, calls, axes)
             return self._merged(key, calls, axes, expanded)[0], False
         outcomes = self._singly(calls)
-        if all(isinstance(outcome, Value) for outcome in outcomes):
+        if is_unmixable:
+            # Other layers have adapters than in the proof.
+            self.verdicts.pin(calls[0], {ADAPTERS}, problem)
+        elif all(isinstance(outcome, Value) for outcome in outcomes):
             self.verdicts.refuse(key, calls[0], problem)
         return outcomes, False
 
@@ -160,8 +166,8 @@ class Executor:
 
         def forward(part: Sequence[Call]) -> list[object]:
             if len(part) == 1:
-                return [proof.forward(part[0], part[0].tree)]
-            return batch.split(proof.forward(part[0], batch.merged_tree(part, axes, expanded)), part, axes)
+                return [proof.alone(part[0])]
+            return batch.split(proof.forward(part, batch.merged_tree(part, axes, expanded), axes), part, axes)
 
         if calls[0].site is None:
             return forward(calls)
@@ -208,7 +214,7 @@ class Executor:
                 self.verdicts.refuse(key, calls[0], "it draws from the global random number generator")
                 return outcomes
             values = [
-                outcome.value if call.site is None or not call.site.num_since else proof.forward(call, call.tree)
+                outcome.value if call.site is None or not call.site.num_since else proof.alone(call)
                 for call, outcome in zip(calls, outcomes, strict=True)
                 if isinstance(outcome, Value)
             ]
@@ -228,15 +234,20 @@ class Executor:
 
         1. It was right: calls may differ in that.
         2. They differed in more than values: that must be equal from now on.
-        3. Or in values that were equal in an earlier proof: these must.
-        4. Or in several values at once: those must that make a forward wrong by themselves.
-        5. Else such calls don't merge.
+        3. Or in adapters, and these alone make it wrong.
+        4. Or in values that were equal in an earlier proof: these must.
+        5. Or in several values at once: those must that make a forward wrong by themselves.
+        6. Else such calls don't merge.
         """
         verdicts, call = self.verdicts, calls[0]
         if problem is None:
             verdicts.accept(key, call, new)
-        elif beyond_values := {trait for trait in new if trait[1] != "value"}:
+            return
+        has_adapters, new = ADAPTERS in new, new - {ADAPTERS}
+        if beyond_values := {trait for trait in new if trait[1] != "value"}:
             verdicts.pin(call, beyond_values, problem)
+        elif has_adapters and (guilty := self._guilty(calls, axes, {ADAPTERS})):
+            verdicts.pin(call, guilty, problem)
         elif new and key in verdicts.proved and (axes.reference, "value") not in new:
             verdicts.pin(call, new, problem)
         elif guilty := self._guilty(calls, axes, new):
@@ -259,7 +270,7 @@ def single(call: Call) -> Outcome:
     try:
         with call.random.entered():
             if call.site is not None:
-                (value,), _ = first_block.answered([call], [1], lambda _: [proof.forward(call, call.tree)])
+                (value,), _ = first_block.answered([call], [1], lambda _: [proof.alone(call)])
                 return Value(value)
             return Value(call.run(call.args, call.kwargs))
     except Exception as error:  # noqa: BLE001 - whatever a component raises is the outcome of the call

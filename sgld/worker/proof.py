@@ -8,7 +8,7 @@ import torch
 
 from sgld.worker import batch
 from sgld.worker.axes import CallAxes, num_rows
-from sgld.worker.batch import Trait
+from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
 from sgld.worker.trees import Path, at, leaves, opened, rebuilt
 
@@ -21,9 +21,16 @@ _FLOORS = {torch.float64: 1e-12, torch.float32: 16 * torch.finfo(torch.float32).
 _MAX_LOSS = 0.5
 
 
-def forward(call: Call, tree: Any) -> Any:
+def forward(calls: Sequence[Call], tree: Any, axes: CallAxes, *, by_row: bool = False) -> Any:
     """Run the component on a tree of its own: models take things out of the dicts that they are given."""
     args, kwargs = rebuilt(tree, lambda _path, value: value)
+    rows = [(call.adapters, num_rows(call.tree, axes)) for call in calls]
+    return calls[0].run(args, kwargs, rows, by_row=by_row)
+
+
+def alone(call: Call) -> Any:
+    """Run a single call on a tree of its own."""
+    args, kwargs = rebuilt(call.tree, lambda _path, value: value)
     return call.run(args, kwargs)
 
 
@@ -42,9 +49,10 @@ def problem(
     :raises torch.OutOfMemoryError: the device has too little memory for so many calls.
     """
     try:
-        merged = batch.split(forward(calls[0], mixed), calls, axes)
+        merged = batch.split(forward(calls, mixed, axes), calls, axes)
         pulse()
-        same = batch.split(forward(calls[0], repeated), [calls[0]] * len(calls), axes)
+        one, by_row = [calls[0]] * len(calls), len({call.adapters for call in calls}) > 1
+        same = batch.split(forward(one, repeated, axes, by_row=by_row), one, axes)
         errors = [batch.relative_error(m, v) for m, v in zip(merged, values, strict=True)]
         repeated_error = batch.relative_error(same[0], values[0])
     except torch.OutOfMemoryError:
@@ -75,14 +83,17 @@ def culprits(
 
     Each argument of `other` is put into `one` alone. Never the first one: nothing could merge if that had to be equal.
     """
-    if num_rows(one.tree, axes) != num_rows(other.tree, axes):
-        return set()
     suspects = {trait for trait in traits if trait[0] != axes.reference}
-    mixtures = {trait: _with_argument(one, other, trait[0]) for trait in suspects}
+    if num_rows(one.tree, axes) != num_rows(other.tree, axes):
+        suspects &= {ADAPTERS}
+    mixtures = {trait: _with_trait(one, other, trait) for trait in suspects}
     return {trait for trait, mixture in mixtures.items() if _is_wrong_with(one, mixture, axes, trait[0], pulse)}
 
 
-def _with_argument(one: Call, other: Call, path: Path) -> Call:
+def _with_trait(one: Call, other: Call, trait: Trait) -> Call:
+    if trait == ADAPTERS:
+        return replace(one, adapters=other.adapters)
+    path, _ = trait
     args, kwargs = rebuilt(one.tree, lambda at_, value: at(other.tree, path) if at_ == path else value)
     return replace(one, args=args, kwargs=kwargs)
 
@@ -94,7 +105,7 @@ def _is_wrong_with(one: Call, other: Call, axes: CallAxes, path: Path, pulse: Ca
     try:
         values = []
         for call in calls:
-            values.append(forward(call, call.tree))
+            values.append(alone(call))
             pulse()
     except torch.OutOfMemoryError:
         raise

@@ -1,5 +1,7 @@
 """Rank 0 of a replica: commands in, calls and results out."""
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -7,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sgld.config import EngineConfig
-from sgld.errors import InvalidRequest, OutOfMemory, PipelineFailed, SgldError
+from sgld.config import EngineConfig, LoraConfig
+from sgld.errors import InvalidRequest, ModelError, OutOfMemory, PipelineFailed, SgldError
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.media.images import load_image
@@ -21,12 +23,20 @@ from sgld.messages import (
     Finished,
     Idle,
     Judged,
+    LoadLora,
+    LoraFailed,
+    LoraLoaded,
+    LorasHeld,
     Run,
     Start,
     TaskCancelled,
     TaskFailed,
+    UnloadLora,
 )
+from sgld.models.lora import adaptable
 from sgld.sampling_params import SamplingParams
+from sgld.worker.adapters import Adapters, Loaded, Source
+from sgld.worker.admission import Admission
 from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.calls import enter_around, real_of
 from sgld.worker.executor import Executor
@@ -36,6 +46,7 @@ from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.preview import Previewer
 from sgld.worker.results import Results
 from sgld.worker.session import Job, Session, is_cancelled
+from sgld.worker.slots import Applied
 from sgld.worker.steps import count_steps, shift_noise
 from sgld.worker.streaming import can_stream, streamed
 from sgld.worker.task import Outcome, Raised, Task
@@ -46,6 +57,9 @@ if TYPE_CHECKING:
 # Some errors quote the whole of an argument; a message between processes has a limit.
 MAX_ERROR_CHARS = 4000
 MAX_REASON_CHARS = 500
+# How often a rank that waits for its own thread looks, and how often it says that it lives.
+LOOK_S = 0.02
+ALIVE_S = 2.0
 
 
 class Rank:
@@ -75,6 +89,10 @@ class Rank:
         self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=is_gpu)
         self._previewer = Previewer()
         self._told = Judged(modes={}, reasons={})
+        self._told_loras = LorasHeld()
+        self._told_alive_at = 0.0
+        self._adapters = _adapters(model, config.adapters)
+        self._admission = Admission(self._adapters, self._start, self._not_started)
         if is_gpu:
             tensors.pin()
 
@@ -84,19 +102,30 @@ class Rank:
         :raises ChannelClosed: the front is gone.
         :raises Exception: results can't be sent any more.
         """
+        for loaded in self._adapters.all():
+            self._tell_loaded(loaded)
         try:
             while True:
-                # No deadline: a rank without requests has nothing to do.
-                match self._channel.receive(None):
+                self._look_at_adapters()
+                # No deadline: a rank without requests has nothing to do, unless it waits for its own thread.
+                match self._channel.receive(LOOK_S if self._adapters.is_loading else None):
                     case Start(request_id=request_id, params=params):
-                        self._start(request_id, params)
+                        self._admission.add(request_id, params)
                     case Run(call_ids=call_ids, num_ticks=num_ticks):
-                        self._session.run(call_ids, num_ticks, self._channel.is_readable)
+                        self._session.run(call_ids, num_ticks, self._is_interrupted)
                         self._tell_verdicts()
                         self._channel.send(Idle())
                         self._memory.keep(self._executor.verdicts)
                     case Cancel(request_id=request_id):
+                        if self._admission.cancel(request_id):
+                            self._results.message(TaskCancelled(request_id=request_id))
                         self._session.cancel(request_id)
+                    case LoadLora(path=path, alpha=alpha):
+                        source = Source(path, alpha)
+                        if (adapter := self._adapters.load(source)) is not None:
+                            self._tell_loaded(Loaded(source, adapter))
+                    case UnloadLora(path=path, alpha=alpha):
+                        self._adapters.unload(Source(path, alpha))
                     case Exit():
                         return
                     case None:
@@ -105,7 +134,39 @@ class Rank:
                         assert_never(unknown)
         finally:
             self._session.close()
+            self._adapters.close()
             self._results.close()
+
+    def _is_interrupted(self) -> bool:
+        """Whether something came up that ends a standing order."""
+        return self._adapters.has_news or self._channel.is_readable()
+
+    def _look_at_adapters(self) -> None:
+        """Start requests whose adapters are there, and tell what was read."""
+        for loaded in self._admission.look(can_install=not self._session.is_exclusive):
+            self._tell_loaded(loaded)
+        held = self._adapters.held()
+        if held != self._told_loras:
+            self._told_loras = held
+            self._channel.send(held)
+        if self._adapters.is_loading and time.monotonic() > self._told_alive_at + ALIVE_S:
+            self._told_alive_at = time.monotonic()
+            self._channel.send(Alive(stage="loading adapters"))
+
+    def _tell_loaded(self, loaded: Loaded) -> None:
+        (path, alpha), result = loaded.source, loaded.result
+        if isinstance(result, InvalidRequest):
+            self._channel.send(LoraFailed(path=path, alpha=alpha, message=str(result)[:MAX_ERROR_CHARS]))
+            return
+        self._channel.send(
+            LoraLoaded(
+                path=path,
+                alpha=alpha,
+                size_bytes=result.size_bytes,
+                num_layers=self._adapters.num_layers(result),
+                num_unmatched=result.num_unmatched,
+            )
+        )
 
     def _tell_verdicts(self) -> None:
         """Tell how components merge, if that is news."""
@@ -120,7 +181,10 @@ class Rank:
         """Say that the rank lives while one command takes several forwards."""
         self._channel.send(Alive(stage="proving"))
 
-    def _start(self, request_id: str, params: SamplingParams) -> None:
+    def _not_started(self, request_id: str, error: BaseException) -> None:
+        self._failed(request_id, translated(error, has_made_calls=False))
+
+    def _start(self, request_id: str, params: SamplingParams, applied: Mapping[str, Applied]) -> None:
         try:
             if self._model.is_whole and params.cache is not None:
                 raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
@@ -128,7 +192,8 @@ class Rank:
             pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
             kwargs = with_pictures(arguments(pipeline, params, self._model.defaults, images))
         except Exception as error:  # noqa: BLE001 - the task's boundary: what it can't begin with fails it alone
-            self._failed(request_id, translated(error, has_made_calls=False))
+            self._adapters.release(request_id)
+            self._not_started(request_id, error)
             return
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
@@ -142,6 +207,7 @@ class Rank:
                 is_exact=params.exact,
                 cache=params.cache,
                 is_whole=self._model.is_whole,
+                adapters=applied,
                 prepare=output.prepare,
                 finish=output.finish,
             )
@@ -149,6 +215,7 @@ class Rank:
 
     def _ended(self, task: Task, outcome: Outcome) -> None:
         request_id = task.request_id
+        self._adapters.release(request_id)
         if is_cancelled(outcome):
             self._results.message(TaskCancelled(request_id=request_id))
         elif isinstance(outcome, Raised):
@@ -159,6 +226,27 @@ class Rank:
     def _failed(self, request_id: str, error: SgldError) -> None:
         message = str(error)[:MAX_ERROR_CHARS]
         self._results.message(TaskFailed(request_id=request_id, code=error.code, message=message))
+
+
+def _adapters(model: "LoadedModel", config: LoraConfig) -> Adapters:
+    """The adapters that are there from the start.
+
+    :raises ModelError: one can't be read, or doesn't fit.
+    """
+    adaptable_ = adaptable(model.pipeline, refuses_unmatched=not config.lora_partial)
+    adapters = Adapters(
+        model.pipeline,
+        adaptable_,
+        model.device,
+        max_bytes=config.max_lora_bytes,
+        max_combinations=config.max_loras,
+    )
+    try:
+        for path in config.paths:
+            adapters.load_now(Source(path, config.lora_alpha))
+    except InvalidRequest as error:
+        raise ModelError(str(error)) from None
+    return adapters
 
 
 class _Output:

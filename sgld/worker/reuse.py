@@ -40,7 +40,7 @@ class Encodings:
         # Which pipelines may set on the components that they hold; what begins with _ transformers sets itself.
         attributes = [(n, repr(v)) for n, v in vars(call.module).items() if is_constant(v) and not n.startswith("_")]
         state = hash((*weights, *attributes))
-        return f"{call.component} {call.context} {state} {self._digests.of(call.tree)}"
+        return f"{call.component} {call.context} {call.adapters} {state} {self._digests.of(call.tree)}"
 
     def recall(self, key: str) -> Any:
         """What a call with this key returned; None if that isn't kept."""

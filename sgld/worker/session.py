@@ -17,6 +17,7 @@ from sgld.worker.binding import bind, bind_whole, release
 from sgld.worker.calls import Call, Stretch
 from sgld.worker.executor import Executor, Tick
 from sgld.worker.probe import probed_axes
+from sgld.worker.slots import Applied, everywhere
 from sgld.worker.snapshot import next_hook_id, remove_hooks
 from sgld.worker.task import Outcome, Raised, Task, Value
 
@@ -33,6 +34,7 @@ class Job:
 
     `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned. An exact one
     shares no forward, not even between its own calls. One that is whole runs its models itself, while no other runs.
+    `adapters`: component name to what changes it.
     """
 
     request_id: str
@@ -42,6 +44,7 @@ class Job:
     is_exact: bool = False
     cache: StepCacheParams | None = None
     is_whole: bool = False
+    adapters: Mapping[str, Applied] = field(default_factory=dict)
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
     finish: Callable[[Any], Any] = lambda result: result
 
@@ -80,6 +83,11 @@ class Session:
         self._deferred: dict[str, Job] = {}
         self._news: list[News] = []
         """What happened in this tick."""
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether a task goes on alone, as it changes components."""
+        return self._exclusive is not None
 
     def start(self, job: Job) -> None:
         """Run a new task to its first call; while an exclusive one goes on, it waits for its end."""
@@ -121,7 +129,14 @@ class Session:
             finally:
                 release(bound)
 
-        return Task(job.request_id, body, num_steps=job.num_steps, seed=_seed_of(job), on_step=self._stepped)
+        return Task(
+            job.request_id,
+            body,
+            num_steps=job.num_steps,
+            seed=_seed_of(job),
+            on_step=self._stepped,
+            adapters=job.adapters,
+        )
 
     def run(
         self, call_ids: Sequence[int], num_ticks: int = 1, is_interrupted: Callable[[], bool] = lambda: False
@@ -184,7 +199,8 @@ class Session:
     def _stretch(self, call: Stretch) -> Sequence[int]:
         """Let a task run its models itself, up to its next step."""
         task, started_ns, start = self._tasks[call.request_id], time.monotonic_ns(), time.perf_counter()
-        task.advance(Value(None))
+        with everywhere(self._jobs[call.request_id].adapters.values()):
+            task.advance(Value(None))
         self.executor.synchronize()
         tick = Tick([], time.perf_counter() - start, is_merged=False, is_timed=True, cost_key=call.cost_key)
         self._note_ran([call], tick, started_ns, "single")

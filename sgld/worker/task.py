@@ -6,8 +6,9 @@ the task has stopped or has ended: Python threads that run beside an eager forwa
 
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from sgld.messages import CallKind
 from sgld.worker.calls import Call
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.sites import Skips
+from sgld.worker.slots import Applied
 from sgld.worker.snapshot import Snapshot
 
 
@@ -55,6 +57,7 @@ class Task:
         num_steps: int = 0,
         seed: int = 0,
         on_step: Callable[["Task"], None] = lambda task: None,
+        adapters: Mapping[str, Applied] = MappingProxyType({}),
     ) -> None:
         self.request_id = request_id
         self.step = 0
@@ -71,6 +74,8 @@ class Task:
         """The hooks that it registered in its own thread."""
         self.whole: Callable[[CallKind], Call] | None = None
         """Makes its stretches, where it runs its models itself."""
+        self.adapters = adapters
+        """Component name to what changes it for this request."""
         self._body: Callable[[Task], Any] | None = body
         self._random = OwnRandom(seed)
         self._on_step = on_step

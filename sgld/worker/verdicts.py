@@ -132,7 +132,7 @@ class Verdicts:
     def pin(self, call: Call, traits: Collection[Trait], problem: str) -> None:
         """From now on calls of this form merge only where these traits are equal."""
         self.form_of(call).pinned.update(traits)
-        named = sorted({f"{what} of {_name(path)}" for path, what in traits})
+        named = sorted({f"{what} of {_name(path)}" if path[1:] else what for path, what in traits})
         logger.warning(
             "%s.%s is merged only with equal %s: %s", call.component, call.method, " and ".join(named), problem
         )

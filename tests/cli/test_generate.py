@@ -217,7 +217,7 @@ def test_output_folder_in_the_home_of_the_user(sgld: Sgld, tmp_path: Path, monke
         (("--prompt", "a", "--vae-path"), "--vae-path needs a folder or a hub id"),
         (("--prompt", "a", "--vae-path", "x", "--vae-path=y"), "--vae-path is given twice"),
         (("--prompt", "a", "--vae-weights-path", "x"), "--vae-weights-path is unknown"),
-        (("--prompt", "a", "--lora-path", "x"), "--lora-path isn't supported yet"),
+        (("--prompt", "a", "--perf-dump-path", "x"), "--perf-dump-path isn't supported yet"),
         (("--prompt", "a", "--output-file-name", "x.gif"), "'x.gif'"),
         (("--prompt", "a", "--output-file-name", "../x.png"), "'../x.png'"),
         (("--prompt", "a", "--output-file-name", "x.png", "--num-frames", "2"), "a video ends in .mp4"),

@@ -53,7 +53,7 @@ def test_help_has_groups(capsys: pytest.CaptureFixture[str], sgld: Sgld) -> None
     text = capsys.readouterr().out
     for title in ("model and runtime:", "sampling:", "output:", "HTTP server (accepted and ignored here):"):
         assert title in text
-    assert "--lora-path" not in text
+    assert "--perf-dump-path" not in text
 
 
 @pytest.mark.parametrize("argv", [("version",), ("--version",)])

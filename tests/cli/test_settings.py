@@ -76,7 +76,7 @@ def test_later_features_of_a_flag_are_refused_whatever_the_file_says() -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--lora-path", "--text-encoder-weights-path", "--pin-cpu-memory", "--cache-dit-config"],
+    ["--perf-dump-path", "--text-encoder-weights-path", "--pin-cpu-memory", "--cache-dit-config"],
 )
 def test_later_flags_are_refused_by_name(flag: str) -> None:
     with pytest.raises(UsageError, match=rf"^{flag} isn't supported yet"):
@@ -89,7 +89,9 @@ def test_values_that_state_what_is_done_today_are_accepted() -> None:
     assert merge([file]) == merge([])
 
 
-@pytest.mark.parametrize(("name", "raw"), [("enable_teacache", True), ("--pin-cpu-memory", []), ("lora_path", "x")])
+@pytest.mark.parametrize(
+    ("name", "raw"), [("enable_teacache", True), ("--pin-cpu-memory", []), ("perf_dump_path", "x")]
+)
 def test_other_values_of_later_settings_are_refused(name: str, raw: object) -> None:
     with pytest.raises(UsageError, match=f"^{name} isn't supported yet"):
         merge([accept({name: raw}, "flag")])
@@ -142,7 +144,7 @@ def test_shift_is_that_of_the_model_and_of_its_requests() -> None:
     assert settings.params[0].flow_shift == 3
 
 
-@pytest.mark.parametrize("name", ["seed", "quantization", "lora_path", "vae_path"])
+@pytest.mark.parametrize("name", ["seed", "quantization", "lora", "vae_path"])
 def test_null_stands_for_the_default(name: str) -> None:
     assert accept({name: None}, "c.yaml") == {}
 
@@ -307,3 +309,46 @@ def test_pictures_in_further_arguments_are_looked_at_first(tmp_path: Path) -> No
         build(merge([accept(given, "flag")]))
     given["diffusers_kwargs"] = '{"mask_image": {"$image": "https://host/mask.png"}}'
     assert build(merge([accept(given, "flag")])).params[0].diffusers_kwargs["mask_image"]["$image"].startswith("https")
+
+
+def lora_of(*texts: str, **file: object) -> object:
+    """The adapters of a run without a model."""
+    flags = {"--lora": list(texts)} if texts else {}
+    settings = build(merge([accept({**flags, "--prompt": ["a"]}, "flag"), accept(file, "c.yaml")]))
+    lora = settings.params[0].lora
+    return None if lora is None else [msgspec.to_builtins(choice) for choice in lora]
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("./a.safetensors=0.5", {"path": "./a.safetensors", "scale": 0.5}),
+        ("owner/name:a.safetensors", {"path": "owner/name:a.safetensors"}),
+        ("a=b.safetensors", {"path": "a=b.safetensors"}),
+        ('{"path": "a", "target": "unet"}', {"path": "a", "target": "unet"}),
+    ],
+)
+def test_adapters_are_written_as_paths_with_scales_or_as_json(text: str, choice: object) -> None:
+    assert lora_of(text) == [choice]
+
+
+def test_several_adapters_are_given_at_once_or_as_a_list() -> None:
+    two = [{"path": "./a", "scale": 2.0}, {"path": "./b"}]
+    assert lora_of("./a=2", "./b") == two == lora_of('[{"path": "./a", "scale": 2}, {"path": "./b"}]')
+    assert lora_of(lora=["./a=2", {"path": "./b"}]) == two
+
+
+def test_adapters_of_the_start_have_nicknames_and_are_those_of_prompts_that_choose_none() -> None:
+    start = {"lora_path": ["./a.safetensors", "./b.safetensors"], "lora_scale": [0.5, 2]}
+    a, b = {"nickname": "a", "path": "./a.safetensors", "scale": 0.5}, {"nickname": "b", "path": "./b.safetensors"}
+    assert lora_of(**start) == [a, b | {"scale": 2.0}]
+    assert lora_of("b=-1", **start) == [b | {"scale": -1.0}]
+    assert lora_of("[]", **start) == []
+    assert lora_of() is None
+
+
+def test_adapters_that_are_not_there_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="there is no LoRA adapter 'style'; none is loaded"):
+        lora_of("style=0.5")
+    with pytest.raises(UsageError, match="--lora is"):
+        lora_of("{")

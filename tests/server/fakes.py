@@ -12,11 +12,12 @@ import httpx2
 import numpy as np
 
 from sgld import errors
-from sgld.config import EngineConfig, ServerConfig
+from sgld.config import EngineConfig, LoraConfig, ServerConfig
+from sgld.engine.adapters import EngineLoras
 from sgld.engine.statistics import Statistics
 from sgld.events import AnyEvent, Completed, Failed, Frames, Preview, Progress, Queued, Started
 from sgld.media.inputs import InputPolicy, as_files
-from sgld.messages import ModelInfo
+from sgld.messages import LoadLora, LoraFailed, LoraLoaded, ModelInfo, UnloadLora
 from sgld.sampling_params import SamplingParams
 from sgld.server.serve import EngineFactory, listen, serve
 from sgld.server.services import Services
@@ -59,6 +60,17 @@ class FakeEngine:
         self.go = anyio.Event()
         self.has_ended = anyio.Event()
         self.counted = NOTHING
+        self.loras = EngineLoras(LoraConfig(), self._tell)
+
+    def _tell(self, command: LoadLora | UnloadLora) -> bool:
+        """Adapters are loaded at once; those with `bad` in their path can't be."""
+        if isinstance(command, LoadLora):
+            about: dict[str, Any] = {"path": command.path, "alpha": command.alpha}
+            if "bad" in command.path:
+                self.loras.heard(LoraFailed(**about, message=f"{command.path} can't be read"))
+            else:
+                self.loras.heard(LoraLoaded(**about, size_bytes=100, num_layers={"transformer": 3}))
+        return True
 
     def __call__(self, config: EngineConfig) -> Self:
         return self

@@ -1,0 +1,67 @@
+"""Requests on their way to their task: they may have to wait for adapters, while others go on."""
+
+from collections.abc import Callable, Mapping
+
+from sgld.errors import InvalidRequest
+from sgld.sampling_params import SamplingParams
+from sgld.worker.adapters import Adapters, Loaded, source_of
+from sgld.worker.slots import Applied
+
+
+class Admission:
+    """Starts requests once their adapters are there, in the order in which they came as far as that goes.
+
+    :param start: gets a request with what changes the components for it.
+    :param failed: told of one that can't be started.
+    """
+
+    def __init__(
+        self,
+        adapters: Adapters,
+        start: Callable[[str, SamplingParams, Mapping[str, Applied]], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self._adapters = adapters
+        self._start = start
+        self._failed = failed
+        self._waiting: dict[str, SamplingParams] = {}
+
+    def add(self, request_id: str, params: SamplingParams) -> None:
+        """Take a request; `look` starts it."""
+        self._waiting[request_id] = params
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request that waits; false if it doesn't."""
+        return self._waiting.pop(request_id, None) is not None
+
+    def look(self, *, can_install: bool) -> list[Loaded]:
+        """Start all that can be started.
+
+        :param can_install: components may be changed now.
+        :return: the adapters that were read meanwhile.
+        """
+        read = self._adapters.collect()
+        problems = {loaded.source: loaded.result for loaded in read if isinstance(loaded.result, InvalidRequest)}
+        for request_id, params in list(self._waiting.items()):
+            own = [problems[source] for choice in params.lora or () if (source := source_of(choice)) in problems]
+            if own:
+                self._end(request_id, own[0])
+            else:
+                self._try(request_id, params, can_install)
+        if read:
+            self._adapters.trim(source_of(c) for params in self._waiting.values() for c in params.lora or ())
+        return read
+
+    def _try(self, request_id: str, params: SamplingParams, can_install: bool) -> None:
+        try:
+            applied = self._adapters.use(request_id, params.lora or (), can_install=can_install)
+        except Exception as error:  # noqa: BLE001 - the boundary of the request: what it can't begin with fails it alone
+            self._end(request_id, error)
+            return
+        if applied is not None:
+            del self._waiting[request_id]
+            self._start(request_id, params, applied)
+
+    def _end(self, request_id: str, error: BaseException) -> None:
+        del self._waiting[request_id]
+        self._failed(request_id, error)

@@ -1,0 +1,116 @@
+"""Slots of adapters in one component."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sgld.models.lora import LoraLayer
+from sgld.worker.slots import Applied, Slots, Unmixable, selected
+
+CPU = torch.device("cpu")
+MODULES: dict[str, tuple[Any, torch.Tensor]] = {
+    "linear": (lambda: nn.Linear(6, 5), torch.randn(3, 6)),
+    "linear of tokens": (lambda: nn.Linear(6, 5), torch.randn(3, 2, 4, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 5, bias=False), torch.randn(3, 4, 6)),
+    "1d": (lambda: nn.Conv1d(6, 5, 3, padding=1), torch.randn(3, 6, 7)),
+    "2d": (lambda: nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(3, 6, 8, 8)),
+    "2d, same": (lambda: nn.Conv2d(6, 5, 3, padding="same", dilation=2), torch.randn(3, 6, 8, 8)),
+    "3d": (lambda: nn.Conv3d(6, 5, (1, 2, 2), stride=(1, 2, 2)), torch.randn(3, 6, 2, 4, 4)),
+}
+
+
+def layer(module: Any, rank: int, *, has_bias: bool = False) -> LoraLayer:
+    num_in = module.weight.flatten(1).shape[1]
+    return LoraLayer(torch.randn(rank, num_in), torch.randn(5, rank), torch.randn(5) if has_bias else None)
+
+
+def merged(module: Any, *changes: tuple[LoraLayer, float]) -> Any:
+    """A copy with the changes in its weights."""
+    copy = deepcopy(module)
+    for change, scale in changes:
+        copy.weight.data += scale * (change.up @ change.down).reshape(copy.weight.shape)
+        if change.bias is not None:
+            copy.bias.data += scale * change.bias
+    return copy
+
+
+@pytest.mark.parametrize("name", MODULES)
+@torch.no_grad()
+def test_each_row_has_the_adapters_of_its_request(name: str) -> None:
+    torch.manual_seed(0)
+    module, x = MODULES[name][0](), MODULES[name][1]
+    has_bias = module.bias is not None
+    first, second = layer(module, 3, has_bias=has_bias), layer(module, 20)
+    component = nn.ModuleDict({"layer": module})
+    expected = [
+        merged(module, (first, 0.5), (second, 2.0))(x[:1]),
+        module(x[1:2]),
+        merged(module, (second, -1.0))(x[2:]),
+    ]
+    slots = Slots(component, CPU)
+    slots.put("both", {"layer": [(first, 0.5), (second, 2.0)]})
+    slots.put("one", {"layer": [(second, -1.0)]})
+
+    with selected([(Applied(slots, "both"), 1), (None, 1), (Applied(slots, "one"), 1)]):
+        together = module(x)
+    with selected([(Applied(slots, "both"), 1)]):
+        alone = module(x[:1])
+
+    torch.testing.assert_close(together, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone, expected[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(module(x[1:2]), expected[1]), "nothing is selected between forwards"
+
+
+@torch.no_grad()
+def test_other_slots_do_not_change_a_bit_of_a_single_forward() -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    module, x = component["layer"], torch.randn(2, 7, 6)
+    slots = Slots(component, CPU)
+    slots.put("a", {"layer": [(layer(module, 4), 1.0)]})
+    with selected([(Applied(slots, "a"), 1)]):
+        before = module(x)
+    slots.put("b", {"layer": [(layer(module, 40), 1.0)]})
+    with selected([(Applied(slots, "a"), 1)]):
+        assert torch.equal(module(x), before)
+
+
+@torch.no_grad()
+def test_what_has_no_row_for_each_request_is_not_mixed() -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5), "other": nn.Linear(6, 5)})
+    slots = Slots(component, CPU)
+    slots.put("a", {"layer": [(layer(component["layer"], 4), 1.0)]})
+    slots.put("b", {"other": [(layer(component["other"], 4), 1.0)]})
+    tokens = torch.randn(9, 6)
+    with selected([(Applied(slots, "a"), 1), (Applied(slots, "a"), 2)]):
+        component["layer"](tokens)
+    with selected([(Applied(slots, "a"), 1), (None, 2)]):
+        component["other"](tokens)
+        with pytest.raises(Unmixable, match=r"\(9, 6\), not 3 rows"):
+            component["layer"](tokens)
+
+
+def test_buffers_stay_where_they_are_unless_they_are_too_small() -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    module, slots = component["layer"], Slots(component, CPU)
+    versions = []
+    for key, rank in (("a", 4), ("b", 8), ("c", 5), ("d", 5), ("e", 20)):
+        slots.put(key, {"layer": [(layer(module, rank), 1.0)]})
+        versions.append(slots.version)
+    # c has room in what was taken for b; d doubles the slots, and e has a larger rank.
+    assert versions[0] < versions[1] == versions[2] < versions[3] < versions[4]
+    slots.remove("b")
+    slots.put("f", {"layer": [(layer(module, 3), 1.0)]})
+    assert slots.version == versions[4]
+    assert slots.capture_key([(Applied(slots, "a"), 1)]) != slots.capture_key([(Applied(slots, "f"), 1)])
+    assert slots.capture_key([(None, 1)]) == ()
+
+
+def test_layers_of_other_precision_get_what_they_compute_in() -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5)}).to(torch.bfloat16)
+    module, slots = component["layer"], Slots(component, CPU)
+    slots.put("a", {"layer": [(layer(module, 4), 1.0)]})
+    with torch.no_grad(), selected([(Applied(slots, "a"), 1)]):
+        assert module(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
