@@ -104,7 +104,7 @@ def matching(model_path: str, entries: Mapping[str, Entry]) -> Entry | None:
     if model_path in entries:
         return entries[model_path]
     folder = local_folder(model_path)
-    if folder is None:
+    if folder is None or model_path in EMBEDDED:
         return None
     parts = [part.lower() for part in folder.absolute().parts]
     for key, entry in entries.items():

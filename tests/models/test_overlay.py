@@ -89,7 +89,8 @@ def test_file_that_is_no_registry_is_an_error(
 
 def test_a_name_matches_whole_and_a_folder_by_its_last_part_or_its_place_in_the_cache(tmp_path: Path) -> None:
     entry = Entry(overlay_repo_id="org/overlay")
-    entries = {"Org/Model": entry}
+    entries = {"Org/Model": entry, "org/tiny_image": entry}
+    assert matching("sgld/tiny-image", entries) is None  # a name, though it is a folder
     for folder in ("Model", "model", "hub/models--org--model/snapshots/abc", "hub/models--org--models/snapshots/abc"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     found = {
