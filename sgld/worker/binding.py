@@ -5,7 +5,7 @@ or moved, and `__init__` doesn't run again.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
@@ -37,9 +37,12 @@ def bind(pipeline: Any, task: Task, *, defers: bool = False, cache: StepCachePar
     return _Binding(task, deferral, StepCache(task, cache) if cache is not None else None).bound(pipeline, "")
 
 
-def bind_whole(pipeline: Any, task: Task) -> Any:
-    """A copy of the pipeline for one task that runs its models itself, and alone; it may change them until it ends."""
-    return _WholeBinding(task, None, None).bound(pipeline, "")
+def bind_whole(pipeline: Any, task: Task, pulse: Callable[[], None]) -> Any:
+    """A copy of the pipeline for one task that runs its models itself, and alone; it may change them until it ends.
+
+    :param pulse: called before each forward.
+    """
+    return _WholeBinding(task, pulse).bound(pipeline, "")
 
 
 def release(bound: Any) -> None:
@@ -136,13 +139,19 @@ class _Binding:
 class _WholeBinding(_Binding):
     """The same with the models themselves."""
 
+    def __init__(self, task: Task, pulse: Callable[[], None]) -> None:
+        super().__init__(task, None, None)
+        self._pulse = pulse
+
     def bound(self, pipeline: Any, prefix: str) -> Any:
         bound = super().bound(pipeline, prefix)
         del vars(bound)["maybe_free_model_hooks"]
         return bound
 
     def _own_model(self, model: nn.Module, name: str) -> Any:
-        self._task.remember(model)
+        if self._task.remember(model):
+            # Gone with all else that changes until its end.
+            model.register_forward_pre_hook(lambda _module, _args: self._pulse())
         return model
 
 

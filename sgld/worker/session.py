@@ -108,7 +108,7 @@ class Session:
         def whole(task: Task) -> Any:
             size = size_of(job.kwargs)
             task.whole = functools.partial(Stretch, job.request_id, type(job.pipeline).__name__, size)
-            bound = bind_whole(job.pipeline, task)
+            bound = bind_whole(job.pipeline, task, seldom(self.executor.pulse))
             try:
                 job.prepare(task, bound)
                 task.pause("encode")
@@ -249,7 +249,7 @@ class Session:
         known = set(task.calls)
         first_hook = next_hook_id()
         task.advance()
-        if hooks := range(first_hook, next_hook_id()):
+        if task.whole is None and (hooks := range(first_hook, next_hook_id())):
             # Only one task runs at a time, so they are its own: on parts of models, which no proxy stands for.
             task.hook_ids.update(hooks)
             task.exclusive_because = task.exclusive_because or "hooks on parts of its models"
@@ -362,6 +362,19 @@ def size_of(kwargs: Mapping[str, Any]) -> str:
         name for name, value in sorted(kwargs.items()) if name not in (*_COUNTS, *_OF_NO_SIZE) and value is not None
     ]
     return ",".join([*counts, *others])
+
+
+def seldom(pulse: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+    """The same, but not called again within a second."""
+    next_s = 0.0
+
+    def called() -> None:
+        nonlocal next_s
+        if clock() >= next_s:
+            next_s = clock() + 1.0
+            pulse()
+
+    return called
 
 
 def _seed_of(job: Job) -> int:

@@ -219,10 +219,12 @@ class Task:
         if self.whole is not None:
             self.hand_over(self.whole(kind))
 
-    def remember(self, component: nn.Module) -> None:
-        """Take note of a component that it may change."""
-        if all(snapshot.component is not component for snapshot in self.snapshots):
+    def remember(self, component: nn.Module) -> bool:
+        """Take note of a component that it may change, as it is now; :return: whether that is new."""
+        is_new = all(snapshot.component is not component for snapshot in self.snapshots)
+        if is_new:
             self.snapshots.append(Snapshot(component))
+        return is_new
 
     def _main(self) -> None:
         self._go.acquire()

@@ -50,7 +50,7 @@ async def test_second_request_waits_in_the_queue_and_knows_when() -> None:
             tasks.start_soon(run, "b")
     first, second = (order.index((name, "Started")) for name in "ab")
     last, ended = ("b", "a") if first < second else ("a", "b")
-    assert order.index((last, "Started")) > order.index((ended, "Completed"))
+    assert order.index((last, "Progress")) > order.index((ended, "Completed"))
 
 
 async def test_progress_previews_and_frames_come_on_the_way() -> None:

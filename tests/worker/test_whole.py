@@ -12,9 +12,9 @@ from sgld.errors import Cancelled
 from sgld.messages import Pending, Ran, Stepped
 from sgld.worker.executor import Executor
 from sgld.worker.rank import translated
-from sgld.worker.session import Job, News, Session, size_of
+from sgld.worker.session import Job, News, Session, seldom, size_of
 from sgld.worker.task import Outcome, Raised, Task, Value
-from worker.requests import picture, request
+from worker.requests import Doubling, Doublings, picture, request
 
 
 class Runner:
@@ -142,6 +142,25 @@ def test_error_of_a_whole_pipeline_ends_its_task_only(runner: Runner) -> None:
     assert translated(end.error, has_made_calls=runner.num_calls > 0).code == "invalid_request"
     runner.start("b", pipeline, request("flux", 0, kwargs))
     assert picture(runner.run("b")) is not None
+
+
+def test_each_forward_is_a_sign_of_life(runner: Runner) -> None:
+    """Some pipelines tell no steps."""
+    pulses: list[float] = []
+    runner.session.executor.pulse = lambda: pulses.append(0.0)
+    pipeline = Doublings(Doubling())
+    runner.start("a", pipeline, {"x": torch.ones(1, 4)})
+    runner.run("a")
+    assert pulses
+    assert not pipeline.transformer._forward_pre_hooks
+
+
+def test_signs_of_life_are_a_second_apart() -> None:
+    now, pulses = [100.0], []
+    called = seldom(lambda: pulses.append(now[0]), lambda: now[0])
+    for now[0] in (100.0, 100.5, 100.9, 101.0, 101.5, 102.0):
+        called()
+    assert pulses == [100.0, 101.0, 102.0]
 
 
 def test_sizes_tell_what_a_step_costs() -> None:
