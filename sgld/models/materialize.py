@@ -227,8 +227,9 @@ def _build(overlay: Overlay, source: Path, output: Path) -> None:
     if overlay.manifest.custom_materializer:
         _run_materializer(overlay, source, output)
     index = msgspec.json.decode((output / INDEX_FILE).read_bytes(), type=dict[str, Any])
-    components = [n for n, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0] and n[0] != "_"]
-    missing = [name for name in components if not (output / name).is_dir()]
+    # (library, class); the class of a pipeline of its own is written like this, too.
+    components = [n for n, v in index.items() if isinstance(v, list) and len(v) == 2 and isinstance(v[0], str)]
+    missing = [name for name in components if name[0] != "_" and not (output / name).is_dir()]
     if missing:
         raise ModelError(
             f"overlay {overlay.name} makes no {', '.join(missing)} of {overlay.source}, which its {INDEX_FILE} names; "
@@ -256,7 +257,7 @@ def _run_materializer(overlay: Overlay, source: Path, output: Path) -> None:
         )
     except ModelError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{script} failed: {type(error).__name__}: {one_line(error)}") from error
 
 

@@ -129,6 +129,7 @@ def test_own_code_makes_files_if_it_is_trusted(tmp_path: Path, source: Path) -> 
         ("x = 1", "must define materialize(overlay_dir, source_dir, output_dir, manifest)"),
         ("def materialize(**_): raise KeyError('no such tensor')", "failed: KeyError: 'no such tensor'"),
         ("def materialize(): pass", "failed: TypeError: materialize() got an unexpected keyword argument"),
+        ("raise SystemExit('stop')", "failed: SystemExit: stop"),
         ("def :", "failed: SyntaxError: invalid syntax"),
         (None, "has no _overlay/make.py, its materializer"),
     ],
@@ -145,7 +146,7 @@ def test_required_files_of_a_folder_must_be_there(tmp_path: Path, source: Path) 
 
 
 def test_component_that_nothing_makes_is_told(tmp_path: Path, source: Path) -> None:
-    index = INDEX | {"vae": ["diffusers", "V"], "image_encoder": [None, None], "sizes": [0, 1]}
+    index = INDEX | {"vae": ["diffusers", "V"], "image_encoder": [None, None], "sizes": [1, 2]}
     overlay = overlay_in(tmp_path, source, index=index)
     assert failure(overlay).startswith(f"overlay {overlay} makes no vae of {source}, which its model_index.json names")
 
