@@ -65,7 +65,9 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         product = _fp8_product if self.codes.dtype == FP8 else _int8_product
         y = product(*self._quantized(rows), self.codes, self.scale.t(), x.dtype)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _quantized(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Activations (rows, in) as codes and their scales (rows, 1)."""
@@ -122,12 +124,17 @@ def _int8_product(x: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, dtyp
     """(rows, in) times (out, in) transposed, exact in int32; scales (rows, 1) and (1, out)."""
     num_rows = len(x)
     if x.is_cuda:
-        # The kernel takes more than 16 rows and blocks of 8.
-        n, k = -codes.shape[0] % 8, -codes.shape[1] % 8
-        x = functional.pad(x, (0, k, 0, max(0, 17 - num_rows)))
-        codes = functional.pad(codes, (0, k, 0, n)) if n or k else codes
+        x, codes = for_int8_kernel(x, codes)
     product = torch._int_mm(x, codes.t())[:num_rows, : scale.shape[1]]
-    return product.float().mul_(x_scale).mul_(scale).to(dtype)
+    # Two passes over what is the largest tensor here, in float32, rounded once.
+    return torch.mul(product * x_scale, scale, out=torch.empty(product.shape, dtype=dtype, device=x.device))
+
+
+def for_int8_kernel(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """With zeros around them where they are too small for CUDA's kernel: it takes over 16 rows, and blocks of 8."""
+    n, k, more = -codes.shape[0] % 8, -codes.shape[1] % 8, max(0, 17 - len(x))
+    x = functional.pad(x, (0, k, 0, more)) if k or more else x
+    return x, functional.pad(codes, (0, k, 0, n)) if n or k else codes
 
 
 @cache

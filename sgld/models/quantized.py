@@ -52,7 +52,9 @@ def _load_with_diffusers(
     if of_file is not None and not is_single:
         raise ModelError(f"{weights.name}: diffusers reads such weights from one file, and not for {cls.__name__}")
     if found is not None and found.config is not None:
-        config = config | {"quantization_config": dict(found.config)}
+        # Where a checkpoint of 4 bits doesn't say in what it computes, bitsandbytes would take float32.
+        dtypes = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")} if "load_in_4bit" in found.config else {}
+        config = config | {"quantization_config": dtypes | dict(found.config)}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "config.json").write_text(json.dumps(config, default=str))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sgld.models.linears import Activations, QuantizedLinear, fp8_rows, int8_rows, quantized
+from sgld.models.linears import Activations, QuantizedLinear, for_int8_kernel, fp8_rows, int8_rows, quantized
 
 ALL = [(bits, activations) for bits in ("fp8", "int8") for activations in ("full", "rows")]
 
@@ -62,6 +62,18 @@ def test_numbers_of_activations_in_eight_bits_are_those_of_their_codes(linear: n
     codes, scale = (fp8_rows if bits == "fp8" else int8_rows)(x)
     expected = (codes.double() * scale) @ layer.weight.double().t() + linear.bias
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_rows", "num_in", "num_out"), [(1, 48, 32), (17, 45, 33), (64, 48, 32)])
+def test_small_products_are_made_large_enough_for_the_kernel_of_int8(num_rows: int, num_in: int, num_out: int) -> None:
+    torch.manual_seed(2)
+    x, codes = torch.randint(-127, 128, (num_rows, num_in)), torch.randint(-127, 128, (num_out, num_in))
+    large_x, large_codes = for_int8_kernel(x, codes)
+    assert len(large_x) > 16
+    assert not [n for n in (*large_codes.shape, large_x.shape[1]) if n % 8]
+    assert torch.equal((large_x @ large_codes.t())[:num_rows, :num_out], x @ codes.t())
+    if num_rows == 64:
+        assert (large_x is x, large_codes is codes) == (True, True)
 
 
 @torch.no_grad()
