@@ -221,6 +221,38 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return tuple(f"{path}:{self.lora_weight_name}" if self.lora_weight_name else path for path in self.lora_path)
 
 
+class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What components weigh, and where they wait for their calls.
+
+    :raises FieldError: two options exclude each other.
+    """
+
+    text_encoder_precision: Annotated[
+        tuple[Precision, ...],
+        _field(
+            "precision of the text encoders: one for all, or one for each in the model's order; an image encoder has"
+            " the first. Default: as the denoiser",
+            aliases=("text_encoder_precisions",),
+        ),
+    ] = ()
+    text_encoder_cpu_offload: Annotated[bool, _field("text encoders are on the GPU only while they are needed")] = False
+    image_encoder_cpu_offload: Annotated[bool, _field("the same for image encoders")] = False
+    dit_cpu_offload: Annotated[bool, _field("the same for denoisers")] = False
+    vae_cpu_offload: Annotated[bool, _field("the same for VAEs")] = False
+    dit_layerwise_offload: Annotated[
+        bool, _field("of a denoiser only the layers that compute, and the next, are on the GPU")
+    ] = False
+    pin_cpu_memory: Annotated[
+        bool, _field("offloaded weights wait in pinned memory, from where they come several times faster")
+    ] = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.dit_cpu_offload and self.dit_layerwise_offload:
+            problem = "dit_cpu_offload is set, too; a denoiser is offloaded either as a whole or by layers"
+            raise FieldError("dit_layerwise_offload", True, problem)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -246,9 +278,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         "auto"
     )
     dit_precision: Annotated[
-        Precision | None, _field("precision of all but the VAE: bf16 on a GPU, else fp32", aliases=("precision",))
+        Precision | None, _field("precision of the denoiser: bf16 on a GPU, else fp32", aliases=("precision",))
     ] = None
-    vae_precision: Annotated[Precision | None, _field("precision of the VAE: fp32 on a CPU, else as the rest")] = None
+    vae_precision: Annotated[Precision | None, _field("precision of the VAE. Default: as the denoiser")] = None
     vae_tiling: Annotated[bool, _field("decode in tiles, which needs less memory")] = False
     vae_slicing: Annotated[bool, _field("decode one sample at a time, which needs less memory")] = False
     num_cpu_threads: Annotated[int, Meta(ge=1), _field("CPU threads of a forward; default: all cores")] | None = None
@@ -260,13 +292,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     run_timeout_s: Annotated[float, Meta(gt=0), _field("deadline of a forward; 20 times its prediction if longer")] = (
         60.0
     )
-    enable_torch_compile: Annotated[bool, _field("compile the denoiser", later="compilation")] = False
+    enable_torch_compile: Annotated[
+        bool, _field("compile the denoiser; the first forwards take minutes, later starts use what was compiled")
+    ] = False
     vae_sp: Annotated[bool, _field("decode on all GPUs of a replica; with one GPU it changes nothing")] = False
     trace: Annotated[
         str | None, _field("write a trace of every tick and request to this file, for Perfetto or chrome://tracing")
     ] = None
     source: SourceConfig = SourceConfig()
     parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     attention: AttentionConfig = AttentionConfig()
     noise: NoiseConfig = NoiseConfig()
     conditioning: ConditioningConfig = ConditioningConfig()

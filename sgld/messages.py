@@ -62,6 +62,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Its pipeline runs as diffusers has it: one request at a time."""
 
 
+def with_note(model: ModelInfo, component: str, note: str) -> ModelInfo:
+    """The model with one more decision."""
+    said = "; ".join(filter(None, [model.decisions.get(component), note]))
+    return msgspec.structs.replace(model, decisions=model.decisions | {component: said})
+
+
 class Command(msgspec.Struct, frozen=True, tag_field="type"):
     """From the front to rank 0."""
 
@@ -189,6 +195,13 @@ class LorasHeld(Reply, frozen=True, kw_only=True, tag="loras_held"):
     slot_bytes: int = 0
 
 
+class Noted(Reply, frozen=True, kw_only=True, tag="noted"):
+    """Something was found out of a component while it ran; it goes with the decisions of the model."""
+
+    component: str
+    note: str
+
+
 class Idle(Reply, frozen=True, tag="idle"):
     """A `Run` has come to its end; the rank waits for commands."""
 
@@ -263,6 +276,7 @@ AnyReply = (
     | LoraLoaded
     | LoraFailed
     | LorasHeld
+    | Noted
     | Idle
     | Stepped
     | Previewed

@@ -32,14 +32,8 @@ LATER: dict[str, Later] = {
     "cache_dit_config": Later("Cache-DiT"),
     "enable_cache_dit": Later("Cache-DiT", today=_OFF),
     "enable_teacache": Later("TeaCache", today=_OFF),
-    "regional_compile": Later("compilation", today=_OFF),
+    "regional_compile": Later("a choice of what is compiled", today=("true", "1")),
     # Memory
-    "text_encoder_cpu_offload": Later("offload", today=_OFF),
-    "image_encoder_cpu_offload": Later("offload", today=_OFF),
-    "dit_cpu_offload": Later("offload", today=_OFF),
-    "dit_layerwise_offload": Later("offload", today=_OFF),
-    "vae_cpu_offload": Later("offload", today=_OFF),
-    "pin_cpu_memory": Later("offload", today=_OFF),
     "use_fsdp_inference": Later("sharded weights", today=_OFF),
     # Several GPUs and machines
     "dp_size": Later("several GPUs", today=("1",)),

@@ -9,7 +9,7 @@ from sgld_cli.options import UsageError, options_by_name
 
 ENGINE_METADATA = (
     *("revision", "component_paths", "model_subfolder", "variant", "single_file_config", "pipeline_class_name"),
-    *("custom_pipeline", "dit_precision", "vae_precision", "vae_tiling", "vae_slicing"),
+    *("custom_pipeline", "dit_precision", "vae_precision", "text_encoder_precision", "vae_tiling", "vae_slicing"),
     *("scheduler", "scheduler_config", "boundary_ratio", "embedded_cfg_scale"),
 )
 """Settings of the engine that change the pixels, hence belong to what repeats a picture."""

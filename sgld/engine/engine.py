@@ -49,6 +49,7 @@ from sgld.messages import (
     LoraLoaded,
     LorasHeld,
     ModelInfo,
+    Noted,
     Pending,
     Previewed,
     Ran,
@@ -59,6 +60,7 @@ from sgld.messages import (
     TaskCancelled,
     TaskFailed,
     UnloadLora,
+    with_note,
 )
 from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
@@ -349,6 +351,8 @@ class Engine:
                 self._scheduler.pending(call)
             case Judged():
                 self._tally.judged(reply)
+            case Noted(component=component, note=note):
+                self._model = self._model and with_note(self._model, component, note)
             case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
                 self._tally.ran(reply)
                 self._scheduler.ran(call_ids, elapsed_s)

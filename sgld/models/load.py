@@ -19,6 +19,7 @@ from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
 from sgld.models.modular import load_modular
+from sgld.models.placement import compile_components, dtype_of, place
 from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.quantized import quantize_components
 from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
@@ -46,6 +47,10 @@ class LoadedModel:
     verdict_file: VerdictFile | None = None
     decisions: dict[str, str] = field(default_factory=dict)
     is_whole: bool = False
+    offloaded: tuple[str, ...] = ()
+    """Components that wait on the host, whole."""
+    compiled: tuple[str, ...] = ()
+    """Components that their first forwards compile."""
     _siblings: dict[str, Any] = field(default_factory=dict)
 
     def pipeline_for(self, given: Collection[str]) -> Any:
@@ -71,9 +76,9 @@ class LoadedModel:
             pipeline_class=type(self.pipeline).__name__,
             device=str(self.device),
             precisions={
-                name: str(parameter.dtype).removeprefix("torch.")
+                name: str(dtype_of(module)).removeprefix("torch.")
                 for name, module in modules.items()
-                if (parameter := next(module.parameters(), None)) is not None
+                if next(module.parameters(), None) is not None
             },
             fps=self.defaults.get("fps"),
             device_name=_device_name(self.device),
@@ -97,7 +102,13 @@ def load(config: EngineConfig) -> LoadedModel:
     try:
         pipeline = _pipeline(planned)
         made = quantize_components(planned.components, pipeline.components, config.quantized, device)
-        pipeline.to(device)
+        place(
+            pipeline,
+            {part.name: part.place for part in planned.components if part.place != "device"},
+            device,
+            pins=config.memory.pin_cpu_memory,
+            is_whole=planned.backend.is_whole,
+        )
     except LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
@@ -107,9 +118,19 @@ def load(config: EngineConfig) -> LoadedModel:
     decisions = planned.decisions()
     for notes in (made, said, {"model": note} if note else {}):
         decisions = with_notes(decisions, notes)
+    compiled = tuple(part.name for part in planned.components if part.is_compiled)
+    compile_components({name: pipeline.components[name] for name in compiled})
     is_whole = planned.backend.is_whole
     return LoadedModel(
-        pipeline, device, recommended | guidance, config.model_path, verdict_file, decisions, is_whole=is_whole
+        pipeline,
+        device,
+        recommended | guidance,
+        config.model_path,
+        verdict_file,
+        decisions,
+        is_whole=is_whole,
+        offloaded=() if is_whole else tuple(part.name for part in planned.components if part.place == "offload"),
+        compiled=compiled,
     )
 
 

@@ -3,7 +3,6 @@
 `load` does what a plan says; `sgld info` and `/server_info` show it.
 """
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,12 @@ from sgld.models.pipeline_class import class_name, with_class
 from sgld.models.quantization import Quantization
 from sgld.models.requirements import Capability
 from sgld.models.resolve import ModelSource, model_index
+from sgld.models.roles import Place, places, precisions, role
 from sgld.models.single_file import single_file
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
 from sgld.models.verdicts import VerdictFile
 from sgld.models.weight_files import Weights, is_file_of_weights
 from sgld.models.weights_choice import choose_weights, is_denoiser, weights_paths
-
-# Classes of components that have no weights.
-_WEIGHTLESS = re.compile(r"Tokenizer|Scheduler|Processor|Extractor|Guidance|Guider")
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,8 @@ class ComponentPlan:
     weights: Weights | None = None
     """Files that its weights come from, if not from its source by its library's own loader."""
     quantization: Quantization | None = None
+    place: Place = "device"
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,12 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     parts = tuple({part.name: part for part in components}.values())
     scheduler, parts = noise.choose(config.noise, parts, config.model_path)
     parts = tuple(_quantized(part, source.file, config, device_type, fetches=materializes) for part in parts)
+    parts, of_memory = _placed(parts, config, device_type)
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
     name = class_name(index)
     backend = choose_backend(config.backend, [name], VerdictFile(source, index, parts).read().modes)
     chosen = (backend.note, attention.note if attention is not None else None)
-    notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen), *config.adapters.notes)
+    notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen), *of_memory, *config.adapters.notes)
     return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend)
 
 
@@ -176,12 +176,32 @@ def _separate(
 def _component(
     name: str, cls: ComponentClass, source: ComponentSource, config: EngineConfig, device_type: str
 ) -> ComponentPlan:
-    precision = None
-    if not _WEIGHTLESS.search(cls.name):
-        precision = _dit_precision(config, device_type)
-        if name == "vae" and config.vae_precision:
-            precision = config.vae_precision
+    has_weights = role(name, cls.library, cls.name) != "none"
+    precision = _dit_precision(config, device_type) if has_weights else None
     return ComponentPlan(name, cls.library, cls.name, precision, source, auto_class=cls.auto_class)
+
+
+def _placed(
+    parts: tuple[ComponentPlan, ...], config: EngineConfig, device_type: str
+) -> tuple[tuple[ComponentPlan, ...], tuple[str, ...]]:
+    """The components with their precisions and places, and what there is to say of the model."""
+    roles = {part.name: role(part.name, part.library, part.class_name) for part in parts}
+    precision_of = precisions(roles, config, _dit_precision(config, device_type))
+    place_of, notes, of_model = places(roles, config, device_type)
+    placed = []
+    for part in parts:
+        place = place_of.get(part.name, "device")
+        if place != "device" and part.quantization is not None and part.quantization.family == "bitsandbytes":
+            raise ModelError(f"{part.name} is quantized by bitsandbytes, whose weights can't be offloaded")
+        is_denoiser = roles[part.name] == "dit"
+        is_compiled = config.enable_torch_compile and is_denoiser and place != "layerwise"
+        said = [notes[part.name]] if part.name in notes else []
+        if config.enable_torch_compile and is_denoiser:
+            said.append("compiled" if is_compiled else "not compiled, as its layers come and go")
+        told = (*part.notes, *said)
+        precision = precision_of.get(part.name)
+        placed.append(replace(part, precision=precision, notes=told, place=place, is_compiled=is_compiled))
+    return tuple(placed), of_model
 
 
 def _quantized(

@@ -16,6 +16,7 @@ from sgld.models.backend import NEEDS_GRADIENTS
 from sgld.sampling_params import StepCacheParams
 from sgld.worker.calls import Call, ComponentProxy
 from sgld.worker.deferred import Deferral, forced
+from sgld.worker.runtime import Runtime
 from sgld.worker.step_cache import StepCache
 from sgld.worker.task import Task
 
@@ -23,18 +24,27 @@ from sgld.worker.task import Task
 _STATEFUL = {"SchedulerMixin", "BaseGuidance"}
 
 
-def bind(pipeline: Any, task: Task, *, defers: bool = False, cache: StepCacheParams | None = None) -> Any:
+def bind(
+    pipeline: Any,
+    task: Task,
+    *,
+    defers: bool = False,
+    cache: StepCacheParams | None = None,
+    runtime: Runtime | None = None,
+) -> Any:
     """A copy of the pipeline for one task.
 
     :param defers: calls of the denoiser may return before they have run.
     :param cache: how calls of the denoiser are skipped.
+    :param runtime: runs the components.
     :raises InvalidRequest: the pipeline needs gradients inside its `__call__`.
     """
     if NEEDS_GRADIENTS & {base.__name__ for base in type(pipeline).__mro__}:
         name = type(pipeline).__name__
         raise InvalidRequest(f"{name} needs gradients inside its __call__; it can be served with --backend diffusers")
     deferral = Deferral(task) if defers else None
-    return _Binding(task, deferral, StepCache(task, cache) if cache is not None else None).bound(pipeline, "")
+    step_cache = StepCache(task, cache) if cache is not None else None
+    return _Binding(task, deferral, step_cache, runtime).bound(pipeline, "")
 
 
 def bind_whole(pipeline: Any, task: Task, pulse: Callable[[], None]) -> Any:
@@ -58,10 +68,13 @@ def release(bound: Any) -> None:
 class _Binding:
     """Copies of one task; what appears twice in a pipeline is one copy."""
 
-    def __init__(self, task: Task, deferral: Deferral | None, step_cache: StepCache | None) -> None:
+    def __init__(
+        self, task: Task, deferral: Deferral | None, step_cache: StepCache | None, runtime: Runtime | None = None
+    ) -> None:
         self._task = task
         self._deferral = deferral
         self._step_cache = step_cache
+        self._runtime = runtime or Runtime()
         self._copies: dict[int, Any] = {}
 
     def bound(self, pipeline: Any, prefix: str) -> Any:
@@ -99,7 +112,7 @@ class _Binding:
 
     def _own_model(self, model: nn.Module, name: str) -> Any:
         """What stands in the place of a model."""
-        proxy = ComponentProxy(model, name, self._hand_over, self._touched)
+        proxy = ComponentProxy(model, name, self._hand_over, self._touched, self._runtime)
         self._copies[id(model)] = proxy
         return proxy
 

@@ -6,6 +6,7 @@ the executor runs; everything else a pipeline asks of a component goes to the re
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ import torch
 from torch import nn
 
 from sgld.messages import CallKind
+from sgld.models.placement import dtype_of
+from sgld.worker.precision import is_wider, wanted
 from sgld.worker.randomness import OwnRandom
+from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Applied, Rows, selected
 from sgld.worker.trees import values
 
@@ -24,8 +28,10 @@ if TYPE_CHECKING:
     from sgld.worker.first_block import FirstBlockSite
 
 INTERCEPTED_METHODS = frozenset({"forward", "encode", "decode", "generate"})
-# A pipeline moves, casts and freezes its components as if they were its own; they are everybody's.
-INERT_METHODS = frozenset({"to", "cuda", "cpu", "float", "half", "bfloat16", "eval", "train", "requires_grad_"})
+# A pipeline moves, casts and freezes its components as if they were its own; they are everybody's. A cast to more
+# precision, as around the decoding of some VAEs, holds for the calls of the task.
+CASTS = frozenset({"to", "float", "half", "bfloat16"})
+INERT_METHODS = frozenset({"cuda", "cpu", "eval", "train", "requires_grad_"})
 # Who asks for these is about to change a component for a while, and with it what all requests get. Guiders walk the
 # named modules to hook some.
 EXCLUSIVE_NAMES = frozenset(
@@ -45,15 +51,18 @@ class CallContext:
     default_device: torch.device
     cache: tuple[Any, ...] | None
     """Arguments of `cache_context`, where the component has a cache that reads them."""
+    dtype: torch.dtype | None = None
+    """In which the component computes, where its task asked for more than its weights have."""
 
 
-def current_context(cache: tuple[Any, ...] | None = None) -> CallContext:
+def current_context(cache: tuple[Any, ...] | None = None, dtype: torch.dtype | None = None) -> CallContext:
     """The context of the calling thread."""
     return CallContext(
         is_grad_enabled=torch.is_grad_enabled(),
         autocast=tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)),
         default_device=torch.get_default_device(),
         cache=cache,
+        dtype=dtype,
     )
 
 
@@ -88,6 +97,8 @@ class Call:
     around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Entered around the invocation, in the executor's thread."""
     id: int = field(default_factory=lambda: next(_ids))
+    runtime: Runtime = field(default_factory=Runtime)
+    """Runs the component."""
     random: OwnRandom = field(default_factory=OwnRandom)
     """What the component draws from where it is given no generator."""
     site: "FirstBlockSite | None" = None
@@ -135,10 +146,9 @@ class Call:
         :param rows: whose rows the arguments hold, where not all are its own.
         :param by_row: adapters are applied as where those of the rows differ.
         """
-        function = self.module if self.method == "forward" else getattr(self.module, self.method)
         adapters = selected(rows or [(self.adapters, 1)], by_row=by_row)
         with entered(self.context, self.module), self.around(), adapters:
-            return function(*args, **kwargs)
+            return self.runtime.run(self.module, self.method, args, kwargs, self.context.dtype)
 
 
 class Stretch(Call):
@@ -166,12 +176,19 @@ class ComponentProxy:
 
     :param hand_over: gets the proxy, the method and its arguments, and returns its result.
     :param touched: told that the task is about to change the component, and how.
+    :param runtime: runs the component, and knows where.
     """
 
     def __init__(
-        self, real: nn.Module, name: str, hand_over: Callable[..., Any], touched: Callable[[nn.Module, str], None]
+        self,
+        real: nn.Module,
+        name: str,
+        hand_over: Callable[..., Any],
+        touched: Callable[[nn.Module, str], None],
+        runtime: Runtime | None = None,
     ) -> None:
         self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _touched=touched, _cache=None, _around={})
+        self.__dict__.update(_runtime=runtime or Runtime(), _dtype=None)
         self.__dict__["__module__"] = type(real).__module__
 
     @property  # type: ignore[misc]
@@ -189,7 +206,20 @@ class ComponentProxy:
             return functools.wraps(value)(lambda *args, **kwargs: self._hand_over(self, name, args, kwargs))
         if name in INERT_METHODS:
             return lambda *_args, **_kwargs: self
+        if name in CASTS:
+            return functools.partial(self._cast, name)
+        if name in ("device", "dtype"):
+            # Where it computes and in what, which isn't where it waits.
+            return (self._runtime.residency.device if name == "device" else self._dtype) or value
+        if isinstance(value, nn.Module | torch.Tensor) or (inspect.ismethod(value) and not hasattr(nn.Module, name)):
+            # A part, or a method that isn't handed over: the task uses it right away.
+            self._runtime.residency.bring(self._real)
         return value
+
+    def _cast(self, method: str, *args: Any, **kwargs: Any) -> "ComponentProxy":
+        if (dtype := wanted(method, args, kwargs)) is not None:
+            self.__dict__["_dtype"] = dtype if is_wider(dtype, dtype_of(self._real)) else None
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._touched(self._real, f"{self._name}.{name} = ...")
@@ -216,9 +246,10 @@ class ComponentProxy:
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], request_id: str) -> Call:
         """The call of `method`, with the context of this thread."""
         has_cache = getattr(self._real, "is_cache_enabled", False)
-        context = current_context(self._cache if has_cache else None)
+        context = current_context(self._cache if has_cache else None, self._dtype)
         around = self._around.get(method, contextlib.nullcontext)
-        return Call(request_id, self._name, self._real, method, args, kwargs, context, around=around)
+        runtime = self._runtime
+        return Call(request_id, self._name, self._real, method, args, kwargs, context, around=around, runtime=runtime)
 
     def enter_around(self, method: str, around: Callable[[], AbstractContextManager[None]]) -> None:
         """Enter a context around each call of `method`, in the executor's thread."""

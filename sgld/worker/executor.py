@@ -13,6 +13,7 @@ from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.reuse import Encodings
+from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Unmixable
 from sgld.worker.task import Outcome, Raised, Value, forget_locals
 from sgld.worker.trees import Path
@@ -40,6 +41,7 @@ class Executor:
     """Runs calls in the thread that owns the device.
 
     :param verdicts: what is known of merging already.
+    :param runtime: runs the components.
     :param synchronize: waits for the device, so that times are those of the work.
     :param pulse: called after each forward where one command takes several.
     :param max_encodings_bytes: how much is kept of what text encoders returned.
@@ -48,6 +50,7 @@ class Executor:
     def __init__(
         self,
         verdicts: Verdicts | None = None,
+        runtime: Runtime | None = None,
         *,
         merge: bool = True,
         synchronize: Callable[[], None] = lambda: None,
@@ -56,6 +59,7 @@ class Executor:
     ) -> None:
         self.pulse = pulse
         self.verdicts = verdicts or Verdicts()
+        self.runtime = runtime or Runtime()
         self.merges = merge
         self.num_proofs = 0
         self.num_parted = 0
@@ -82,10 +86,13 @@ class Executor:
     def run(self, calls: Sequence[Call]) -> Tick:
         """Run calls with equal merge keys, as one forward if that is proved right."""
         cost_key = max(calls, key=_num_elements).cost_key
+        num_compilations = self.runtime.num_compilations
         start = time.perf_counter()
         outcomes, is_merged, is_timed, num_reused = self._answer(calls)
         self.synchronize()
-        return Tick(outcomes, time.perf_counter() - start, is_merged, is_timed, cost_key, num_reused)
+        elapsed_s = time.perf_counter() - start
+        is_timed &= self.runtime.num_compilations == num_compilations
+        return Tick(outcomes, elapsed_s, is_merged, is_timed, cost_key, num_reused)
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:
         """Run the calls, except for text that was encoded before; the last is how often that was."""

@@ -5,30 +5,24 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, cache_root
 from sgld.errors import ChannelClosed, ModelError
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.tensor_queue import TensorWriter
-from sgld.messages import (
-    Alive,
-    AnyCommand,
-    AnyReply,
-    LoadFailed,
-    Ready,
-)
+from sgld.messages import AnyCommand, AnyReply, LoadFailed, Ready
+from sgld.worker.heartbeat import heartbeat
 
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
 
 logger = logging.getLogger(__name__)
-HEARTBEAT_S = 2.0
 Channel = RankEnd[AnyReply, AnyCommand]
 
 
@@ -43,6 +37,8 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig, nic
     # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores 20
     # steps of the small model that ships took 1.5 s, and 5 s beside one more busy process. Asleep it is 2.5 and 3 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported, which takes a temporary folder otherwise: what was compiled is there at the next start.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "torch_compile_cache"))
     _leave_with_parent()
     _quieten()
 
@@ -62,7 +58,7 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig, nic
 def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "Callable[[], LoadedModel]") -> None:
     """Load a model and run commands until `Exit`; in a process of its own or in a thread."""
     try:
-        with _heartbeat(channel, "loading"):
+        with heartbeat(channel, "loading"):
             model = load()
             # Late, because it imports torch: a rank says that it lives before it does.
             from sgld.worker.rank import Rank
@@ -76,26 +72,6 @@ def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "
         logger.debug("the front is gone")
     finally:
         channel.close()
-
-
-@contextmanager
-def _heartbeat(channel: Channel, stage: str) -> Iterator[None]:
-    """Say that the rank lives while it can't answer."""
-    is_over = threading.Event()
-
-    def beat() -> None:
-        # That the front is gone shows where the rank speaks next.
-        with suppress(ChannelClosed):
-            while not is_over.wait(HEARTBEAT_S):
-                channel.send(Alive(stage=stage))
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def _leave_with_parent() -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -145,8 +146,12 @@ def _as_it_is(sample: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Previewer:
-    """The previews of one rank: what is learned of each VAE and geometry, kept for the requests to come."""
+    """The previews of one rank: what is learned of each VAE and geometry, kept for the requests to come.
 
+    :ivar borrowed: entered with a VAE that is run here.
+    """
+
+    borrowed: Callable[[Any], AbstractContextManager[None]] = nullcontext
     _rgb: dict[int, RgbMap | None] = field(default_factory=dict)
     _glue: dict[Geometry, Glue | None] = field(default_factory=dict)
 
@@ -184,7 +189,8 @@ class Previewer:
     def _rgb_of(self, vae: Any) -> RgbMap | None:
         if id(vae) not in self._rgb:
             try:
-                self._rgb[id(vae)] = RgbMap(vae)
+                with self.borrowed(vae):
+                    self._rgb[id(vae)] = RgbMap(vae)
             except (AttributeError, NotImplementedError):
                 self._rgb[id(vae)] = None
         return self._rgb[id(vae)]

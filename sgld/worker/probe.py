@@ -4,6 +4,7 @@ It uses the arguments of a real request and one step, and ends where decoding be
 the pipeline.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import single
 from sgld.worker.padding import with_padding
+from sgld.worker.runtime import Runtime
 from sgld.worker.task import Outcome, Raised, Task, Value
 from sgld.worker.trees import opened
 from sgld.worker.verdicts import AxesKey, axes_key
@@ -27,16 +29,23 @@ logger = logging.getLogger(__name__)
 Kwargs = dict[str, Any]
 Recording = list[tuple[AxesKey, Any, Any]]
 """Of each call: its key, and the skeletons of its arguments and its result."""
+Answer = Callable[[Call], Outcome | None]
+RunAlone = Callable[[Kwargs, Answer], None]
+"""Runs the pipeline with these arguments until `Answer`, which gets its calls, has none."""
 
 # Given by a request for all of its steps or samples; a probe has one step and its own noise.
 _LEFT_OUT = ("latents", "timesteps", "sigmas", "callback", "callback_on_step_end")
 
 
-def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambda: None) -> dict[AxesKey, CallAxes]:
+def probed_axes(
+    pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambda: None, runtime: Runtime | None = None
+) -> dict[AxesKey, CallAxes]:
     """The axes of the calls that the pipeline makes for such a request; empty when it can't be asked.
 
     :param pulse: called after each forward.
+    :param runtime: runs the components.
     """
+    alone = functools.partial(_run_alone, pipeline, runtime)
     for num_steps, double in _ATTEMPTS:
         one = _reduced(pipeline, kwargs, num_steps)
         two = double(pipeline, one)
@@ -44,9 +53,9 @@ def probed_axes(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None] = lambd
             continue
         try:
             with torch.random.fork_rng():
-                recording = _recorded(pipeline, one, pulse)
-                axes = _compared(recording, _recorded(pipeline, two, pulse))
-                return _with_padding(pipeline, one, recording, axes, pulse)
+                recording = _recorded(alone, one, pulse)
+                axes = _compared(recording, _recorded(alone, two, pulse))
+                return _with_padding(alone, one, recording, axes, pulse)
         except Exception as error:  # noqa: BLE001 - a pipeline may refuse a probe in any way; then the next is tried
             logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, error)
     return {}
@@ -96,7 +105,7 @@ def _is_picture(value: Any) -> bool:
 _ATTEMPTS = ((1, _with_two_prompts), (1, _with_two_pictures), (1, _with_two_outputs), (2, _with_two_prompts))
 
 
-def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recording:
+def _recorded(alone: RunAlone, kwargs: Kwargs, pulse: Callable[[], None]) -> Recording:
     """Run the pipeline alone and note its calls."""
     recording = []
 
@@ -110,15 +119,15 @@ def _recorded(pipeline: Any, kwargs: Kwargs, pulse: Callable[[], None]) -> Recor
             recording.append((key, arguments, skeleton(opened(outcome.value))))
         return outcome
 
-    _run_alone(pipeline, kwargs, answer)
+    alone(kwargs, answer)
     return recording
 
 
-def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome | None]) -> None:
+def _run_alone(pipeline: Any, runtime: Runtime | None, kwargs: Kwargs, answer: Answer) -> None:
     """Run the pipeline until `answer`, which gets its calls, has none."""
 
     def body(task: Task) -> Any:
-        bound = bind(pipeline, task)
+        bound = bind(pipeline, task, runtime=runtime)
         try:
             return bound(**kwargs)
         finally:
@@ -139,7 +148,7 @@ def _run_alone(pipeline: Any, kwargs: Kwargs, answer: Callable[[Call], Outcome |
 
 
 def _with_padding(
-    pipeline: Any, kwargs: Kwargs, one: Recording, axes: dict[AxesKey, CallAxes], pulse: Callable[[], None]
+    alone: RunAlone, kwargs: Kwargs, one: Recording, axes: dict[AxesKey, CallAxes], pulse: Callable[[], None]
 ) -> dict[AxesKey, CallAxes]:
     """The axes completed by what the pipeline pads where it gets two prompts of different lengths.
 
@@ -168,9 +177,9 @@ def _with_padding(
         return outcome
 
     try:
-        _run_alone(pipeline, kwargs | longer, answer)
+        alone(kwargs | longer, answer)
     except Exception as error:  # noqa: BLE001 - a pipeline may refuse it in any way; then nothing is padded
-        logger.debug("%s pads nothing: %r", type(pipeline).__name__, error)
+        logger.debug("the pipeline pads nothing: %r", error)
     return axes | found
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -27,6 +28,7 @@ from sgld.messages import (
     LoraFailed,
     LoraLoaded,
     LorasHeld,
+    Noted,
     Run,
     Start,
     TaskCancelled,
@@ -39,12 +41,15 @@ from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
 from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.calls import enter_around, real_of
+from sgld.worker.compilation import alive_while_compiling
 from sgld.worker.executor import Executor
 from sgld.worker.memory import Memory
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.preview import Previewer
+from sgld.worker.residency import residency
 from sgld.worker.results import Results
+from sgld.worker.runtime import Runtime
 from sgld.worker.session import Job, Session, is_cancelled
 from sgld.worker.slots import Applied
 from sgld.worker.steps import count_steps, shift_noise
@@ -78,8 +83,10 @@ class Rank:
         self._memory = Memory(model.verdict_file)
         is_gpu = model.device.type == "cuda"
         synchronize = torch.cuda.synchronize if is_gpu else lambda: None
+        runtime = self._runtime = self._runtime_of(model, config)
         self._executor = Executor(
             self._memory.recall(),
+            runtime,
             merge=config.merge,
             synchronize=synchronize,
             pulse=self._pulse,
@@ -87,7 +94,7 @@ class Rank:
         )
         # On a CPU two rows take twice the time of one.
         self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=is_gpu)
-        self._previewer = Previewer()
+        self._previewer = Previewer(runtime.borrowed)
         self._told = Judged(modes={}, reasons={})
         self._told_loras = LorasHeld()
         self._told_alive_at = 0.0
@@ -104,6 +111,10 @@ class Rank:
         """
         for loaded in self._adapters.all():
             self._tell_loaded(loaded)
+        with alive_while_compiling(self._channel, self._runtime) if self._model.compiled else nullcontext():
+            self._serve()
+
+    def _serve(self) -> None:
         try:
             while True:
                 self._look_at_adapters()
@@ -166,6 +177,15 @@ class Rank:
                 num_layers=self._adapters.num_layers(result),
                 num_unmatched=result.num_unmatched,
             )
+        )
+
+    def _runtime_of(self, model: "LoadedModel", config: EngineConfig) -> Runtime:
+        parts = model.pipeline.components
+        offloaded = {name: parts[name] for name in model.offloaded}
+        return Runtime(
+            residency(model.device, offloaded, pins=config.memory.pin_cpu_memory),
+            {parts[name]: name for name in model.compiled},
+            lambda component, note: self._channel.send(Noted(component=component, note=note)),
         )
 
     def _tell_verdicts(self) -> None:

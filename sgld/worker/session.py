@@ -122,7 +122,7 @@ class Session:
             if job.is_whole:
                 return whole(task)
             defers = self.executor.merges and not job.is_exact
-            bound = bind(job.pipeline, task, defers=defers, cache=job.cache)
+            bound = bind(job.pipeline, task, defers=defers, cache=job.cache, runtime=self.executor.runtime)
             try:
                 job.prepare(task, bound)
                 return job.finish(bound(**job.kwargs))
@@ -182,6 +182,7 @@ class Session:
         if isinstance(calls[0], Stretch):
             return self._stretch(calls[0])
         started_ns, num_proofs = time.monotonic_ns(), self.executor.num_proofs
+        self._expect()
         tick = self.executor.run(calls)
         is_proof = self.executor.num_proofs > num_proofs
         if tick.is_merged:
@@ -199,10 +200,12 @@ class Session:
     def _stretch(self, call: Stretch) -> Sequence[int]:
         """Let a task run its models itself, up to its next step."""
         task, started_ns, start = self._tasks[call.request_id], time.monotonic_ns(), time.perf_counter()
+        num_compilations = self.executor.runtime.num_compilations
         with everywhere(self._jobs[call.request_id].adapters.values()):
             task.advance(Value(None))
         self.executor.synchronize()
-        tick = Tick([], time.perf_counter() - start, is_merged=False, is_timed=True, cost_key=call.cost_key)
+        is_timed = self.executor.runtime.num_compilations == num_compilations
+        tick = Tick([], time.perf_counter() - start, is_merged=False, is_timed=is_timed, cost_key=call.cost_key)
         self._note_ran([call], tick, started_ns, "single")
         self._look_at(task)
         return () if task.end is not None else self._following([task], call)
@@ -338,7 +341,14 @@ class Session:
         name = type(job.pipeline).__name__
         if self.executor.merges and name not in self._probed and not self.executor.knows(call):
             self._probed.add(name)
-            self.executor.verdicts.axes |= probed_axes(job.pipeline, job.kwargs, self.executor.pulse)
+            executor = self.executor
+            self._expect()
+            executor.verdicts.axes |= probed_axes(job.pipeline, job.kwargs, executor.pulse, executor.runtime)
+
+    def _expect(self) -> None:
+        """Tell which components are waited for, so that these stay on the device."""
+        awaited = {call.module for task in self._tasks.values() for call in task.calls}
+        self.executor.runtime.residency.expect(awaited)
 
     def _stepped(self, task: Task) -> None:
         is_of_tick = bool(self._news)

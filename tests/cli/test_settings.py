@@ -51,7 +51,7 @@ def test_example_of_the_page_works(tmp_path: Path) -> None:
     assert (params.num_frames, params.width, params.height, params.fps, params.seed) == (45, 1280, 720, 24.0, 1024)
 
 
-@pytest.mark.parametrize("line", ["num_gpus: 2", "sp_size: 2", "enable_torch_compile: true", "tp-size: 4"])
+@pytest.mark.parametrize("line", ["num_gpus: 2", "sp_size: 2", "tp-size: 4"])
 def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: str, tmp_path: Path) -> None:
     name = line.partition(":")[0]
     with pytest.raises(UsageError, match=rf"^{name} in my.yaml .*isn't supported yet"):
@@ -60,11 +60,11 @@ def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: s
 
 def test_flags_undo_what_a_file_asks_of_later_features(tmp_path: Path) -> None:
     page = PAGE_CONFIG.replace("num_gpus: 1", "num_gpus: 2").replace("sp_size: 1", "sp_size: 2")
-    config = accept(read_config(write(tmp_path, page + "dit_cpu_offload: true\n")), "page.yaml")
-    flags = accept({"--num-gpus": "1", "--sp-degree": "1", "--dit-cpu-offload": ["false"]}, "flag")
+    config = accept(read_config(write(tmp_path, page + "use_fsdp_inference: true\n")), "page.yaml")
+    flags = accept({"--num-gpus": "1", "--sp-degree": "1", "--use-fsdp-inference": ["false"]}, "flag")
     merged = merge([flags, config])
     assert merged["num_gpus"] == merged["sp_degree"] == Setting(1, "flag")
-    assert "dit_cpu_offload" not in merged
+    assert "use_fsdp_inference" not in merged
     with pytest.raises(UsageError, match=r"^num_gpus in page\.yaml is 2: that isn't supported yet"):
         merge([config])
 
@@ -76,7 +76,7 @@ def test_later_features_of_a_flag_are_refused_whatever_the_file_says() -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--perf-dump-path", "--text-encoder-weights-path", "--pin-cpu-memory", "--cache-dit-config"],
+    ["--perf-dump-path", "--text-encoder-weights-path", "--use-fsdp-inference", "--cache-dit-config"],
 )
 def test_later_flags_are_refused_by_name(flag: str) -> None:
     with pytest.raises(UsageError, match=rf"^{flag} isn't supported yet"):
@@ -84,13 +84,13 @@ def test_later_flags_are_refused_by_name(flag: str) -> None:
 
 
 def test_values_that_state_what_is_done_today_are_accepted() -> None:
-    file = accept({"use_fsdp_inference": False, "enable_teacache": "none", "nnodes": 1}, "c.yaml")
-    assert merge([accept({"--pin-cpu-memory": ["false"], "--nnodes": ["1"]}, "flag"), file]) == merge([file])
+    file = accept({"enable_teacache": "none", "nnodes": 1}, "c.yaml")
+    assert merge([accept({"--use-fsdp-inference": ["false"], "--nnodes": ["1"]}, "flag"), file]) == merge([file])
     assert merge([file]) == merge([])
 
 
 @pytest.mark.parametrize(
-    ("name", "raw"), [("enable_teacache", True), ("--pin-cpu-memory", []), ("perf_dump_path", "x")]
+    ("name", "raw"), [("enable_teacache", True), ("--use-fsdp-inference", []), ("perf_dump_path", "x")]
 )
 def test_other_values_of_later_settings_are_refused(name: str, raw: object) -> None:
     with pytest.raises(UsageError, match=f"^{name} isn't supported yet"):

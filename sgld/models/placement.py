@@ -1,0 +1,91 @@
+"""Components go where the plan has them, and denoisers are compiled where that is asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgld.errors import ModelError
+from sgld.models.roles import Place
+
+# So many forms of calls (one row or several, sizes that a kernel needs to know) are compiled of a layer. Beyond that
+# torch would go on without compiling, and bits would change.
+_MAX_FORMS = 64
+
+
+def place(
+    pipeline: Any, places: Mapping[str, Place], device: torch.device, *, pins: bool, is_whole: bool = False
+) -> None:
+    """Move the components to where they belong; those that are offloaded as a whole stay where they were loaded.
+
+    :param places: of components that aren't simply on the device.
+    :param pins: weights that come layer by layer wait in pinned memory.
+    :param is_whole: the pipeline runs its models itself, so those that are offloaded are moved by diffusers.
+    :raises ModelError: a component can't be offloaded by layers.
+    """
+    if not places:
+        pipeline.to(device)
+        return
+    for name, component in pipeline.components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        match places.get(name):
+            case "layerwise":
+                _offload_layers(name, component, device, pins=pins)
+            case None | "device":
+                component.to(device)
+    if is_whole and "offload" in places.values():
+        stays = [name for name in pipeline.components if places.get(name) != "offload"]
+        pipeline._exclude_from_cpu_offload = [*pipeline._exclude_from_cpu_offload, *stays]
+        pipeline.enable_model_cpu_offload(device=device)
+
+
+def _offload_layers(name: str, component: Any, device: torch.device, *, pins: bool) -> None:
+    try:
+        component.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+            record_stream=device.type == "cuda",
+            low_cpu_mem_usage=not pins,
+        )
+    except (AttributeError, ValueError):
+        kind = type(component).__name__
+        message = f"dit_layerwise_offload is asked for, but {name} ({kind}) can't be offloaded by layers"
+        raise ModelError(f"{message}; use dit_cpu_offload") from None
+
+
+def dtype_of(component: nn.Module) -> torch.dtype:
+    """The dtype in which a component computes; a model may keep some of its weights in another."""
+    own = getattr(component, "dtype", None)
+    weights = (weight.dtype for weight in component.parameters() if weight.is_floating_point())
+    return own if isinstance(own, torch.dtype) else next(weights, torch.float32)
+
+
+def compile_components(components: Mapping[str, Any]) -> None:
+    """Have components compiled in place by their first forwards.
+
+    One compilation is for all sizes and numbers of rows, but for one row.
+    """
+    if not components:
+        return
+    import torch._dynamo.config  # takes a second, and only compilation needs it
+
+    torch._dynamo.config.recompile_limit = _MAX_FORMS
+    for component in components.values():
+        if not isinstance(component, nn.Module):
+            continue
+        blocks = getattr(component, "_repeated_blocks", None) or ()
+        if any(type(part).__name__ in blocks for part in component.modules()):
+            component.compile_repeated_blocks(dynamic=True)  # type: ignore[operator]
+        else:
+            component.compile(dynamic=True)
+
+
+def decompile(component: nn.Module) -> None:
+    """Undo `compile_components` for one of them."""
+    for part in component.modules():
+        part._compiled_call_impl = None

@@ -1,0 +1,149 @@
+"""How a component is run: brought onto the device, in the precision that was asked for, compiled where that works.
+
+What plain diffusers computes is computed. Where that would fail for want of memory, a compiler or a cast, it is tried
+once more with what was missing.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgld.models.placement import decompile, dtype_of
+from sgld.worker.precision import cast, computing_in, differs
+from sgld.worker.residency import Residency
+from sgld.worker.trees import leaves
+
+logger = logging.getLogger(__name__)
+_MAX_PROBLEM_CHARS = 300
+
+
+class Runtime:
+    """Runs the components of one model, in the thread that owns the device.
+
+    :param compiled: components that are compiled, by module, with their names.
+    :param note: told what is found out of a component, for people.
+    """
+
+    def __init__(
+        self,
+        residency: Residency | None = None,
+        compiled: dict[nn.Module, str] | None = None,
+        note: Callable[[str, str], None] = lambda component, note: None,
+    ) -> None:
+        self.residency = residency or Residency()
+        self.num_compilations = 0
+        """Forwards in which something was compiled took longer than the next ones will."""
+        self._compiled = compiled or {}
+        self._proven: set[nn.Module] = set()
+        """Compiled components that have run."""
+        self._eager: set[tuple[nn.Module, str]] = set()
+        """Forms of calls of these that can't be compiled."""
+        self._casts: set[tuple[nn.Module, str]] = set()
+        """Components and methods that refuse arguments of another precision than their own."""
+        self._note = note
+
+    def run(
+        self,
+        module: nn.Module,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """Invoke a component.
+
+        :param dtype: compute in it, whatever the weights are kept in.
+        """
+        self.residency.bring(module)
+        tree, precision = (args, kwargs), dtype or dtype_of(module)
+        if (module, method) in self._casts:
+            tree = cast(tree, precision)
+        try:
+            return self._invoked(module, method, tree, dtype)
+        except torch.OutOfMemoryError:
+            if not self.residency.make_room(module):
+                raise
+            retry = self._invoked
+        except RuntimeError as error:
+            is_of_compiler = module in self._compiled and _is_of_compiler(error)
+            # What a model raises while it is traced has a name of its own.
+            is_of_model = not is_of_compiler or type(error).__name__ == "TorchRuntimeError"
+            if is_of_model and differs(tree, precision):
+                retry = self._with_casts
+            elif is_of_compiler:
+                retry = functools.partial(self._eagerly, problem=_in_short(error))
+            else:
+                raise
+        # Here, where nothing refers to what the failed forward allocated.
+        return retry(module, method, tree, dtype)
+
+    @contextlib.contextmanager
+    def borrowed(self, module: nn.Module) -> Iterator[None]:
+        """While the block runs a component is on the device, and computes without overflow."""
+        self.residency.bring(module)
+        is_half = dtype_of(module) is torch.float16
+        with computing_in(module, torch.float32 if is_half else None):
+            yield
+
+    def _invoked(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
+        function = module if method == "forward" else getattr(module, method)
+        args, kwargs = tree
+        is_eager = (module, _form(method, tree)) in self._eager if self._eager else False
+        with computing_in(module, dtype), _eager() if is_eager else contextlib.nullcontext():
+            result = function(*args, **kwargs)
+        if module in self._compiled:
+            self._proven.add(module)
+        return result
+
+    def _with_casts(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
+        """As the weights have it: plain diffusers would have stopped here."""
+        args, kwargs = cast(tree, dtype or dtype_of(module))
+        result = self.run(module, method, args, kwargs, dtype)
+        self._casts.add((module, method))
+        return result
+
+    def _eagerly(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None, problem: str) -> Any:
+        """Without the compiler, and so from now on, if that works: else the call was wrong, not the compiler.
+
+        1. Nothing of the component was ever compiled: nothing will be.
+        2. Calls of other forms have run compiled. They stay so, and this form runs eagerly: a request that is sent
+           twice gets the same bits.
+        """
+        was_proven = module in self._proven
+        with _eager():
+            result = self.run(module, method, tree[0], tree[1], dtype)
+        name = self._compiled[module]
+        if was_proven:
+            self._eager.add((module, _form(method, tree)))
+            note = f"some calls run without compilation: {problem}"
+        else:
+            decompile(module)
+            del self._compiled[module]
+            note = f"not compiled: {problem}"
+        logger.warning("%s: %s", name, note)
+        self._note(name, note)
+        return result
+
+
+def _eager() -> AbstractContextManager[Any]:
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def _is_of_compiler(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_MAX_PROBLEM_CHARS] or type(error).__name__
+
+
+def _form(method: str, tree: Any) -> str:
+    """Calls with an equal one are compiled alike."""
+    shapes = (f"{path}{tuple(leaf.shape)}" for path, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
+    return f"{method} {' '.join(shapes)}"

@@ -1,0 +1,63 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import HookRegistry
+from pipelines import build
+from worker.requests import picture, request
+
+from sgld.config import EngineConfig
+from sgld.errors import ModelError
+from sgld.models.load import load
+from sgld.models.placement import dtype_of, place
+from sgld.testing import run_together
+
+CPU = torch.device("cpu")
+
+
+def test_denoiser_by_layers_gives_the_pictures_of_a_whole_one() -> None:
+    pipeline, kwargs = build("flux")
+    expected = [picture(pipeline(**request("flux", index, kwargs))) for index in range(2)]
+    # Without streams, which a CPU doesn't have.
+    place(pipeline, {"transformer": "layerwise"}, CPU, pins=False)
+    assert HookRegistry.check_if_exists_or_initialize(pipeline.transformer.transformer_blocks[0]).hooks
+    outputs = run_together(pipeline, [request("flux", index, kwargs) for index in range(2)]).outputs
+    for output, alone in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(picture(output), alone, atol=1e-5, rtol=0)
+
+
+def test_component_that_has_no_layers_to_offload_is_told() -> None:
+    pipeline, _ = build("sd")
+    with pytest.raises(ModelError, match=r"but text_encoder \(CLIPTextModel\) can't be offloaded by layers; use"):
+        place(pipeline, {"text_encoder": "layerwise"}, CPU, pins=False)
+
+
+def test_components_that_are_offloaded_stay_where_they_were_loaded() -> None:
+    pipeline, _ = build("sd")
+    place(pipeline, {"text_encoder": "offload"}, torch.device("meta"), pins=False)
+    assert pipeline.text_encoder.device == CPU
+    assert {pipeline.unet.device, pipeline.vae.device} == {torch.device("meta")}
+
+
+def test_dtype_of_a_model_is_not_that_of_weights_that_it_keeps_in_another() -> None:
+    pipeline, _ = build("wan")
+    transformer = pipeline.transformer.to(torch.bfloat16)
+    first = next(transformer.parameters())
+    first.data = first.data.float()
+    assert dtype_of(transformer) is torch.bfloat16
+    assert dtype_of(torch.nn.Linear(1, 1).half()) is torch.float16
+
+
+def test_denoisers_are_compiled_when_asked(sdxl_folder: Path) -> None:
+    def loaded(**options: Any) -> Any:
+        return load(EngineConfig(model_path=str(sdxl_folder), device="cpu", num_cpu_threads=1, **options))
+
+    def num_compiled(component: torch.nn.Module) -> int:
+        return sum(part._compiled_call_impl is not None for part in component.modules())
+
+    model = loaded(enable_torch_compile=True)
+    assert model.compiled == ("unet",)
+    assert num_compiled(model.pipeline.unet) > 1
+    assert num_compiled(model.pipeline.vae) == num_compiled(model.pipeline.text_encoder) == 0
+    assert num_compiled(loaded().pipeline.unet) == 0
