@@ -1,6 +1,7 @@
 """Loading one component by itself."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from sgld.errors import ModelError
 from sgld.models.plan import ComponentPlan, Plan
 from sgld.models.quantized import load_weights
 from sgld.models.resolve import one_line
+from sgld.models.sources import ComponentSource
 from sgld.models.weight_files import Weights
 
 # What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
@@ -35,7 +37,7 @@ def load_component(part: ComponentPlan, planned: Plan) -> Any:
     try:
         if part.weights is not None and part.precision is not None:
             return _with_weights(part, part.weights, DTYPES[part.precision])
-        return _loader(part)(part.source.path, **_options(part, planned))
+        return _loader(part)(_place(part.source).path, **_options(part, planned))
     except LOAD_ERRORS as error:
         raise ModelError(f"{part.name} can't be loaded from {part.source}: {one_line(error)}") from error
 
@@ -64,8 +66,13 @@ def _loader(part: ComponentPlan) -> Any:
     return _class(part).from_pretrained
 
 
+def _place(source: ComponentSource) -> ComponentSource:
+    """The source, a folder as such: diffusers looks for code in the place that the index of a model names."""
+    return replace(source, path=str(source.folder), subfolder=None) if source.folder is not None else source
+
+
 def _options(part: ComponentPlan, planned: Plan) -> dict[str, Any]:
-    source = part.source
+    source = _place(part.source)
     given = {"subfolder": source.subfolder, "revision": source.revision, "variant": source.variant}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if part.precision is not None:

@@ -169,6 +169,8 @@ def _separate(
     """A component that is loaded by itself."""
     if cls.auto_class is not None and not config.trust_remote_code:
         raise ModelError(f"{name} from {source} is code of its own ({cls.name}); allow it with --trust-remote-code")
+    if cls.module and source.folder is not None and not (source.folder / f"{cls.module}.py").is_file():
+        raise ModelError(f"{name} from {source} has no {cls.module}.py, where its class {cls.name} should be")
     part = _component(name, cls, source, config, device_type)
     return replace(part, notes=(f"{cls.name} from {source}",), is_separate=True)
 

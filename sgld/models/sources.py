@@ -43,11 +43,15 @@ class ComponentSource:
 
 @dataclass(frozen=True)
 class ComponentClass:
-    """A class of a library. `auto_class` is that which loads it if it is code that comes with the component."""
+    """A class of a library.
+
+    `auto_class` is that which loads it if it is code that comes with the component, in the file `module`.py.
+    """
 
     library: str
     name: str
     auto_class: str | None = None
+    module: str | None = None
 
 
 def find(name: str, path: str, named: ComponentClass | None) -> ComponentSource:
@@ -111,7 +115,8 @@ def _class_in(config: dict[str, Any], named: ComponentClass | None) -> Component
         auto_class, reference = next(iter(auto_map.items()))
         reference = next(filter(None, reference)) if isinstance(reference, list) else reference
         library = "diffusers" if auto_class == "AutoModel" and "model_type" not in config else "transformers"
-        return ComponentClass(library, str(reference).rpartition(".")[2], auto_class)
+        module, _, name = str(reference).rpartition(".")
+        return ComponentClass(library, name, auto_class, module)
     if class_name := config.get("_class_name"):
         return ComponentClass("diffusers", str(class_name))
     if named is not None and named.library == "transformers" and _reads(named.name, config):

@@ -74,6 +74,22 @@ def test_code_of_a_component_does_not_run_untrusted(flux2_folder: Path, tiny_aut
     assert message.endswith("is code of its own (Flux2TinyAutoEncoder); allow it with --trust-remote-code")
 
 
+def test_model_whose_own_component_is_code(flux2_folder: Path, tiny_autoencoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(flux2_folder, folder, ignore=shutil.ignore_patterns("vae"))
+    shutil.copytree(tiny_autoencoder, folder / "vae")
+    index = json.loads((folder / INDEX_FILE).read_text())
+    # As diffusers writes it.
+    index["vae"] = ["diffusers_modules.local.flux2_tiny_autoencoder", "Flux2TinyAutoEncoder"]
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert "allow it with --trust-remote-code" in failure(folder)
+    model = load(configured(folder, trust_remote_code=True))
+    assert type(model.pipeline.vae).__name__ == "Flux2TinyAutoEncoder"
+    (folder / "vae" / "flux2_tiny_autoencoder.py").unlink()
+    message = failure(folder, trust_remote_code=True)
+    assert message.endswith("has no flux2_tiny_autoencoder.py, where its class Flux2TinyAutoEncoder should be")
+
+
 def test_components_of_all_kinds_come_from_other_places(sdxl_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     vae().save_pretrained(tmp_path / "vae")

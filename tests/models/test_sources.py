@@ -77,7 +77,7 @@ CLIP = ComponentClass("transformers", "CLIPTextModel")
     ("named", "file", "content", "expected"),
     [
         (KL, "config.json", {"_class_name": "AutoencoderTiny"}, ComponentClass("diffusers", "AutoencoderTiny")),
-        (KL, "config.json", {"auto_map": {"AutoModel": "a.B"}}, ComponentClass("diffusers", "B", "AutoModel")),
+        (KL, "config.json", {"auto_map": {"AutoModel": "a.B"}}, ComponentClass("diffusers", "B", "AutoModel", "a")),
         (
             CLIP,
             "config.json",
@@ -94,7 +94,7 @@ CLIP = ComponentClass("transformers", "CLIPTextModel")
             CLIP,
             "config.json",
             {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "a.B"}},
-            ComponentClass("transformers", "B", "AutoModelForCausalLM"),
+            ComponentClass("transformers", "B", "AutoModelForCausalLM", "a"),
         ),
         (
             ComponentClass("transformers", "CLIPTokenizer"),
@@ -106,7 +106,7 @@ CLIP = ComponentClass("transformers", "CLIPTextModel")
             ComponentClass("transformers", "CLIPTokenizer"),
             "tokenizer_config.json",
             {"auto_map": {"AutoTokenizer": [None, "a.B"]}},
-            ComponentClass("transformers", "B", "AutoTokenizer"),
+            ComponentClass("transformers", "B", "AutoTokenizer", "a"),
         ),
         (
             ComponentClass("diffusers", "DDIMScheduler"),
@@ -137,7 +137,7 @@ def test_component_whose_class_nobody_names_is_refused(tmp_path: Path) -> None:
 def test_code_of_a_component_is_seen(tmp_path: Path, tiny_autoencoder: Path) -> None:
     assert own_code(ComponentSource(str(tmp_path))) is None
     assert own_code(ComponentSource(str(tiny_autoencoder))) == ComponentClass(
-        "diffusers", "Flux2TinyAutoEncoder", "AutoModel"
+        "diffusers", "Flux2TinyAutoEncoder", "AutoModel", "flux2_tiny_autoencoder"
     )
 
 
