@@ -43,7 +43,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.activations: Activations = activations
-        self.dtype = dtype
+        self.dtype, self.kind = dtype, codes.dtype
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale.float().reshape(-1, 1).expand(codes.shape[0], 1).contiguous())
         self.register_buffer("input_scale", None if input_scale is None else input_scale.float().reshape(1))
@@ -63,8 +63,9 @@ class QuantizedLinear(nn.Module):
         if self.activations == "full":
             return functional.linear(x, self._weight(x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features)
-        product = _fp8_product if self.codes.dtype == FP8 else _int8_product
-        y = product(*self._quantized(rows), self.codes, self.scale.t(), x.dtype)
+        product = _fp8_product if self.kind == FP8 else _int8_product
+        # Whoever has a model compute in another precision for a while may have cast its buffers, which loses nothing.
+        y = product(*self._quantized(rows), self.codes.to(self.kind), self.scale.float().t(), x.dtype)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -75,7 +76,7 @@ class QuantizedLinear(nn.Module):
             limit = torch.finfo(FP8).max
             codes = (rows.float() / self.input_scale).clamp_(-limit, limit).to(FP8)
             return codes, self.input_scale.expand(len(rows), 1).contiguous()
-        return (fp8_rows if self.codes.dtype == FP8 else int8_rows)(rows)
+        return (fp8_rows if self.kind == FP8 else int8_rows)(rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moved, but never cast: `.to(dtype)` would undo the quantization."""

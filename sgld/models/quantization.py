@@ -69,12 +69,9 @@ class Quantization:
     def notes(self) -> tuple[str, ...]:
         """What is decided, for people."""
         said = {"full": (), "rows": ("activations in 8 bits, by rows",), "static": ("activations in 8 bits, scaled",)}
-        alone = ("its calls share no forward: activations are scaled by the whole batch",) if self.mixes_rows else ()
-        return (
-            f"{self.family} {self.detail}, {self.bits} bits (by {self.found_in})",
-            *said[self.activations],
-            *alone,
-        )
+        kind = f"{self.family} {self.detail}, {self.bits} bits (by {self.found_in})"
+        alone = "its calls share no forward: activations are scaled by the whole batch"
+        return (kind, *said[self.activations], *([alone] if self.mixes_rows else []))
 
 
 def agreed(asked: str, found: Quantization | None, name: str) -> Quantization | None:
@@ -85,6 +82,9 @@ def agreed(asked: str, found: Quantization | None, name: str) -> Quantization | 
     if asked == "none":
         return found
     if found is None:
+        if asked not in _ONLINE and name.endswith("_2"):
+            # Checkpoints often have a first transformer only.
+            return None
         if asked not in _ONLINE:
             raise ModelError(f"quantization is {asked!r}, but the weights of {name} aren't quantized at all")
         family, activations = _ONLINE[asked]

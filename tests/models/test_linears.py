@@ -100,6 +100,17 @@ def test_cast_and_move_leave_the_codes_alone(linear: nn.Linear) -> None:
     assert model.to("meta")[0].codes.device.type == "meta"
 
 
+@pytest.mark.parametrize(("bits", "activations"), ALL)
+@torch.no_grad()
+def test_buffers_that_are_cast_by_force_lose_nothing(linear: nn.Linear, bits: str, activations: Activations) -> None:
+    layer = quantized(linear, bits, activations)  # type: ignore[arg-type]
+    x = rows(4, 48)
+    expected = layer(x)
+    for buffer in layer.buffers():
+        buffer.data = buffer.float()
+    assert torch.equal(layer(x), expected)
+
+
 def test_layer_looks_like_a_linear_layer(linear: nn.Linear) -> None:
     layer = quantized(linear, "int8", "full")
     assert (layer.in_features, layer.out_features) == (48, 33)

@@ -227,3 +227,12 @@ def test_what_is_asked_for_and_what_is_there_contradict_each_other() -> None:
     with pytest.raises(ModelError, match="quantization is 'gguf', but the weights of unet aren't quantized at all"):
         agreed("gguf", None, "unet")
     assert agreed("none", None, "unet") is None
+    assert agreed("modelopt_fp8", None, "transformer_2") is None
+
+
+def test_notes_say_what_is_decided() -> None:
+    assert some("bitsandbytes", mixes_rows=True).notes == (
+        "bitsandbytes x, 8 bits (by tensors)",
+        "its calls share no forward: activations are scaled by the whole batch",
+    )
+    assert some("fp8", activations="rows").notes == ("fp8 x, 8 bits (by tensors)", "activations in 8 bits, by rows")
