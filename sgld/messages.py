@@ -60,6 +60,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Component name, or `model`, to how it was loaded."""
     is_whole: bool = False
     """Its pipeline runs as diffusers has it: one request at a time."""
+    inputs: tuple[str, ...] = ()
+    """Which of `image` and `mask_image` it takes."""
 
 
 def with_note(model: ModelInfo, component: str, note: str) -> ModelInfo:

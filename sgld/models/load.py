@@ -68,6 +68,13 @@ class LoadedModel:
             self._siblings[needed] = _sibling(self.pipeline, needed)
         return self._siblings[needed]
 
+    def takes(self, name: str) -> bool:
+        """Whether there is a pipeline with this argument."""
+        try:
+            return self.pipeline_for({name}) is not None
+        except InvalidRequest:
+            return False
+
     def info(self) -> ModelInfo:
         """What the front says of the model."""
         modules = {n: m for n, m in self.pipeline.components.items() if isinstance(m, torch.nn.Module)}
@@ -81,6 +88,7 @@ class LoadedModel:
                 if next(module.parameters(), None) is not None
             },
             fps=self.defaults.get("fps"),
+            inputs=tuple(name for name in sorted(_SIBLINGS) if self.takes(name)),
             device_name=_device_name(self.device),
             identity=self.verdict_file.name if self.verdict_file is not None else None,
             decisions=self.decisions,

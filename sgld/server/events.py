@@ -38,6 +38,8 @@ class ServerCard(msgspec.Struct, frozen=True, kw_only=True):
     is_ready: bool
     version: str
     device: str | None
+    inputs: tuple[str, ...] | None
+    """Which of `image` and `mask_image` its model takes; null while it isn't loaded."""
     max_batch_size: int
     max_running_requests: int
 
@@ -250,6 +252,7 @@ def _card(services: Services) -> ServerCard:
         is_ready=model is not None,
         version=__version__,
         device=(model.device_name or model.device) if model else None,
+        inputs=model.inputs if model else None,
         max_batch_size=services.engine_config.max_batch_size,
         max_running_requests=services.engine_config.max_running_requests,
     )

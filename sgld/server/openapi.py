@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sgld import __version__
+from sgld.config import ServerConfig
 from sgld.sampling_params import SamplingParams
 from sgld.server import events, images, info, login, loras, metrics, previews, video_events, videos
 from sgld.server.errors import ErrorResponse, json_response
@@ -22,6 +22,7 @@ from sgld.server.schemas import (
     ImagesResponse,
     PartialImage,
 )
+from sgld.server.services import services_of
 from sgld.server.stats import ServerStats
 from sgld.server.status import RequestProgress, RequestStatus
 from sgld.server.video_schemas import Video, VideoList, VideoOptions
@@ -30,6 +31,7 @@ from sgld.server.watcher import EVENT_NAMES
 Schema = dict[str, Any]
 _JSON, _FORM, _SSE = "application/json", "multipart/form-data", "text/event-stream"
 _FILE: Schema = {"type": "string", "format": "binary"}
+_PICTURES = "image/png, image/jpeg, image/webp"
 _OBJECT: Schema = {"type": "object"}
 _REF = "#/components/schemas/{name}"
 _STATES = ("queued", "running", "completed", "failed", "cancelled")
@@ -76,6 +78,8 @@ class Spec:
     bodies: Mapping[str, Schema] = field(default_factory=dict)
     answers: Mapping[int, Mapping[str, Schema]] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
+    pictures: tuple[str, ...] = ()
+    """Fields of a form that are files of pictures."""
 
 
 def _gives(tag: str, struct: type[msgspec.Struct], *errors: int, **queries: Schema) -> Spec:
@@ -106,7 +110,7 @@ _NEWS = _event(
 _PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {f"image/{name}": _FILE for name in ("png", "jpeg", "webp")}}
 _FILM: Mapping[str, Schema] = dict.fromkeys(("video/mp4", "image/webp", "image/jpeg"), _FILE)
 _NUMBER: Schema = {"type": "integer", "minimum": 0, "default": 0}
-_EDIT = Spec("Pictures", bodies={_FORM: _ref("ImageEdit")}, answers=_IMAGES, errors=_MAKING)
+_EDIT = Spec("Pictures", bodies={_FORM: _ref("ImageEdit")}, answers=_IMAGES, errors=_MAKING, pictures=("image", "mask"))
 SPECS: dict[Callable[..., Any], Spec] = {
     images.generations: Spec("Pictures", bodies={_JSON: _ref("ImageGeneration")}, answers=_IMAGES, errors=_MAKING),
     images.edits: _EDIT,
@@ -119,6 +123,7 @@ SPECS: dict[Callable[..., Any], Spec] = {
         bodies={_JSON: _ref("VideoGeneration"), _FORM: _ref("VideoUpload")},
         answers={200: {_JSON: _ref(Video)}},
         errors=_MAKING,
+        pictures=("input_reference",),
     ),
     videos.list_videos: _gives(
         "Videos",
@@ -215,11 +220,14 @@ _TYPES = (
 
 async def openapi(request: Request) -> Response:
     """GET /openapi.json."""
-    return json_response(document(request.app.routes))
+    return json_response(document(request.app.routes, services_of(request).config))
 
 
-def document(routes: Iterable[Route]) -> Schema:
-    """The document of these routes; those that have no spec are pages."""
+def document(routes: Iterable[Route], config: ServerConfig) -> Schema:
+    """The document of these routes; those that have no spec are pages.
+
+    :param config: has limits of this server.
+    """
     paths: dict[str, Schema] = {}
     for route in routes:
         if (spec := SPECS.get(route.endpoint)) is not None:
@@ -230,7 +238,7 @@ def document(routes: Iterable[Route]) -> Schema:
         "info": {"title": "sgld", "version": __version__, "description": "Pictures and videos by diffusion models."},
         "paths": paths,
         "components": {
-            "schemas": _components(),
+            "schemas": _components(config),
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
                 "cookie": {"type": "apiKey", "in": "cookie", "name": "sgld_session"},
@@ -251,7 +259,10 @@ def _operation(route: Route, spec: Spec) -> Schema:
         | {str(status): _error(status) for status in sorted({*spec.errors, *_ALWAYS})},
     }
     if spec.bodies:
-        operation["requestBody"] = {"required": True, "content": _content(spec.bodies)}
+        content = _content(spec.bodies)
+        if spec.pictures:
+            content[_FORM]["encoding"] = {name: {"contentType": _PICTURES} for name in spec.pictures}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 
@@ -274,8 +285,28 @@ def _content(schemas: Mapping[str, Schema]) -> Schema:
     return {media_type: {"schema": schema} for media_type, schema in schemas.items()}
 
 
-@cache
-def _components() -> Schema:
+def _limited(schemas: Schema, config: ServerConfig) -> Schema:
+    """Properties with the limits of this server."""
+    limits = {
+        "prompt": {"maxLength": config.max_prompt_chars},
+        "negative_prompt": {"maxLength": config.max_prompt_chars},
+        "n": {"maximum": config.max_outputs},
+        "num_inference_steps": {"maximum": config.max_steps},
+        "num_frames": {"maximum": config.max_frames},
+    }
+    return {name: schema | limits[name] if name in limits else schema for name, schema in schemas.items()}
+
+
+def _in_form(schema: Schema) -> Schema:
+    """What a field of a form can be: one value; nothing is said by leaving it out."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind.get("type") not in ("null", "array")]
+    rest = {name: value for name, value in schema.items() if name not in ("anyOf", "default")}
+    if len(kinds) == 1:
+        return rest | _in_form(kinds[0])
+    return rest | {"anyOf": kinds} if kinds else {"type": "string"} | rest if "enum" not in rest else rest
+
+
+def _components(config: ServerConfig) -> Schema:
     structs = [*_TYPES, ImageOptions, VideoOptions, SamplingParams]
     schemas = dict(msgspec.json.schema_components(structs, ref_template=_REF)[1])
     options, of_videos, params = (
@@ -283,15 +314,16 @@ def _components() -> Schema:
     )
     shared = {name: schema for name, schema in params.items() if name in SAMPLING_FIELDS}
     shared |= {name: {"description": "accepted, without effect"} for name in sorted(IGNORED)}
-    pictures: Schema = {"oneOf": [_FILE, {"type": "array", "items": _FILE}]}
-    uploads = {"image": pictures, "mask": _FILE, "url": {"type": "string"}}
-    schemas["ImageGeneration"] = _struct("A request for pictures.", shared | options, "prompt")
-    schemas["ImageEdit"] = _struct("Pictures made of others.", shared | options | uploads, "image")
-    fields = shared | {name: params[name] for name in ("num_frames", "fps")} | of_videos
-    upload = {"input_reference": {"oneOf": [_FILE, {"type": "string"}]}}
-    prompt = {"prompt": {"type": "string", "minLength": 1}}
-    schemas["VideoGeneration"] = _struct("A request for a video.", fields, "prompt")
-    schemas["VideoUpload"] = _struct("The same, with a file.", fields | upload, "prompt")
+    prompt = _limited({"prompt": {"description": "what to generate", "type": "string", "minLength": 1}}, config)
+    of_images = _limited(shared | options, config)
+    of_videos = _limited(shared | {name: params[name] for name in ("num_frames", "fps")} | of_videos, config)
+    uploads = {"image": {"type": "array", "items": _FILE, "minItems": 1, "maxItems": 16}, "mask": _FILE}
+    uploads["url"] = {"description": "of a picture, in the place of a file", "type": "string", "pattern": "^https?://"}
+    forms = [{name: _in_form(schema) for name, schema in fields.items()} for fields in (of_images, of_videos)]
+    schemas["ImageGeneration"] = _struct("A request for pictures.", of_images | prompt, "prompt")
+    schemas["ImageEdit"] = _struct("Pictures made of others.", forms[0] | uploads, "image")
+    schemas["VideoGeneration"] = _struct("A request for a video.", of_videos | prompt, "prompt")
+    schemas["VideoUpload"] = _struct("The same, with a file.", forms[1] | prompt | {"input_reference": _FILE}, "prompt")
     schemas["VideoRemix"] = _struct("The same with another prompt.", prompt, "prompt")
     # A snapshot has its requests as they were encoded.
     schemas["Snapshot"] = _struct(

@@ -16,7 +16,7 @@ from msgspec import Meta
 
 from sgld.errors import InvalidRequest
 from sgld.media.files import ImageFormat
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import MAX_SEED, SamplingParams
 from sgld.server.errors import ApiError
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
@@ -59,6 +59,7 @@ _SAID_AS = {
 }
 OUTPUT_QUALITY = {"default": 90, "maximum": 100, "high": 90, "medium": 75, "low": 50}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
+SIZE_PATTERN = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 PartialType = Literal["image_generation.partial_image", "image_edit.partial_image"]
 CompletedType = Literal["image_generation.completed", "image_edit.completed"]
 MAX_RANDOM_SEED = 2**31
@@ -69,10 +70,12 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: Annotated[str | None, Meta(description="any name is accepted; the server has one model")] = None
     n: Annotated[int, Meta(ge=1, description="number of pictures")] = 1
-    size: Annotated[str, Meta(description="auto, or WIDTHxHEIGHT")] = "auto"
+    size: Annotated[str, Meta(description="auto, or WIDTHxHEIGHT", extra_json_schema={"pattern": SIZE_PATTERN})] = (
+        "auto"
+    )
     seed: (
         Annotated[
-            int | list[int],
+            Annotated[int, Meta(ge=0, le=MAX_SEED)] | list[int],
             Meta(description="seed of the first picture, or one for each, counting up; by default a random one"),
         ]
         | None

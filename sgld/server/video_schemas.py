@@ -8,11 +8,12 @@ import msgspec
 from msgspec import Meta
 
 from sgld.errors import InvalidRequest
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import MAX_SEED, SamplingParams
 from sgld.server.job_store import Job, Status
 from sgld.server.schemas import (
     OUTPUT_QUALITY,
     SAMPLING_FIELDS,
+    SIZE_PATTERN,
     convert,
     in_words,
     known,
@@ -32,13 +33,15 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: Annotated[str | None, Meta(description="any name is accepted; the server has one model")] = None
     n: Annotated[int, Meta(ge=1, description="number of videos")] = 1
-    size: Annotated[str, Meta(description="auto, or WIDTHxHEIGHT")] = "auto"
+    size: Annotated[str, Meta(description="auto, or WIDTHxHEIGHT", extra_json_schema={"pattern": SIZE_PATTERN})] = (
+        "auto"
+    )
     seconds: (
         Annotated[str | float, Meta(description="length; num_frames says it in frames, and counts more")] | None
     ) = None
     seed: (
         Annotated[
-            int | list[int],
+            Annotated[int, Meta(ge=0, le=MAX_SEED)] | list[int],
             Meta(description="seed of the first video, or one for each, counting up; by default a random one"),
         ]
         | None

@@ -19,6 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 from PIL import Image
+from pipelines import build
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,13 @@ def ask(page: Any, prompt: str, *, steps: int, **fields: str) -> None:
     page.locator("#generate:enabled").wait_for()
 
 
+def take_picture(page: Any, name: str) -> None:
+    """For people to look at."""
+    if folder := os.environ.get("SGLD_SCREENSHOTS"):
+        picture = Image.open(BytesIO(page.screenshot(full_page=True))).convert("RGB").quantize(256)
+        picture.save(Path(folder) / f"{name}.png", optimize=True)
+
+
 def test_a_prompt_becomes_a_picture(tmp_path: Path, browser: Any, errors: list[str]) -> None:
     flags = ("--max-running-requests", "1")
     with server(tmp_path, 0, *flags) as url, opened(browser, url, errors) as page, opened(browser, url, errors) as tab:
@@ -142,6 +150,56 @@ def test_a_prompt_becomes_a_picture(tmp_path: Path, browser: Any, errors: list[s
     assert re.search(r"Seed\s+7", params)
     assert is_picture == 256
     assert finished == 1
+    assert errors == []
+
+
+def test_a_prompt_becomes_a_video_that_plays(tmp_path: Path, browser: Any, errors: list[str]) -> None:
+    with server(tmp_path, 0, "--model-path", "sgld/tiny-video") as url, opened(browser, url, errors) as page:
+        page.locator("#kinds label", has_text="Video").click()
+        ask(page, "a red circle moves right", steps=30, num_frames="9", seed="3")
+        page.locator("#running .card img").wait_for()
+        page.wait_for_function("() => document.querySelector('#running progress')?.value > 0")
+        take_picture(page, "video-running")
+        page.locator("#gallery .item video").wait_for()
+        page.wait_for_function("() => document.querySelector('#gallery video').currentTime > 0")
+        page.locator("#gallery .item").click()
+        page.wait_for_function("() => document.querySelector('#viewer-media video')?.currentTime > 0")
+        video = page.locator("#viewer-media video").evaluate(
+            "v => [v.videoWidth, v.videoHeight, v.controls, v.duration]"
+        )
+        params = page.locator("#viewer-params").inner_text()
+        take_picture(page, "video-viewer")
+        page.locator("#viewer-reuse").click()
+        kind = page.evaluate("document.getElementById('composer').dataset.kind")
+
+    assert video[:3] == [192, 128, True]
+    assert video[3] > 0.5
+    assert re.search(r"Frames\s+9", params)
+    assert kind == "video"
+    assert errors == []
+
+
+def test_a_picture_is_painted_anew_where_its_mask_is_white(tmp_path: Path, browser: Any, errors: list[str]) -> None:
+    pipeline, _ = build("sd")
+    pipeline.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "picture.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    flags = ("--model-path", str(tmp_path / "model"), "--device", "cpu")
+    with server(tmp_path, 0, *flags) as url, opened(browser, url, errors) as page:
+        page.click("#more summary")
+        hidden = page.locator("#mask-field").is_hidden()
+        page.set_input_files("#picture", tmp_path / "picture.png")
+        page.set_input_files("#mask", tmp_path / "mask.png")
+        page.evaluate(
+            "const send = fetch; fetch = (path, options) =>"
+            " { globalThis.sent = [...(options?.body?.keys?.() ?? [])]; return send(path, options); }"
+        )
+        ask(page, PROMPTS[0], steps=3, size="64x64")
+        page.locator("#gallery img").wait_for()
+        sent = page.evaluate("globalThis.sent")
+
+    assert hidden
+    assert {"image", "mask"} <= set(sent)
     assert errors == []
 
 
@@ -211,9 +269,7 @@ def test_all_of_it_is_seen_on_every_screen(
         page.locator("#queue li").nth(2).wait_for()
         page.evaluate("document.activeElement.blur(); document.getElementById('more').open = false; scrollTo(0, 0)")
         is_wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
-        if folder := os.environ.get("SGLD_SCREENSHOTS"):
-            picture = Image.open(BytesIO(page.screenshot(full_page=True))).convert("RGB").quantize(256)
-            picture.save(Path(folder) / f"{name}.png", optimize=True)
+        take_picture(page, name)
 
     assert not is_wide
     assert errors == []

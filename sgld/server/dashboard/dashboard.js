@@ -262,7 +262,15 @@ function finishedView(request) {
   return { element };
 }
 
+/** What the model can't take isn't asked for; while it is loaded nobody knows. */
+function showInputs() {
+  const takes = (name) => server.inputs?.includes(name) ?? true;
+  $("picture-field").hidden = !takes("image");
+  $("mask-field").hidden = !takes("mask_image") || !$("picture").files.length;
+}
+
 function drawStats(numMine) {
+  showInputs();
   const [, queued = 0, running = 0, batch = 0, steps = 0, busy = 0] = stats.at(-1) ?? [];
   setText($("stat-running"), String(running));
   setText($("stat-queued"), String(queued));
@@ -363,12 +371,15 @@ function asked(form) {
 
 async function generate(event) {
   event.preventDefault();
-  const { kind, fields } = asked($("composer")), file = $("picture").files[0];
+  const { kind, fields } = asked($("composer"));
+  const file = $("picture-field").hidden ? null : $("picture").files[0];
+  const mask = $("mask-field").hidden || kind === "video" ? null : $("mask").files[0];
   let body = fields;
   if (file) {
     body = new FormData();
     for (const [name, value] of Object.entries(fields)) body.append(name, value);
     body.append(kind === "video" ? "input_reference" : "image", file);
+    if (mask) body.append("mask", mask);
   }
   const path = kind === "video" ? "v1/videos" : file ? "v1/images/edits" : "v1/images/generations";
   $("problem").hidden = true;
@@ -406,7 +417,7 @@ function start() {
   recallForm();
   $("examples").append(...EXAMPLES.map((text) => h("button", { type: "button", textContent: text, onclick: () => { form.elements.prompt.value = text; form.elements.prompt.focus(); keepForm(); } })));
   form.addEventListener("submit", generate);
-  form.addEventListener("input", () => { form.dataset.kind = form.elements.kind.value; keepForm(); });
+  form.addEventListener("input", () => { form.dataset.kind = form.elements.kind.value; showInputs(); keepForm(); });
   form.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit(); });
   $("viewer-close").addEventListener("click", () => $("viewer").close());
   $("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
