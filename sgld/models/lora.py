@@ -38,6 +38,8 @@ _OTHER_KINDS = {
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>A|B)\.(?P<what>weight|bias)")
 _RAW_PART = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<matrix>A|B|down|up)\.weight")
 _UPS = ("B", "up")
+# Converters list all names that they don't know.
+_MAX_CHARS = 300
 _OF_PEFT = "base_model.model."
 
 
@@ -152,7 +154,8 @@ def read(path: str, model: Adaptable, alpha: float | None = None) -> Adapter:
     except InvalidRequest as error:
         raise InvalidRequest(f"the LoRA adapter {path!r} can't be used: {error}", "lora") from None
     except Exception as error:  # noqa: BLE001 - converters of diffusers raise anything at files they don't know
-        problem = f"{model.pipeline_class.__name__} can't read it: {type(error).__name__}: {one_line(error)}"
+        said_of_it = " ".join(str(error).split())[:_MAX_CHARS]
+        problem = f"{model.pipeline_class.__name__} can't read it: {type(error).__name__}: {said_of_it}"
         raise InvalidRequest(f"the LoRA adapter {path!r} can't be used: {problem}", "lora") from None
     has_alphas = any(name.endswith(".alpha") for name in raw)
     num_layers = sum(map(len, layers.values()))

@@ -221,6 +221,14 @@ def test_what_is_no_adapter_is_an_error(wan: Any, tmp_path: Path) -> None:
     assert "there is no such file" in problem_of(tmp_path / "missing.safetensors", wan)
 
 
+def test_what_a_converter_does_not_know_is_shown_as_far_as_it_says(tmp_path: Path) -> None:
+    path = kohya(tmp_path / "a.safetensors", {"transformer.nothing": (torch.randn(4, 3), torch.randn(5, 4))})
+
+    assert "FluxPipeline can't read it: ValueError: Incompatible keys detected: lora_unet_nothing" in problem_of(
+        path, build("flux")[0]
+    )
+
+
 def test_pipelines_without_adapters_say_so(tmp_path: Path) -> None:
     pipeline, _ = build("pixart")
     path = as_diffusers(tmp_path / "a.safetensors", {"transformer.x": (torch.randn(4, 3), torch.randn(5, 4))})

@@ -114,3 +114,32 @@ def test_layers_of_other_precision_get_what_they_compute_in() -> None:
     slots.put("a", {"layer": [(layer(module, 4), 1.0)]})
     with torch.no_grad(), selected([(Applied(slots, "a"), 1)]):
         assert module(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@torch.no_grad()
+def test_a_captured_forward_follows_the_slots_of_its_rows() -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    component = nn.ModuleDict({"layer": nn.Linear(16, 5)}).to(device)
+    module, x = component["layer"], torch.randn(3, 7, 16, device=device)
+    slots = Slots(component, device)
+    for key in "abc":
+        slots.put(key, {"layer": [(LoraLayer(torch.randn(4, 16), torch.randn(5, 4)), 1.0)]})
+
+    def rows(keys: str) -> list[tuple[Applied | None, int]]:
+        return [(Applied(slots, key), 1) for key in keys]
+
+    def eager(keys: str) -> torch.Tensor:
+        with selected(rows(keys), by_row=True):
+            return module(x)  # type: ignore[no-any-return]
+
+    expected = {keys: eager(keys) for keys in ("abc", "cab")}
+    graph = torch.cuda.CUDAGraph()
+    with selected(rows("abc"), by_row=True), torch.cuda.graph(graph):
+        captured = module(x)
+    assert slots.capture_key(rows("abc")) == slots.capture_key(rows("cab"))
+    for keys in ("abc", "cab"):
+        with selected(rows(keys), by_row=True):
+            graph.replay()
+        torch.testing.assert_close(captured, expected[keys])
