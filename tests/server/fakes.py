@@ -1,5 +1,6 @@
 """An engine that tells what a test wants, and a real server around it."""
 
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -173,16 +174,24 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    folder: Path, engine: FakeEngine | None = None, *, factory: EngineFactory | None = None, **settings: Any
+    folder: Path,
+    engine: FakeEngine | None = None,
+    *,
+    factory: EngineFactory | None = None,
+    send_buffer_bytes: int | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Running]:
     """A real server on a port of its own, as long as the block lasts.
 
     :param factory: makes the engine, in the place of a fake one.
+    :param send_buffer_bytes: of each connection, so that the server soon feels a client that doesn't read.
     """
     engine = engine or FakeEngine()
     settings = {"shutdown_timeout_s": 0.0, "data_dir": str(folder / "data"), **settings}
     listener = listen(ServerConfig(port=0, **settings))
     url = listener.url
+    if send_buffer_bytes is not None:
+        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     async with AsyncExitStack() as stack:
         stack.enter_context(anyio.fail_after(TIMEOUT_S))
         tasks = await stack.enter_async_context(anyio.create_task_group())

@@ -1,5 +1,8 @@
 """/v1/events and /v1/requests of a real server."""
 
+import asyncio
+import re
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -285,6 +288,43 @@ async def test_what_can_not_be_asked_for_is_said(tmp_path: Path, path: str, para
 
     assert answer.status_code == 400
     assert error_of(answer)["param"] == param
+
+
+async def test_who_does_not_read_delays_no_step_and_hears_every_end(tmp_path: Path) -> None:
+    """A client that stops reading until 40 requests are over: more than its connection holds."""
+    async with running(tmp_path, send_buffer_bytes=4096) as server:
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", server.port))
+        slow.sendall(b"GET /v1/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        slow.setblocking(False)
+        with slow:
+            heard = await read_until(slow, b"event: snapshot")
+            async with listening(server) as events:
+                await events.next()
+                made = []
+                for _ in range(40):
+                    answer = await server.post(prompt="x" * 600, n=4, size="8x8")
+                    made.append(answer.json()["id"])
+                told = [await events.until("request.completed") for _ in made]
+            heard += await read_until(slow, f"id: {events.last_id}\n".encode())
+    body = re.sub(rb"\r\n[0-9a-f]+\r\n", b"", heard)
+    numbers = [int(number) for number in re.findall(rb"\nid: \w+-(\d+)\n", body)]
+    ends = [e.decode() for e in re.findall(rb'event: request\.completed\nid: [^\n]+\ndata: {"id":"(\w+)"', body)]
+
+    assert [completed["id"] for _, completed in told] == made
+    assert ends == made
+    assert numbers == sorted(set(numbers))
+    # What was outdated when it read on wasn't told.
+    assert sum(len(names) for names, _ in told) > len(numbers)
+
+
+async def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    """All that comes, up to where the mark has been seen."""
+    loop, found = asyncio.get_running_loop(), b""
+    while mark not in found:
+        found += await loop.sock_recv(connection, 2**16)
+    return found
 
 
 async def test_only_events_that_are_asked_for_come(tmp_path: Path) -> None:
