@@ -1,12 +1,13 @@
 """Which class a pipeline has: that of the model's index, another one of diffusers, or code of its own."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
-from sgld.models.resolve import ModelSource, is_modular
+from sgld.models.resolve import ModelSource, is_modular, one_line
 
 
 def with_class(config: EngineConfig, source: ModelSource, index: dict[str, Any]) -> dict[str, Any]:
@@ -17,6 +18,7 @@ def with_class(config: EngineConfig, source: ModelSource, index: dict[str, Any])
     chosen, custom = config.source.pipeline_class_name, config.source.custom_pipeline
     if (chosen or custom) and is_modular(index):
         raise ModelError(f"{config.model_path} is a modular pipeline; its class can't be chosen")
+    _check_blocks(config, source)
     if chosen and custom:
         raise ModelError("pipeline_class_name and custom_pipeline can't be given together: both choose a class")
     if chosen:
@@ -31,10 +33,8 @@ def with_class(config: EngineConfig, source: ModelSource, index: dict[str, Any])
         raise ModelError(f"model_index.json of {config.model_path} names no pipeline class (_class_name)")
     if isinstance(named, list):
         _check_trusted(config, f"{config.model_path} has a pipeline class of its own, {named[-1]} in {named[0]}.py")
-        if source.folder is not None and not (source.folder / f"{named[0]}.py").is_file():
-            raise ModelError(
-                f"{config.model_path} has no {named[0]}.py, where its pipeline class {named[-1]} should be"
-            )
+        if source.folder is not None:
+            _check_there(config, source.folder / f"{named[0]}.py", named[-1])
     return index
 
 
@@ -42,6 +42,26 @@ def class_name(index: dict[str, Any]) -> str:
     """The name of the class for people."""
     named = index["_class_name"]
     return str(named[-1] if isinstance(named, list) else named)
+
+
+def _check_blocks(config: EngineConfig, source: ModelSource) -> None:
+    """:raises ModelError: a modular pipeline brings blocks along that aren't trusted, or whose code isn't there."""
+    file = source.folder / "modular_config.json" if source.folder is not None else None
+    if file is None or not file.is_file():
+        return
+    try:
+        reference = json.loads(file.read_text()).get("auto_map", {}).get("ModularPipelineBlocks")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file.name} of {config.model_path} can't be read: {one_line(error)}") from None
+    if reference:
+        module, _, name = str(reference).rpartition(".")
+        _check_trusted(config, f"{config.model_path} has blocks of its own, {name} in {module}.py")
+        _check_there(config, file.parent / f"{module}.py", name)
+
+
+def _check_there(config: EngineConfig, file: Path, name: str) -> None:
+    if not file.is_file():
+        raise ModelError(f"{config.model_path} has no {file.name}, where its class {name} should be")
 
 
 def _check_known(name: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import ModularPipeline
 from engine.streams import completed, events_of
+from own_code import copy_code
 
 from sgld.config import EngineConfig, SourceConfig
 from sgld.engine.engine import Engine
@@ -32,8 +33,12 @@ def moved(modular_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def configured(folder: Path, **config: Any) -> EngineConfig:
+    return EngineConfig(model_path=str(folder), device="cpu", num_cpu_threads=1, **config)
+
+
 def loaded(folder: Path) -> Any:
-    return load(EngineConfig(model_path=str(folder), device="cpu", num_cpu_threads=1))
+    return load(configured(folder))
 
 
 def test_modular_pipeline_is_loaded_from_a_folder_that_was_moved(moved: Path) -> None:
@@ -66,6 +71,22 @@ def test_variant_of_a_component(moved: Path) -> None:
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     config = EngineConfig(model_path=str(moved), device="cpu", num_cpu_threads=1, source=SourceConfig(variant="fp16"))
     assert load(config).pipeline.vae is not None
+
+
+async def test_blocks_that_come_with_the_model(moved: Path) -> None:
+    upright = load(configured(moved)).pipeline
+    given = {"prompt": "a red cat", "output_type": "pt", "output": "images", **CHOICES}
+    expected = upright(generator=torch.Generator().manual_seed(5), **given)
+    copy_code("own_blocks", moved)
+    auto_map = {"ModularPipelineBlocks": "own_blocks.OwnFluxBlocks"}
+    (moved / "modular_config.json").write_text(json.dumps({"_class_name": "OwnFluxBlocks", "auto_map": auto_map}))
+    with pytest.raises(ModelError, match=r"has blocks of its own, OwnFluxBlocks in own_blocks\.py; allow it with"):
+        load(configured(moved))
+    config = configured(moved, trust_remote_code=True)
+    async with Engine(config, rank_factory=InlineReplica(None)) as engine:
+        end = await completed(engine, SamplingParams(prompt="a red cat", seed=5, **CHOICES))
+    picture = (expected.flip(-2) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(end.frames, picture)
 
 
 def test_component_that_is_missing_is_named(moved: Path) -> None:
