@@ -4,7 +4,8 @@ python bench/lora.py [--out bench/results/lora_gpu]
 
 A Flux transformer of full width with random weights in bf16, a fifth of its layers deep: 4 and 8 blocks. Adapters of
 rank 16 on all attention and feed-forward layers. Forwards of n requests through sgld's executor, with its proofs:
-without adapters, with one for all, and with a different one for each. On a CPU it is a small model, to see that it runs.
+without adapters, with one for all, and with a different one for each. On a CPU it is a small model, to see that it
+runs.
 """
 
 import argparse

@@ -82,7 +82,7 @@ class Slots:
 
     def __init__(self, component: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._dtype = _dtype_of(component)
+        self._dtype = _dtype_of(component) or torch.float32
         self.version = 0
         """Another one when the buffers are: what was captured with the old ones mustn't run any more."""
         self._modules = dict(component.named_modules())
@@ -114,8 +114,9 @@ class Slots:
         slot = self._keys.index(NONE, 1)
         for name in changes.keys() - self._layers.keys():
             like, _ = changes[name][0]
-            place = torch.zeros(0, dtype=self._dtype, device=self._device)
-            self._layers[name] = _Layer(self._modules[name], self, place, like)
+            module = self._modules[name]
+            place = torch.zeros(0, dtype=_dtype_of(module) or self._dtype, device=self._device)
+            self._layers[name] = _Layer(module, self, place, like)
             self.version += 1
         for name, layer in self._layers.items():
             self.version += layer.fill(slot, len(self._keys), changes.get(name, ()))
@@ -188,6 +189,7 @@ class _Layer:
         num_in, num_out = like.down.shape[1], like.up.shape[0]
         self._down, self._up = place.new_zeros(0, 0, num_in), place.new_zeros(0, 0, num_out)
         self._bias = place.new_zeros(0, num_out)
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
         self._had_forward = "forward" in vars(module)
         self._forward = module.forward
         self._function: _Function | None = next(
@@ -211,6 +213,7 @@ class _Layer:
         self._ranks += [0] * (num_slots - len(self._ranks))
         self._ranks[slot] = sum(change.rank for change, _ in changes)
         is_larger = self._make_room(num_slots, self._ranks[slot], any(c.bias is not None for c, _ in changes))
+        self._views.clear()
         self._down[slot], self._up[slot] = 0, 0
         self._bias[slot : slot + 1] = 0
         start = 0
@@ -237,59 +240,65 @@ class _Layer:
             self._bias, is_larger = _grown(self._bias, num, self._bias.shape[1]), True
         return is_larger
 
-    def change(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the adapters of this forward add to the layer's output; None: nothing."""
+    def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's own forward, with what the adapters of this forward add to it.
+
+        :raises Unmixable: adapters differ, and the layer gets something else than the rows that have them.
+        """
+        result: torch.Tensor = self._forward(x, *args, **kwargs)
         selection = self._slots.selection
         if selection is None or not any(self._ranks[slot] for slot in selection.slots):
-            return None
+            return result
+        index = selection.index
+        if index is not None and (x.ndim < 2 or x.shape[0] != len(index)):
+            raise Unmixable(f"a layer with adapters gets a tensor of shape {tuple(x.shape)}, not {len(index)} rows")
+        # Where it computes in something else than what its weights are in, as inside of autocast.
+        base = result if result.dtype == self._down.dtype else None
         x = x.to(self._down.dtype)
-        if selection.index is None:
-            return self._of_all(x, selection.slot)
-        if x.ndim < 2 or x.shape[0] != len(selection.index):
-            raise Unmixable(
-                f"a layer with adapters gets a tensor of shape {tuple(x.shape)}, not {len(selection.index)} rows"
-            )
-        return self._of_each(x, selection.index)
+        changed = self._of_all(base, x, selection.slot) if index is None else self._of_each(base, x, index)
+        return changed if base is not None else result + changed.to(result.dtype)
 
-    def _of_all(self, x: torch.Tensor, slot: int) -> torch.Tensor:
+    def _of_all(self, base: torch.Tensor | None, x: torch.Tensor, slot: int) -> torch.Tensor:
         """All rows have one slot. Only its own ranks take part: the result doesn't depend on other slots."""
-        rank = self._ranks[slot]
-        down, up = self._down[slot, :rank], self._up[slot, :rank]
-        bias = self._bias[slot] if len(self._bias) else None
-        if self._function is None:
-            return functional.linear(functional.linear(x, down), up.T, bias)
-        inner = self._convolved(x, down)
-        return self._function(inner, up.T.reshape(*up.T.shape, *[1] * (x.ndim - 2)), bias)
+        down, up, bias = self._parts_of(slot)
+        if self._function is not None:
+            inner = self._convolved(x, down)
+            change = self._function(inner, up.T.reshape(*up.T.shape, *[1] * (x.ndim - 2)), bias)
+            return change if base is None else base + change
+        inner = functional.linear(x, down)
+        flat = None if base is None else base.reshape(-1, up.shape[1])
+        change = _sum(flat, inner.reshape(-1, up.shape[0]), up).reshape(*x.shape[:-1], up.shape[1])
+        return change if bias is None else change + bias
 
-    def _of_each(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _of_each(self, base: torch.Tensor | None, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Each row has its own slot."""
         down, up = self._down.index_select(0, index), self._up.index_select(0, index)
-        num = len(index)
+        num, (_, rank, num_out) = len(index), up.shape
+        bias = self._bias.index_select(0, index) if len(self._bias) else None
         if self._function is None:
             inner = torch.bmm(x.reshape(num, -1, x.shape[-1]), down.transpose(1, 2))
-            change = torch.bmm(inner, up)
-            if len(self._bias):
-                change = change + self._bias.index_select(0, index)[:, None]
-            return change.reshape(*x.shape[:-1], up.shape[-1])
+            flat = None if base is None else base.reshape(num, -1, num_out)
+            change = _sum(flat, inner, up)
+            return (change if bias is None else change + bias[:, None]).reshape(*x.shape[:-1], num_out)
         # Each row is a group of channels of one sample.
-        grouped = x.reshape(1, num * x.shape[1], *x.shape[2:])
-        inner = self._convolved(grouped, down.flatten(0, 1), groups=num)
-        change = torch.bmm(up.transpose(1, 2), inner.reshape(num, up.shape[1], -1))
-        if len(self._bias):
-            change = change + self._bias.index_select(0, index)[:, :, None]
-        return change.reshape(num, up.shape[-1], *inner.shape[2:])
+        inner = self._convolved(x.reshape(1, num * x.shape[1], *x.shape[2:]), down.flatten(0, 1), groups=num)
+        flat = None if base is None else base.reshape(num, num_out, -1)
+        change = _sum(flat, up.transpose(1, 2), inner.reshape(num, rank, -1))
+        return (change if bias is None else change + bias[:, :, None]).reshape(num, num_out, *inner.shape[2:])
+
+    def _parts_of(self, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The matrices of a slot; made once, as a view takes as long as the launch of a small product."""
+        if slot not in self._views:
+            rank, has_bias = self._ranks[slot], bool(len(self._bias))
+            bias = self._bias[slot] if has_bias else None
+            self._views[slot] = self._down[slot, :rank], self._up[slot, :rank], bias
+        return self._views[slot]
 
     def _convolved(self, x: torch.Tensor, down: torch.Tensor, groups: int = 1) -> torch.Tensor:
         module: Any = self._module
         weight = down.reshape(len(down), module.in_channels, *module.kernel_size)
         assert self._function is not None
         return self._function(x, weight, None, module.stride, module.padding, module.dilation, groups)
-
-    def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's own forward, and the change of its adapters."""
-        result: torch.Tensor = self._forward(x, *args, **kwargs)
-        change = self.change(x)
-        return result if change is None else result + change.to(result.dtype)
 
 
 def _forward_of(layer: _Layer) -> Any:
@@ -299,16 +308,21 @@ def _forward_of(layer: _Layer) -> Any:
     return forward
 
 
+def _sum(base: torch.Tensor | None, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The product of two matrices, or of each pair, added to a base in one kernel."""
+    if base is None:
+        return one @ other
+    return torch.addmm(base, one, other) if one.ndim == 2 else torch.baddbmm(base, one, other)
+
+
 def _grown(old: torch.Tensor, *shape: int) -> torch.Tensor:
     new = old.new_zeros(shape)
     new[tuple(slice(n) for n in old.shape)] = old
     return new
 
 
-def _dtype_of(component: nn.Module) -> torch.dtype:
-    """What the component computes in; its own word first, as weights may be quantized."""
-    said = getattr(component, "dtype", None)
-    if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1:
-        return said
-    dtypes = (parameter.dtype for parameter in component.parameters())
-    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    """What it computes in: its own word first, as weights may be quantized; None: nothing tells."""
+    said = (getattr(module, "dtype", None), *(parameter.dtype for parameter in module.parameters()))
+    floats = (dtype for dtype in said if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    return next((dtype for dtype in floats if dtype.itemsize > 1), None)

@@ -108,12 +108,31 @@ def test_buffers_stay_where_they_are_unless_they_are_too_small() -> None:
     assert slots.capture_key([(None, 1)]) == ()
 
 
-def test_layers_of_other_precision_get_what_they_compute_in() -> None:
-    component = nn.ModuleDict({"layer": nn.Linear(6, 5)}).to(torch.bfloat16)
-    module, slots = component["layer"], Slots(component, CPU)
-    slots.put("a", {"layer": [(layer(module, 4), 1.0)]})
-    with torch.no_grad(), selected([(Applied(slots, "a"), 1)]):
-        assert module(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+@torch.no_grad()
+def test_adapters_are_in_what_their_layer_computes_in() -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5), "kept": nn.Linear(6, 5)})
+    component["layer"].to(torch.bfloat16)
+    change, slots = layer(component["kept"], 4), Slots(component, CPU)
+    kept = merged(component["kept"], (change, 1.0))
+    slots.put("a", {name: [(change, 1.0)] for name in component})
+    x = torch.randn(2, 6)
+    with selected([(Applied(slots, "a"), 1), (None, 1)]):
+        assert component["layer"](x.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(component["kept"](x)[:1], kept(x)[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_row", [True, False])
+def test_layers_inside_of_autocast_have_adapters(by_row: bool) -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    change, slots = layer(component["layer"], 4), Slots(component, CPU)
+    expected = merged(component["layer"], (change, 1.0))
+    slots.put("a", {"layer": [(change, 1.0)]})
+    x = torch.randn(2, 3, 6)
+    with torch.autocast("cpu", torch.bfloat16), selected([(Applied(slots, "a"), 2)], by_row=by_row):
+        result = component["layer"](x)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), expected(x), rtol=0.05, atol=0.2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
