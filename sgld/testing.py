@@ -27,6 +27,7 @@ from sgld.sampling_params import LoraChoice, StepCacheParams
 from sgld.worker.adapters import Adapters, source_of
 from sgld.worker.executor import Executor
 from sgld.worker.main import serve
+from sgld.worker.runtime import Runtime
 from sgld.worker.session import Job, News, Session
 from sgld.worker.task import Outcome, Task, Value
 
@@ -57,6 +58,7 @@ def run_together(
     merge: bool = True,
     caches: Sequence[StepCacheParams | None] = (),
     lora: Sequence[Sequence[LoraChoice]] = (),
+    runtime: Runtime | None = None,
 ) -> Report:
     """Run a loaded diffusers pipeline with several keyword dicts at once, as a server would, in this process.
 
@@ -66,6 +68,7 @@ def run_together(
     :param merge: False: the calls take turns and share nothing.
     :param caches: the step cache of each call; by default none.
     :param lora: the adapters of each call, if they have any.
+    :param runtime: runs the components; by default where they are, as they are.
     :raises InvalidRequest: an adapter can't be read, or doesn't fit.
     """
     outputs: dict[str, Any] = {}
@@ -89,7 +92,7 @@ def run_together(
         skipped[int(task.request_id)] = task.skips.num
         outputs[task.request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
 
-    session = Session(Executor(merge=merge), emit, ended, merges_alone=True)
+    session = Session(Executor(runtime=runtime, merge=merge), emit, ended, merges_alone=True)
     for index in range(len(calls)):
         scheduler.add(str(index), time.monotonic())
     adapters = _adapters(pipeline, chain.from_iterable(lora), len(calls))

@@ -1,5 +1,6 @@
 """Which components are on the device: those that are offloaded come for their calls and leave again."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,12 +162,15 @@ class Residency:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What new tensors on a GPU have room for: its free memory, and what the allocator holds but doesn't use."""
+    """What new tensors have room for: a GPU's free memory, and what the allocator holds of it but doesn't use."""
+    if device.type != "cuda":
+        return sys.maxsize
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def residency(device: torch.device, components: Mapping[str, nn.Module], *, pins: bool) -> Residency:
-    """That of a model whose `components`, by name, are offloaded from a GPU."""
+    """That of a model whose `components`, by name, are offloaded from a device; only a GPU needs pinned memory."""
+    pins = pins and device.type == "cuda"
     offloaded = {name: (part, Weights(part, device, pins=pins)) for name, part in components.items()}
     return Residency(device, offloaded, lambda: free_bytes(device))
