@@ -103,6 +103,7 @@ class Bench:
 
     def row(self, name: str, make: Callable[["Bench"], nn.Module]) -> Row:
         """Load one form and run it."""
+        _free()  # the form before this one is gone only now
         try:
             before = self._allocated()
             self.begin()
