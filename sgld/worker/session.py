@@ -286,6 +286,8 @@ class Session:
         for snapshot in task.snapshots:
             snapshot.restore()
         assert task.end is not None
+        if isinstance(task.end, Value) and task.exclusive_because is None and task.whole is None:
+            self.executor.verdicts.forget_exclusive()
         # What is said of its end doesn't wait for the rest of the tick, and must come after all else about it.
         self._tell()
         self.ended(task, task.end)

@@ -118,6 +118,12 @@ class Verdicts:
             self._report(call, of_form, str(reason))
             return None
 
+    def forget_exclusive(self) -> None:
+        """A request changed nothing of what it shares: that an earlier one did isn't the pipeline's way."""
+        for name in [name for name, mode in self.modes.items() if mode == "exclusive"]:
+            del self.modes[name]
+            self.reasons.pop(name, None)
+
     def accept(self, key: str, call: Call, new: Collection[Trait]) -> None:
         """Merged forwards were right while calls differed in `new`, too."""
         self.proved[key] = Proof(self.covered(key) | set(new))

@@ -162,6 +162,19 @@ def test_request_that_waits_for_an_exclusive_one_can_be_cancelled(log: Log) -> N
     assert isinstance(log.ends["a"], Value)
 
 
+def test_exclusive_is_what_the_last_request_was(log: Log) -> None:
+    pipeline, _ = build("sd_pag")
+    modes = log.session.executor.verdicts.modes
+    ways = {"a": 3.0, "b": 0.0, "c": 3.0}
+    learned = []
+    for (request_id, scale), arguments in zip(ways.items(), pag_calls(), strict=True):
+        log.session.start(Job(request_id, pipeline, arguments | {"pag_scale": scale}))
+        while request_id not in log.ends:
+            log.session.run([log.waiting()[request_id].call.id], num_ticks=100)
+        learned.append(modes.get("unet"))
+    assert learned == ["exclusive", None, "exclusive"]
+
+
 def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
     pipeline, _ = build("sd_pag")
     calls = pag_calls

@@ -163,6 +163,14 @@ def test_signs_of_life_are_a_second_apart() -> None:
     assert pulses == [100.0, 101.0, 102.0]
 
 
+def test_what_was_learned_of_the_models_stays(runner: Runner) -> None:
+    pipeline, kwargs = build("flux")
+    runner.session.executor.verdicts.modes["transformer"] = "exclusive"
+    runner.start("a", pipeline, request("flux", 0, kwargs))
+    runner.run("a")
+    assert runner.session.executor.verdicts.modes == {"transformer": "exclusive"}
+
+
 def test_sizes_tell_what_a_step_costs() -> None:
     size = {"height": 16, "width": 8, "prompt": "a", "generator": None, "num_inference_steps": 3}
     assert size_of(size) == size_of(size | {"prompt": "b", "num_inference_steps": 9}) == "height=16,width=8,prompt"
