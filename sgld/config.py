@@ -57,6 +57,14 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = None
 
 
+class CacheDitConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The cache-dit library; `sgld.models.cache_dit` knows its options and variables."""
+
+    cache_dit_config: Annotated[
+        str | None, _field("options of cache-dit, for the diffusers backend: a path of YAML or JSON, or JSON itself")
+    ] = None
+
+
 class NoiseConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How noise is removed, where that isn't left to the model's author.
 
@@ -303,6 +311,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
     attention: AttentionConfig = AttentionConfig()
+    cache_dit: CacheDitConfig = CacheDitConfig()
     noise: NoiseConfig = NoiseConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
     quantized: QuantizationConfig = QuantizationConfig()

@@ -29,8 +29,7 @@ LATER: dict[str, Later] = {
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Compilation and caches
-    "cache_dit_config": Later("Cache-DiT"),
-    "enable_cache_dit": Later("Cache-DiT", today=_OFF),
+    "enable_cache_dit": Later("Cache-DiT for single requests", today=_OFF),
     "enable_teacache": Later("TeaCache", today=_OFF),
     "regional_compile": Later("a choice of what is compiled", today=("true", "1")),
     # Memory

@@ -28,18 +28,24 @@ ENGINE = Backend(is_whole=False)
 
 
 def choose_backend(
-    asked: Literal["auto", "sglang", "sgld", "diffusers"], class_names: Iterable[str], modes: Mapping[str, str]
+    asked: Literal["auto", "sglang", "sgld", "diffusers"],
+    class_names: Iterable[str],
+    modes: Mapping[str, str],
+    needs_whole: str | None = None,
 ) -> Backend:
     """The backend of a pipeline.
 
     :param class_names: its class and, as far as known, the bases of that.
     :param modes: what was learned of its components: merge, interleave or exclusive.
+    :param needs_whole: an option that is for requests that run whole.
     """
     exclusive = [name for name, mode in modes.items() if mode == "exclusive"]
     if asked in ("sglang", "sgld"):
         return ENGINE
     if asked == "diffusers":
         because = "asked for"
+    elif needs_whole is not None:
+        because = f"{needs_whole} is for that"
     elif NEEDS_GRADIENTS & set(class_names):
         because = "the pipeline needs gradients"
     elif exclusive:

@@ -3,7 +3,7 @@
 import inspect
 import os
 import platform
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
-from sgld.models import attention, noise
+from sgld.models import attention, cache_dit, noise
 from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
@@ -51,6 +51,8 @@ class LoadedModel:
     """Components that wait on the host, whole."""
     compiled: tuple[str, ...] = ()
     """Components that their first forwards compile."""
+    refresh: Callable[[int], None] | None = None
+    """Called before each request, with the number of its steps."""
     _siblings: dict[str, Any] = field(default_factory=dict)
 
     def pipeline_for(self, given: Collection[str]) -> Any:
@@ -121,6 +123,7 @@ def load(config: EngineConfig) -> LoadedModel:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
+    refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None
     said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
     verdict_file = VerdictFile(planned.source, planned.index, planned.components)
     decisions = planned.decisions()
@@ -139,6 +142,7 @@ def load(config: EngineConfig) -> LoadedModel:
         is_whole=is_whole,
         offloaded=() if is_whole else tuple(part.name for part in planned.components if part.place == "offload"),
         compiled=compiled,
+        refresh=refresh,
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from sgld.config import EngineConfig, Precision
 from sgld.errors import ModelError
-from sgld.models import noise
+from sgld.models import cache_dit, noise
 from sgld.models.attention import Attention, choose
 from sgld.models.backend import ENGINE, Backend, choose_backend
+from sgld.models.cache_dit import CacheDit
 from sgld.models.overlay import find_model
 from sgld.models.pipeline_class import class_name, with_class
 from sgld.models.quantization import Quantization
@@ -64,6 +65,7 @@ class Plan:
     scheduler: Any = None
     """The noise scheduler in the place of the model's own, where one was chosen."""
     backend: Backend = ENGINE
+    cached: CacheDit | None = None
 
     def decisions(self) -> dict[str, str]:
         """What was decided, for people: by component, and of the whole under `model`."""
@@ -94,10 +96,12 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     parts, of_memory = _placed(parts, config, device_type)
     attention = choose(config.attention, device_type, _dit_precision(config, device_type))
     name = class_name(index)
-    backend = choose_backend(config.backend, [name], VerdictFile(source, index, parts).read().modes)
-    chosen = (backend.note, attention.note if attention is not None else None)
+    modes = VerdictFile(source, index, parts).read().modes
+    backend = choose_backend(config.backend, [name], modes, cache_dit.asked_for(config.cache_dit))
+    cached = cache_dit.choose(config.cache_dit, backend)
+    chosen = (backend.note, *(choice.note for choice in (attention, cached) if choice is not None))
     notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen), *of_memory, *config.adapters.notes)
-    return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend)
+    return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend, cached)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:

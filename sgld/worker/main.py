@@ -98,6 +98,7 @@ def _quieten() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
     # Its default is a named semaphore, which a rank that is killed leaves behind.
     from tqdm import tqdm
 

@@ -1,5 +1,6 @@
 """Rank 0 of a replica: commands in, calls and results out."""
 
+import functools
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -215,6 +216,7 @@ class Rank:
             self._adapters.release(request_id)
             self._not_started(request_id, error)
             return
+        steps = num_steps(pipeline, kwargs)
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
         output = _Output(self._results, request_id, self._model, self._previewer, params, num_threads)
@@ -223,15 +225,21 @@ class Rank:
                 request_id,
                 pipeline,
                 kwargs,
-                num_steps=num_steps(pipeline, kwargs),
+                num_steps=steps,
                 is_exact=params.exact,
                 cache=params.cache,
                 is_whole=self._model.is_whole,
                 adapters=applied,
-                prepare=output.prepare,
+                prepare=functools.partial(self._prepare, output, steps),
                 finish=output.finish,
             )
         )
+
+    def _prepare(self, output: "_Output", num_steps: int, task: Task, bound: Any) -> None:
+        """In the task's thread, before its pipeline runs."""
+        if self._model.refresh is not None:
+            self._model.refresh(num_steps)
+        output.prepare(task, bound)
 
     def _ended(self, task: Task, outcome: Outcome) -> None:
         request_id = task.request_id

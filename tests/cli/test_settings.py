@@ -76,7 +76,7 @@ def test_later_features_of_a_flag_are_refused_whatever_the_file_says() -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--perf-dump-path", "--text-encoder-weights-path", "--use-fsdp-inference", "--cache-dit-config"],
+    ["--perf-dump-path", "--text-encoder-weights-path", "--use-fsdp-inference", "--enable-teacache"],
 )
 def test_later_flags_are_refused_by_name(flag: str) -> None:
     with pytest.raises(UsageError, match=rf"^{flag} isn't supported yet"):
