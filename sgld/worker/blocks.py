@@ -72,12 +72,15 @@ class Split:
     def during(self, one: Watcher) -> Iterator[None]:
         """Watch the forward inside the block."""
         originals = {name: self._module._modules[name] for name in self._lists}
+        # A model that was compiled as a whole has its blocks inside; compiled blocks stay what they are.
+        compiled, self._module._compiled_call_impl = self._module._compiled_call_impl, None
         self._module._modules.update(self._lists)
         self._pass = one
         try:
             yield
         finally:
             self._module._modules.update(originals)
+            self._module._compiled_call_impl = compiled
             self._pass = None
 
     def run(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -96,6 +96,20 @@ def test_computed_forward_has_the_bits_that_it_has_without_a_cache() -> None:
     assert torch.equal(value, forward([call])[0])
 
 
+def test_model_that_was_compiled_as_a_whole_runs_block_by_block() -> None:
+    call = flux_call()
+
+    def compiled(*_args: Any, **_kwargs: Any) -> Any:
+        raise AssertionError("its blocks can't be watched")
+
+    call.module._compiled_call_impl = compiled
+    (value,), _ = answered([call], [1], forward)
+
+    assert call.module._compiled_call_impl is compiled
+    call.module._compiled_call_impl = None
+    assert torch.equal(value, forward([call])[0])
+
+
 def test_forward_that_fails_changes_nothing() -> None:
     call = flux_call()
     assert call.site is not None
