@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from sgld.errors import InvalidRequest
 from sgld.media.images import check_image
 from sgld.server.errors import ApiError
-from sgld.server.schemas import CONTAINERS
+from sgld.server.schemas import CONTAINERS, in_words
 
 T = TypeVar("T")
 # What takes longer than a millisecond is done in a thread.
@@ -95,7 +95,8 @@ async def _source(name: str, value: UploadFile | str, max_pixels: int) -> str:
 
 def _as_url(name: str, file: BinaryIO, max_pixels: int, is_mask: bool) -> str:
     content = file.read()
-    width, height = check_image(BytesIO(content), name)
+    with in_words({"image_path": name}):
+        width, height = check_image(BytesIO(content), name)
     if width * height > max_pixels:
         raise InvalidRequest(f"{name} has {width}x{height} pixels; this server allows at most {max_pixels}", name)
     return data_url(mask_of(content) if is_mask else content)

@@ -5,6 +5,7 @@ Hypercorn's own shutdown waits for clients that keep their connection, on Python
 and if it doesn't leave, it is cancelled.
 """
 
+import errno
 import gc
 import logging
 import signal
@@ -88,7 +89,12 @@ def listen(config: ServerConfig) -> Listener:
     folder = Path(config.data_dir).expanduser() if config.data_dir else data_root()
     folder.mkdir(parents=True, exist_ok=True)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listening = socket.create_server((config.host, config.port), family=family)
+    try:
+        listening = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise OSError(f"{config.host}:{config.port} is in use: choose another --port, or stop who uses it") from None
     try:
         return Listener(config, listening, keys, folder, JobStore(folder / "jobs.sqlite3"))
     except OSError:

@@ -91,7 +91,7 @@ async def test_masks_are_white_where_the_picture_changes(tmp_path: Path, mask: b
     ("fields", "files", "param"),
     [
         ({"prompt": "a"}, [], "image"),
-        ({"prompt": "a"}, [upload("image", b"no picture")], "image_path"),
+        ({"prompt": "a"}, [upload("image", b"no picture")], "image"),
         ({"prompt": "a"}, [upload("image", png((100, 100)))], "image"),
         ({"prompt": "a", "mask": "http://x"}, [upload("image", png())], "mask"),
         ({"prompt": "a"}, [upload("image", png()), upload("mask", png()), upload("mask", png())], "mask"),
