@@ -73,7 +73,7 @@ class Adapters:
         self._max_bytes = max_bytes
         self._max_combinations = max_combinations
         components: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in model.targets}
-        self._slots = {name: Slots(component, device) for name, component in components.items()}
+        self._slots = {name: Slots(component, device, max_combinations + 1) for name, component in components.items()}
         self._adapters: OrderedDict[Source, Adapter] = OrderedDict()
         self._combinations: OrderedDict[str, _Combination] = OrderedDict()
         self._used: dict[str, str] = {}

@@ -78,9 +78,12 @@ class Slots:
 
     Its layers call what was their `forward` before, so whatever else was done to them goes on. As an attribute of the
     instance it is no hook, of which others would have to know.
+
+    :param max_slots: so many are used at most, that of no adapters included.
     """
 
-    def __init__(self, component: nn.Module, device: torch.device) -> None:
+    def __init__(self, component: nn.Module, device: torch.device, max_slots: int = 2**16) -> None:
+        self._max_slots = max_slots
         self._device = device
         self._dtype = _dtype_of(component) or torch.float32
         self.version = 0
@@ -119,7 +122,7 @@ class Slots:
             self._layers[name] = _Layer(module, self, place, like)
             self.version += 1
         for name, layer in self._layers.items():
-            self.version += layer.fill(slot, len(self._keys), changes.get(name, ()))
+            self.version += layer.fill(slot, len(self._keys), changes.get(name, ()), self._max_slots)
         self._keys[slot] = key
 
     def remove(self, key: str) -> None:
@@ -202,17 +205,20 @@ class _Layer:
         return self._down.nbytes + self._up.nbytes + self._bias.nbytes
 
     def restore(self) -> None:
-        """Leave the module as it was."""
+        """Leave the module as it was; where something else has put this layer back later, it adds nothing."""
+        self._ranks.clear()
         if self._had_forward:
             self._module.forward = self._forward
         else:
             vars(self._module).pop("forward", None)
 
-    def fill(self, slot: int, num_slots: int, changes: Changes) -> bool:
+    def fill(self, slot: int, num_slots: int, changes: Changes, max_slots: int) -> bool:
         """Write the matrices of a slot; true if that took other buffers."""
         self._ranks += [0] * (num_slots - len(self._ranks))
         self._ranks[slot] = sum(change.rank for change, _ in changes)
-        is_larger = self._make_room(num_slots, self._ranks[slot], any(c.bias is not None for c, _ in changes))
+        # Doubled, so that not each further slot is another copy.
+        num = num_slots if num_slots <= len(self._down) else min(max_slots, max(num_slots, 2 * len(self._down)))
+        is_larger = self._make_room(num, self._ranks[slot], any(change.bias is not None for change, _ in changes))
         self._views.clear()
         self._down[slot], self._up[slot] = 0, 0
         self._bias[slot : slot + 1] = 0
@@ -220,24 +226,24 @@ class _Layer:
         for change, scale in changes:
             stop = start + change.rank
             self._down[slot, start:stop] = change.down.to(self._down)
-            self._up[slot, start:stop] = (change.up.float() * scale).T.to(self._up)
+            # On the device, as forwards wait for it.
+            self._up[slot, start:stop] = (change.up.to(self._up.device).float() * scale).T
             if change.bias is not None:
-                self._bias[slot] += (change.bias.float() * scale).to(self._bias)
+                self._bias[slot] += change.bias.to(self._up.device).float() * scale
             start = stop
         return is_larger
 
     def _make_room(self, num_slots: int, rank: int, has_bias: bool) -> bool:
         """Have buffers that hold so much, with what the old ones hold; true if they are others."""
         old, old_rank, num_in = self._down.shape
-        # Doubled, so that not each further slot is another copy.
-        num = old if num_slots <= old else max(num_slots, 2 * old)
-        num_ranks = max(old_rank, -(-rank // _RANK_STEP) * _RANK_STEP)
-        is_larger = (num, num_ranks) != (old, old_rank)
+        num_slots, rank = max(old, num_slots), max(old_rank, -(-rank // _RANK_STEP) * _RANK_STEP)
+        is_larger = (num_slots, rank) != (old, old_rank)
         if is_larger:
-            self._down = _grown(self._down, num, num_ranks, num_in)
-            self._up = _grown(self._up, num, num_ranks, self._up.shape[2])
-        if len(self._bias) < num and (has_bias or len(self._bias)):
-            self._bias, is_larger = _grown(self._bias, num, self._bias.shape[1]), True
+            # Both or, where memory is too small, none.
+            down, up = _grown(self._down, num_slots, rank, num_in), _grown(self._up, num_slots, rank, self._up.shape[2])
+            self._down, self._up = down, up
+        if len(self._bias) < num_slots and (has_bias or len(self._bias)):
+            self._bias, is_larger = _grown(self._bias, num_slots, self._bias.shape[1]), True
         return is_larger
 
     def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -247,7 +253,7 @@ class _Layer:
         """
         result: torch.Tensor = self._forward(x, *args, **kwargs)
         selection = self._slots.selection
-        if selection is None or not any(self._ranks[slot] for slot in selection.slots):
+        if selection is None or not self._ranks or not any(self._ranks[slot] for slot in selection.slots):
             return result
         index = selection.index
         if index is not None and (x.ndim < 2 or x.shape[0] != len(index)):

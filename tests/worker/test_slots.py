@@ -162,3 +162,28 @@ def test_a_captured_forward_follows_the_slots_of_its_rows() -> None:
         with selected(rows(keys), by_row=True):
             graph.replay()
         torch.testing.assert_close(captured, expected[keys])
+
+
+@torch.no_grad()
+def test_a_layer_that_was_removed_adds_nothing_wherever_it_comes_back() -> None:
+    """As where a snapshot of a component is restored that was taken before."""
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    module: Any = component["layer"]
+    x, slots = torch.randn(2, 6), Slots(component, CPU)
+    slots.put("a", {"layer": [(layer(module, 4), 1.0)]})
+    back = module.forward
+    slots.remove("a")
+    module.forward = back
+    change = layer(module, 4)
+    expected = nn.functional.linear(x, module.weight + change.up @ change.down, module.bias)
+    slots.put("b", {"layer": [(change, 1.0)]})
+    with selected([(Applied(slots, "b"), 2)]):
+        torch.testing.assert_close(module(x), expected)
+
+
+def test_there_are_no_more_slots_than_are_used() -> None:
+    component = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    slots = Slots(component, CPU, max_slots=5)
+    for key in "abcd":
+        slots.put(key, {"layer": [(layer(component["layer"], 8), 1.0)]})
+    assert slots.size_bytes == 5 * 8 * (6 + 5) * 4
