@@ -49,7 +49,7 @@ CACHES: tuple[StepCacheParams, ...] = (
     *(FirstBlockCache(threshold=threshold) for threshold in (0.05, 0.1, 0.2, 0.4)),
 )
 ON_A_GPU: tuple[StepCacheParams, ...] = (
-    *(TaylorCache(interval=interval) for interval in (2, 3, 4)),
+    *(TaylorCache(interval=interval, order=1) for interval in (2, 3, 4)),
     *(FirstBlockCache(threshold=10, max_skips=num) for num in (1, 2, 3)),
 )
 

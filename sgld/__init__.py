@@ -5,12 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 from sgld import errors, events
 from sgld.config import EngineConfig, OutputConfig, ParallelConfig
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import FirstBlockCache, SamplingParams, TaylorCache
 
 if TYPE_CHECKING:
     from sgld.engine.engine import Engine
 
-__all__ = ["Engine", "EngineConfig", "OutputConfig", "ParallelConfig", "SamplingParams", "errors", "events"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "FirstBlockCache",
+    "OutputConfig",
+    "ParallelConfig",
+    "SamplingParams",
+    "TaylorCache",
+    "errors",
+    "events",
+]
 try:
     __version__ = version("sgld")
 except PackageNotFoundError:  # a checkout that isn't installed

@@ -55,7 +55,7 @@ class TaylorCache(
     """
 
     interval: Annotated[int, Meta(ge=2, le=64, description="one step in so many is computed")] = 3
-    order: Annotated[int, Meta(ge=0, le=3, description="order of the extrapolation; 0 repeats the last output")] = 1
+    order: Annotated[int, Meta(ge=0, le=3, description="order of the extrapolation; 0 repeats the last output")] = 0
     warmup_steps: Annotated[int, Meta(ge=1, description="the first steps, which are computed")] = 3
 
     def __post_init__(self) -> None:

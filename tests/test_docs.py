@@ -3,6 +3,7 @@
 import argparse
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_of_the_readme_are_understood(command: str) -> None:
-    words = re.findall(r'"[^"]*"|\S+', command.rpartition("sgld ")[2])
+    words = shlex.split(command.rpartition("sgld ")[2])
 
     _, extras = build_parser().parse_known_args(words)
 

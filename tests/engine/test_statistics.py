@@ -10,7 +10,7 @@ from sgld.engine.statistics import Statistics, Tally
 from sgld.events import Completed
 from sgld.messages import CallInfo, Judged, Ran, Stepped, TickMode
 from sgld.request import Request, RequestState
-from sgld.sampling_params import SamplingParams, TaylorCache
+from sgld.sampling_params import FirstBlockCache, SamplingParams, TaylorCache
 from sgld.testing import InlineReplica
 
 CONFIG = EngineConfig(device="cpu")
@@ -122,6 +122,19 @@ async def test_step_cache_of_a_request_reaches_the_rank_and_its_skips_come_back(
     assert all(isinstance(end, Completed) for end in ends)
     assert statistics.num_skipped_calls == 3
     assert {call.name: call.num_calls for call in statistics.calls}["transformer.forward"] == 6 + 3
+
+
+async def test_company_changes_no_bit_of_an_exact_request_with_a_step_cache() -> None:
+    pipeline, kwargs = build("pixart")
+    cache = FirstBlockCache(threshold=10, warmup_steps=1, max_skips=1)
+    exact = params_of(kwargs, num_inference_steps=6, exact=True, cache=cache)
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        alone = await completed(engine, exact)
+        ends = await ends_of(engine, exact, params_of(kwargs, num_inference_steps=6, cache=cache))
+        statistics = engine.statistics()
+    assert isinstance(ends[0], Completed)
+    assert (alone.frames == ends[0].frames).all()
+    assert statistics.num_skipped_calls == 3 * 3
 
 
 async def test_statistics_are_json() -> None:
