@@ -61,6 +61,8 @@ def find(name: str, path: str, named: ComponentClass | None) -> ComponentSource:
     :raises ModelError: it isn't there.
     """
     root = ComponentSource(str(Path(path).expanduser()))
+    if Path(root.path).is_file():
+        raise ModelError(f"{name} can't be loaded from {path}: it is a file; give the folder of a complete component")
     is_model = _read(root, INDEX_FILE) is not None
     source = replace(root, subfolder=name) if is_model else root
     files = _config_files(named)

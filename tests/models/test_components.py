@@ -165,6 +165,7 @@ def test_places_without_the_component_are_told(sdxl_folder: Path, wan_folder: Pa
     assert failure(sdxl_folder, component_paths={"vae": str(tmp_path)}).endswith("there is no config.json")
     assert failure(sdxl_folder, component_paths={"vae": "/no/where"}).endswith("and no such folder")
     assert failure(sdxl_folder, component_paths={"unet": str(wan_folder)}).endswith("that model has no unet")
+    assert "it is a file" in failure(sdxl_folder, component_paths={"vae": str(sdxl_folder / INDEX_FILE)})
     (tmp_path / "config.json").write_text('{"_class_name": "NoSuchModel"}')
     assert failure(sdxl_folder, component_paths={"vae": str(tmp_path)}).startswith("vae can't be loaded from")
     (tmp_path / "config.json").write_text("no JSON")
