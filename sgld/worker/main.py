@@ -34,6 +34,7 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig, nic
     # Ctrl-C reaches the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    say_on_stderr()
     # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores 20
     # steps of the small model that ships took 1.5 s, and 5 s beside one more busy process. Asleep it is 2.5 and 3 s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -72,6 +73,11 @@ def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "
         logger.debug("the front is gone")
     finally:
         channel.close()
+
+
+def say_on_stderr() -> None:
+    """From here on what libraries and code of models print goes to stderr: stdout has the front's results only."""
+    os.dup2(2, 1)
 
 
 def _leave_with_parent() -> None:

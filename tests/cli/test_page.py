@@ -252,14 +252,24 @@ def test_two_transformers_with_an_encoder_in_memory_of_the_host(page: Page, mode
     assert num_frames(done.out[0]) == BUILDERS["wan_2_2"].kwargs["num_frames"]
 
 
-def test_cache_dit(page: Page, models: Models, tmp_path: Path) -> None:
-    (tmp_path / "cache.yaml").write_text("cache_config:\n  residual_diff_threshold: 0.12\n")
-    page(
-        "sglang generate --backend diffusers --model-path black-forest-labs/FLUX.1-dev --prompt 'a cat' "
-        "--cache-dit-config cache.yaml",
-        model=models("flux"),
-        more=kwargs_of("flux"),
-    )
+@pytest.mark.parametrize(
+    ("flags", "variables"),
+    [
+        ("--cache-dit-config cache.yaml", {}),
+        ("", {"SGLANG_CACHE_DIT_ENABLED": "true", "SGLANG_CACHE_DIT_FN": "1", "SGLANG_CACHE_DIT_WARMUP": "1"}),
+    ],
+)
+def test_cache_dit(
+    flags: str, variables: dict[str, str], page: Page, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cache_dit")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.12}
+    (tmp_path / "cache.yaml").write_text(json.dumps({"cache_config": settings}))
+    command = "sglang generate --backend diffusers --model-path black-forest-labs/FLUX.1-dev --prompt 'a cat'"
+    done = page(f"{command} {flags}", model=models("flux"), more=kwargs_of("flux"))
+    assert size_of(done.out[-1]) == (16, 16)
 
 
 @pytest.mark.parametrize(
