@@ -1,10 +1,14 @@
 """The exact bytes of streams, and what slow and leaving readers do."""
 
+import asyncio
 import re
+import socket
 from pathlib import Path
 
 import anyio
 import pytest
+
+from sgld.server import sse
 
 from .fakes import FakeEngine, Running, running
 
@@ -116,3 +120,20 @@ async def test_steps_are_told_to_who_asks(tmp_path: Path) -> None:
         text = (await server.http.post("/v1/images/generations", json=body)).text
 
     assert '"step":2,"num_steps":2' in text
+
+
+async def test_who_takes_nothing_for_too_long_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "_SEND_TIMEOUT_S", 0.05)
+    async with running(tmp_path, heartbeat_s=0.01, send_buffer_bytes=4096) as server:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(b"GET /v1/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        connection.setblocking(False)
+        with connection:
+            assert await asyncio.get_running_loop().sock_recv(connection, 1)
+            while server.services.feed.num_watchers:
+                await server.post(prompt="x" * 600, n=4, size="8x8")
+        answer = await server.post(prompt="a cat")
+
+    assert answer.status_code == 200
