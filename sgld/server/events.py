@@ -40,6 +40,8 @@ class ServerCard(msgspec.Struct, frozen=True, kw_only=True):
     device: str | None
     inputs: tuple[str, ...] | None
     """Which of `image` and `mask_image` its model takes; null while it isn't loaded."""
+    fps: float | None
+    """Frames per second of its model's videos, where the author recommends them; null of a model of pictures."""
     max_batch_size: int
     max_running_requests: int
 
@@ -253,6 +255,7 @@ def _card(services: Services) -> ServerCard:
         version=__version__,
         device=(model.device_name or model.device) if model else None,
         inputs=model.inputs if model else None,
+        fps=model.fps if model else None,
         max_batch_size=services.engine_config.max_batch_size,
         max_running_requests=services.engine_config.max_running_requests,
     )

@@ -155,6 +155,9 @@ def test_a_prompt_becomes_a_picture(tmp_path: Path, browser: Any, errors: list[s
 
 def test_a_prompt_becomes_a_video_that_plays(tmp_path: Path, browser: Any, errors: list[str]) -> None:
     with server(tmp_path, 0, "--model-path", "sgld/tiny-video") as url, opened(browser, url, errors) as page:
+        # What the model is for is chosen already.
+        page.locator("#composer[data-kind=video]").wait_for()
+        page.locator("#kinds label", has_text="Picture").click()
         page.locator("#kinds label", has_text="Video").click()
         ask(page, "a red circle moves right", steps=30, num_frames="9", seed="3")
         page.locator("#running .card img").wait_for()

@@ -60,6 +60,7 @@ const on = {
     if (data.part === 0) {
       incoming = new Map();
       if (data.server) server = data.server;
+      if (server.fps && !localStorage.getItem(FORM)) setKind("video");
       stats = data.stats;
     }
     for (const request of data.requests) incoming.set(request.id, request);
@@ -340,9 +341,8 @@ function reuse() {
     if (field) field.type === "checkbox" ? (field.checked = value) : (field.value = value);
   }
   if (params.width && params.height) form.elements.size.value = `${params.width}x${params.height}`;
-  form.elements.kind.value = kind;
+  setKind(kind);
   form.elements.prompt.value = prompt;
-  form.dataset.kind = kind;
   $("more").open = true;
   $("viewer").close();
   form.elements.prompt.focus();
@@ -394,6 +394,11 @@ async function generate(event) {
   } finally {
     $("generate").disabled = false;
   }
+}
+
+function setKind(kind) {
+  const form = $("composer");
+  form.elements.kind.value = form.dataset.kind = kind;
 }
 
 function keepForm() {
