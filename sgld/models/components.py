@@ -9,13 +9,14 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from sgld.errors import ModelError
+from sgld.models.hub import http_error
 from sgld.models.plan import ComponentPlan, Plan
 from sgld.models.quantized import load_weights
 from sgld.models.resolve import one_line
 from sgld.models.sources import ComponentSource
 from sgld.models.weight_files import Weights
 
-# What diffusers, transformers and torch raise for files that are missing, broken, or don't fit together.
+# What diffusers, transformers, torch and the hub raise for files that are missing, broken, or don't fit together.
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -25,6 +26,7 @@ LOAD_ERRORS = (
     LookupError,
     RuntimeError,
     SafetensorError,
+    http_error(),
 )
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -26,7 +26,7 @@ def fetch(
         folder = snapshot_download(
             repo_id, revision=revision, allow_patterns=allow, ignore_patterns=ignore, force_download=force
         )
-    except (OSError, ValueError, _http_error()) as error:
+    except (OSError, ValueError, http_error()) as error:
         raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
     return Path(folder)
 
@@ -41,7 +41,7 @@ def names_in(repo_id: str, revision: str | None) -> list[str]:
     try:
         siblings = HfApi().model_info(repo_id, revision=revision or constants.DEFAULT_REVISION).siblings or ()
         return [file.rfilename for file in siblings]
-    except (OSError, ValueError, _http_error()) as error:
+    except (OSError, ValueError, http_error()) as error:
         try:
             # None of its files has to be there.
             folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
@@ -63,12 +63,12 @@ def has_file(repo_id: str, name: str, revision: str | None) -> bool:
         if isinstance(error, LocalEntryNotFoundError):
             raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
         return False
-    except (OSError, ValueError, _http_error()) as error:
+    except (OSError, ValueError, http_error()) as error:
         raise ModelError(f"{repo_id} can't be fetched: {one_line(error)}") from None
     return True
 
 
-def _http_error() -> type[BaseException]:
+def http_error() -> type[BaseException]:
     """All that the hub's HTTP library raises, whichever that is: its versions use two."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -39,6 +39,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         match parts:
+            case ["api", "models", owner, name]:
+                self._with(f"{owner}/{name}", "main", self._info)
             case ["api", "models", owner, name, "revision", revision]:
                 self._with(f"{owner}/{name}", revision, self._info)
             case ["api", "models", owner, name, "tree", revision]:
@@ -96,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def running_hub(cache: Path) -> Iterator[Hub]:
     """A hub without repos, which the client asks as long as the block lasts."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     handler = type("Handler", (_Handler,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -106,6 +108,7 @@ def running_hub(cache: Path) -> Iterator[Hub]:
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(hf_api.api, "endpoint", hub.url)
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)

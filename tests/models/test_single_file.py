@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from pipelines import BUILDERS, build
 from safetensors.torch import load_file, save_file
 
+from models.hub import running_hub
 from sgld.config import EngineConfig, NoiseConfig, SourceConfig
 from sgld.errors import ModelError
 from sgld.models.describe import describe
@@ -102,6 +103,20 @@ def test_weights_that_are_nowhere_are_told(whole: Path, configuration: Path, che
     with pytest.raises(ModelError, match=r"^text_encoder can't be loaded from") as caught:
         load(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["me/mine/x/y.safetensors", "https://huggingface.co/me/mine/blob/main/x/y.safetensors"]
+)
+def test_file_on_the_hub_is_fetched(path: str, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "x").mkdir(parents=True)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "mine" / "x" / "y.safetensors")
+    with running_hub(tmp_path / "hub") as hub:
+        hub.put("me/mine", tmp_path / "mine")
+        source = plan(configured(path, "sgld/tiny-image")).source
+        assert failure("me/mine/z.safetensors").endswith("neither here nor on the hub")
+    assert source.file is not None
+    assert source.file.read_bytes() == (tmp_path / "mine" / "x" / "y.safetensors").read_bytes()
 
 
 def test_kind_of_a_file_is_known_by_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,38 +1,27 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from pipelines.parts import vae
+from diffusers import AutoencoderKL, AutoModel
 
+from models.hub import Hub, running_hub
 from sgld.config import EngineConfig, SourceConfig
 from sgld.errors import ModelError
 from sgld.models.load import load
+from sgld.models.plan import plan
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
-AddToHub = Callable[[str, Path], None]
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AddToHub:
-    """Puts a folder where the hub's client keeps what it fetched of a repository; nothing else is reached."""
-    root = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-    def add(repo_id: str, folder: Path) -> None:
-        place = root / f"models--{repo_id.replace('/', '--')}"
-        commit = "0" * 40
-        shutil.copytree(folder, place / "snapshots" / commit)
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text(commit)
-
-    return add
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(tmp_path / "hub") as hub:
+        yield hub
 
 
 def write(folder: Path, file: str, content: dict[str, Any]) -> ComponentSource:
@@ -40,33 +29,78 @@ def write(folder: Path, file: str, content: dict[str, Any]) -> ComponentSource:
     return ComponentSource(str(folder))
 
 
+def configured(model_path: Path | str, **config: Any) -> EngineConfig:
+    return EngineConfig(model_path=str(model_path), device="cpu", num_cpu_threads=1, **config)
+
+
 # diffusers passes it to the hub's client.
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
-def test_component_from_the_hub(hub: AddToHub, sdxl_folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    other = vae()
-    other.save_pretrained(tmp_path / "vae")
-    hub("me/vae", tmp_path / "vae")
-    hub("me/model", sdxl_folder)
-    paths = {"vae": "me/vae", "unet": "me/model"}
-    model = load(EngineConfig(model_path=str(sdxl_folder), device="cpu", num_cpu_threads=1, component_paths=paths))
-    assert torch.equal(next(model.pipeline.vae.parameters()), next(other.parameters()))
-    assert model.decisions["unet"] == "fp32; UNet2DConditionModel from me/model/unet"
+def test_components_from_the_hub(hub: Hub, flux2_folder: Path, tiny_autoencoder: Path) -> None:
+    """One with code of its own, as fal/FLUX.2-Tiny-AutoEncoder, and one in the place of a model."""
+    hub.put("fal/FLUX.2-Tiny-AutoEncoder", tiny_autoencoder)
+    hub.put("me/model", flux2_folder)
+    paths = {"vae": "fal/FLUX.2-Tiny-AutoEncoder", "transformer": "me/model"}
+    model = load(configured(flux2_folder, component_paths=paths, trust_remote_code=True))
+    own = AutoModel.from_pretrained(str(tiny_autoencoder), trust_remote_code=True)
+    assert torch.equal(next(model.pipeline.vae.parameters()), next(own.parameters()))
+    assert model.decisions["vae"] == "fp32; Flux2TinyAutoEncoder from fal/FLUX.2-Tiny-AutoEncoder"
+    assert model.decisions["transformer"] == "fp32; Flux2Transformer2DModel from me/model/transformer"
+    # Nothing of that model but what is used.
+    assert not [name for name in hub.asked if name.startswith("model/text_encoder")]
+    with pytest.raises(ModelError, match=r"is code of its own \(Flux2TinyAutoEncoder\); allow it with"):
+        plan(configured(flux2_folder, component_paths=paths))
 
 
-def test_model_in_a_subfolder_of_a_repository(hub: AddToHub, sdxl_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
+def test_model_in_a_subfolder_of_a_repository(hub: Hub, sdxl_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(sdxl_folder, tmp_path / "repository" / "inner")
-    hub("me/models", tmp_path / "repository")
+    (tmp_path / "repository" / "other.txt").write_text("not fetched")
+    hub.put("me/models", tmp_path / "repository", "v1")
     source = SourceConfig(model_subfolder="inner")
-    model = load(EngineConfig(model_path="me/models", device="cpu", num_cpu_threads=1, source=source))
+    model = load(configured("me/models", source=source, revision="v1"))
     own = AutoencoderKL.from_pretrained(sdxl_folder / "vae")
     assert torch.equal(next(model.pipeline.vae.parameters()), next(own.parameters()))
+    assert "models/other.txt" not in hub.asked
+    with pytest.raises(ModelError, match=r"model_index\.json of me/models can't be read"):
+        plan(configured("me/models", source=source, revision="v2"))
 
 
-@pytest.mark.usefixtures("hub")
-def test_repository_that_is_not_there_is_told() -> None:
-    with pytest.raises(ModelError, match=r"vae can't be loaded from me/nothing: there is no config\.json, or the hub"):
-        find("vae", "me/nothing", ComponentClass("diffusers", "AutoencoderKL"))
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
+def test_pipeline_code_from_the_hub(hub: Hub, sdxl_folder: Path, tmp_path: Path) -> None:
+    code = "from diffusers import StableDiffusionXLPipeline\n\nclass Own(StableDiffusionXLPipeline): ...\n"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "pipeline.py").write_text(code)
+    hub.put("me/code", tmp_path / "code")
+    source = SourceConfig(custom_pipeline="me/code")
+    model = load(configured(sdxl_folder, source=source, trust_remote_code=True))
+    assert type(model.pipeline).__name__ == "Own"
+
+
+def test_places_on_the_hub_without_the_component_are_told(hub: Hub, sdxl_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").touch()
+    hub.put("me/empty", tmp_path / "empty")
+    hub.put("me/model", sdxl_folder)
+    with pytest.raises(ModelError, match=r"vae can't be loaded from me/empty: there is no config\.json"):
+        find("vae", "me/empty", KL)
+    with pytest.raises(ModelError, match=r"transformer can't be loaded from me/model: that model has no transformer"):
+        find("transformer", "me/model", ComponentClass("diffusers", "FluxTransformer2DModel"))
+    with pytest.raises(ModelError, match="of me/nothing can't be read") as caught:
+        find("vae", "me/nothing", KL)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
+def test_hub_that_goes_away_is_told_in_one_line(
+    hub: Hub, flux2_folder: Path, tiny_autoencoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("me/vae", tiny_autoencoder)
+    # Nobody listens there; the version of code is asked for at each start.
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    config = configured(flux2_folder, component_paths={"vae": "me/vae"}, trust_remote_code=True)
+    with pytest.raises(ModelError, match="vae can't be loaded from me/vae: ") as caught:
+        load(config)
+    assert "\n" not in str(caught.value)
 
 
 KL = ComponentClass("diffusers", "AutoencoderKL")
