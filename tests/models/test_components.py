@@ -11,7 +11,7 @@ from diffusers import AutoModel, DiffusionPipeline
 from pipelines import BUILDERS
 from pipelines.parts import clip, vae
 
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, SourceConfig
 from sgld.errors import ModelError
 from sgld.models.describe import describe
 from sgld.models.load import LoadedModel, load
@@ -109,6 +109,18 @@ def test_components_of_all_kinds_come_from_other_places(sdxl_folder: Path, tmp_p
         n: type(part) for n, part in expected.components.items()
     }
     torch.testing.assert_close(pictures(pipeline, "sdxl"), pictures(expected, "sdxl"), rtol=0, atol=0)
+
+
+def test_variant_of_a_component_is_taken_if_there_is_one(sdxl_folder: Path, tmp_path: Path) -> None:
+    other = vae().half().float()
+    other.save_pretrained(tmp_path, variant="fp16")
+    (folder := tmp_path / "model").mkdir()
+    shutil.copytree(sdxl_folder, folder, dirs_exist_ok=True)
+    diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").save_pretrained(folder / "unet", variant="fp16")
+    paths = {"vae": str(tmp_path), "text_encoder": str(sdxl_folder)}
+    model = load(configured(folder, component_paths=paths, source=SourceConfig(variant="fp16")))
+    assert torch.equal(next(model.pipeline.vae.parameters()), next(other.parameters()))
+    assert model.decisions["vae"] == f"fp32; AutoencoderKL from {tmp_path} (fp16)"
 
 
 def test_component_of_another_model_is_found_in_its_place(sdxl_folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
 from pipelines import build
 
 from sgld.config import EngineConfig, SourceConfig
@@ -56,14 +56,20 @@ def test_recommended_params_come_with_the_model(sdxl_folder: Path, tmp_path: Pat
 
 
 def test_variant_and_subfolder_of_a_model(sdxl_folder: Path, tmp_path: Path) -> None:
+    """Some components have weights of the variant, others only those without a name."""
     folder = tmp_path / "inner" / "model"
     shutil.copytree(sdxl_folder, folder)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    source = SourceConfig(model_subfolder="inner/model", variant="fp16")
-    model = loaded(tmp_path, source=source)
+    DiffusionPipeline.from_pretrained(folder).unet.half().float().save_pretrained(folder / "unet", variant="fp16")
+    model = loaded(tmp_path, source=SourceConfig(model_subfolder="inner/model", variant="fp16"))
     assert model.decisions["model"] == "subfolder inner/model; variant fp16"
-    assert model.pipeline.unet is not None
+    expected = DiffusionPipeline.from_pretrained(folder, variant="fp16")
+    for name in ("unet", "vae", "text_encoder"):
+        ours, theirs = (
+            torch.nn.utils.parameters_to_vector(getattr(p, name).parameters()) for p in (model.pipeline, expected)
+        )
+        assert torch.equal(ours, theirs)
+    plain = next(loaded(folder).pipeline.unet.parameters())
+    assert not torch.equal(plain, next(expected.unet.parameters()))
     assert "variant" in failure(folder, source=SourceConfig(variant="ema"))
     assert f"{tmp_path}/outer has no model_index.json" in failure(
         tmp_path, source=SourceConfig(model_subfolder="outer")

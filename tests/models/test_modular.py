@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import ModularPipeline
+from diffusers import AutoencoderKL, ModularPipeline
 from engine.streams import completed, events_of
 from own_code import copy_code
 
@@ -67,10 +67,12 @@ async def test_modular_pipeline_runs_in_the_engine(moved: Path) -> None:
 
 
 def test_variant_of_a_component(moved: Path) -> None:
-    weights = moved / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    config = EngineConfig(model_path=str(moved), device="cpu", num_cpu_threads=1, source=SourceConfig(variant="fp16"))
-    assert load(config).pipeline.vae is not None
+    other = AutoencoderKL.from_pretrained(moved / "vae").half().float()
+    other.save_pretrained(moved / "vae", variant="fp16")
+    chosen = load(configured(moved, source=SourceConfig(variant="fp16"))).pipeline.vae
+    expected, plain = next(other.parameters()), next(load(configured(moved)).pipeline.vae.parameters())
+    assert torch.equal(next(chosen.parameters()), expected)
+    assert not torch.equal(plain, expected)
 
 
 async def test_blocks_that_come_with_the_model(moved: Path) -> None:
