@@ -42,8 +42,7 @@ function eta(request) {
   return `${seconds(Math.max(0, request.eta_s - (Date.now() - request.heardAt) / 1000))} left`;
 }
 
-function ratio(request) {
-  const { width, height } = request.params ?? {};
+function ratio({ width, height }) {
   return width && height ? Math.min(2.2, Math.max(0.5, width / height)) : 1;
 }
 
@@ -200,7 +199,8 @@ function cancelButton(request) {
 function runningView(request) {
   const tiles = request.outputs.map(() => h("div", { className: "tile" }));
   const grid = h("div", { className: "tiles" }, ...tiles);
-  grid.style.setProperty("--ratio", ratio(request));
+  const shape = (width, height) => grid.style.setProperty("--ratio", ratio({ width, height }));
+  shape(request.params?.width, request.params?.height);
   const columns = Math.ceil(Math.sqrt(tiles.length));
   grid.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
   const bar = h("progress", { max: 1, "aria-label": `Progress: ${short(request.prompt)}` });
@@ -211,7 +211,8 @@ function runningView(request) {
   function update(now) {
     now.previews.forEach((url, i) => {
       if (!url || !tiles[i]) return;
-      const image = tiles[i].querySelector("img") ?? tiles[i].appendChild(h("img", { alt: `Preview of: ${short(now.prompt)}` }));
+      const onload = (event) => shape(event.target.naturalWidth, event.target.naturalHeight);
+      const image = tiles[i].querySelector("img") ?? tiles[i].appendChild(h("img", { alt: `Preview of: ${short(now.prompt)}`, onload }));
       if (image.getAttribute("src") !== url) image.src = url;
     });
     bar.value = now.progress;
