@@ -1,0 +1,78 @@
+"""What a rank does with components that are offloaded or compiled, up to what its front hears."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from engine.streams import completed, difference, events_of, params_of, plain
+from pipelines import build
+
+from sgld.config import EngineConfig, MemoryConfig
+from sgld.engine.engine import Engine
+from sgld.events import Completed, Preview
+from sgld.models.load import LoadedModel
+from sgld.models.resolve import EMBEDDED
+from sgld.sampling_params import SamplingParams
+from sgld.testing import InlineReplica
+
+CONFIG = EngineConfig(device="cpu", merge=False)
+
+
+class Replica(InlineReplica):
+    """Serves a pipeline some of whose components are offloaded or compiled."""
+
+    def __init__(self, pipeline: Any, **changed: Any) -> None:
+        super().__init__(pipeline)
+        self._changed = changed
+
+    def _model(self, config: EngineConfig) -> LoadedModel:
+        return dataclasses.replace(super()._model(config), **self._changed)
+
+
+async def test_offloaded_components_make_the_same_pictures_and_previews() -> None:
+    pipeline, kwargs = build("pixart")
+    params = params_of(kwargs, num_previews=1)
+    expected = plain(pipeline, params)
+    replica = Replica(pipeline, offloaded=("text_encoder", "transformer", "vae"))
+    async with Engine(CONFIG, rank_factory=replica) as engine:
+        events = await events_of(engine, params)
+    assert any(isinstance(event, Preview) for event in events)
+    assert isinstance(events[-1], Completed)
+    assert difference(events[-1].frames, expected) == 0
+
+
+async def test_front_hears_that_a_component_is_not_compiled() -> None:
+    def refuse(_graph: Any, _inputs: Any) -> Any:
+        raise NotImplementedError("no compiler here")
+
+    pipeline, kwargs = build("pixart")
+    pipeline.transformer.compile(backend=refuse)
+    async with Engine(CONFIG, rank_factory=Replica(pipeline, compiled=("transformer",))) as engine:
+        await engine.ready()
+        assert engine.model is not None
+        assert engine.model.decisions == {}
+        await completed(engine, params_of(kwargs))
+        assert engine.model.decisions["transformer"].startswith("not compiled: ")
+        assert "no compiler here" in engine.model.decisions["transformer"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("by_layers", [False, True])
+async def test_offload_from_a_gpu_changes_no_picture(by_layers: bool) -> None:
+    pictures = []
+    offload = MemoryConfig(
+        text_encoder_cpu_offload=True,
+        dit_cpu_offload=not by_layers,
+        dit_layerwise_offload=by_layers,
+        vae_cpu_offload=True,
+    )
+    for memory in (MemoryConfig(), offload):
+        config = EngineConfig(model_path=str(EMBEDDED["sgld/tiny-image"]), device="cuda", memory=memory)
+        async with Engine(config, rank_factory=InlineReplica(None)) as engine:
+            params = SamplingParams(prompt="a red circle", num_inference_steps=4, num_outputs_per_prompt=2)
+            events = await events_of(engine, params)
+            pictures.append([event.frames for event in events if isinstance(event, Completed)])
+    for one, other in zip(*pictures, strict=True):
+        assert abs(one.astype(int) - other.astype(int)).max() <= 1
