@@ -182,9 +182,9 @@ def on_cpu(num_prompts: int, steps: list[int]) -> list[dict[str, Any]]:
 
 def cpu_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "Each number is a mean over the prompts; PSNR and SSIM are against the picture of that seed without a cache.",
-        "The last column: the PSNR of a picture without a cache, with as many steps as were computed. Times are CPU time of",
-        "the denoiser beside other work of the machine; those of first_block have the test of its first computed step.",
+        "Means over the prompts. PSNR and SSIM are against the picture of that seed without a cache; the last column",
+        "is the PSNR of one without a cache and with as many steps as were computed. Times are CPU time of the",
+        "denoiser, beside other work of the machine; those of first_block have the test of its first computed step.",
     ]
     for model in dict.fromkeys((row["model"], row["steps"]) for row in rows):
         lines += ["", f"## sgld/{model[0].replace('_', '-')}, {model[1]} steps", ""]
