@@ -141,7 +141,9 @@ class Residency:
         name = self._names.get(module)
         is_away = name is not None and name not in self._held
         others = [Held(n, self._weights[n].size_bytes, n in self._awaited) for n in self._held if n != name]
-        self._drop(leaving(self._weights[name].size_bytes if name and is_away else 0, others, self._free_bytes()))
+        needed = self._weights[name].size_bytes if name is not None and is_away else 0
+        # To ask a GPU takes longer than all else here.
+        self._drop(leaving(needed, others, self._free_bytes() if needed else 0))
         if name is None:
             return
         if is_away:
