@@ -128,6 +128,18 @@ def differing(calls: Sequence[Call], axes: CallAxes, digests: Digests, skip: Col
     return {trait for trait, (first, *others) in values.items() if any(other != first for other in others)}
 
 
+def to_expand(call: Call, axes: CallAxes, covered: Collection[Trait]) -> set[Path]:
+    """The scalars that get an element for each row in a forward of such calls.
+
+    :param covered: in what calls may differ. Where adapters do it is all scalars: what a layer makes of a timestep must
+        have a row for each of the call then.
+    """
+    paths = {path for path, _ in covered}
+    if ADAPTERS in covered:
+        paths |= {path for path, leaf in leaves(call.tree, axes.arguments) if _is_scalar(leaf)}
+    return paths - axes.arguments.keys()
+
+
 def merged_tree(calls: Sequence[Call], axes: CallAxes, expanded: Collection[Path]) -> Any:
     """The arguments of one forward of all calls.
 

@@ -123,7 +123,7 @@ class Executor:
         if known.is_due():
             self._max_rows.pop(key, None)  # what others took of the memory may be free again
             return self._prove(key, calls, axes, new), False, False
-        outcomes, is_timed = self._merged(key, calls, axes, {path for path, _ in known.covers})
+        outcomes, is_timed = self._merged(key, calls, axes, batch.to_expand(calls[0], axes, known.covers))
         return outcomes, True, is_timed
 
     def _singly(self, calls: Sequence[Call]) -> list[Outcome]:
@@ -207,7 +207,7 @@ class Executor:
         part = part if len(part) > 1 else list(calls[:2])
         if len(part) < len(calls):
             new = batch.differing(part, axes, self._digests, skip=self.verdicts.covered(key))
-        expanded = {path for path, _ in self.verdicts.covered(key) | new}
+        expanded = batch.to_expand(part[0], axes, self.verdicts.covered(key) | new)
         outcomes: list[Outcome] = []
         try:
             # Before the single forwards: models take things out of the dicts that they are given.

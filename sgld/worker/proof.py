@@ -10,7 +10,7 @@ from sgld.worker import batch
 from sgld.worker.axes import CallAxes, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
-from sgld.worker.trees import Path, at, leaves, opened, rebuilt
+from sgld.worker.trees import at, leaves, opened, rebuilt
 
 # A mixed batch may be this much further from single forwards than a batch of one row repeated: batching alone changes
 # the order of summation.
@@ -87,7 +87,7 @@ def culprits(
     if num_rows(one.tree, axes) != num_rows(other.tree, axes):
         suspects &= {ADAPTERS}
     mixtures = {trait: _with_trait(one, other, trait) for trait in suspects}
-    return {trait for trait, mixture in mixtures.items() if _is_wrong_with(one, mixture, axes, trait[0], pulse)}
+    return {trait for trait, mixture in mixtures.items() if _is_wrong_with(one, mixture, axes, trait, pulse)}
 
 
 def _with_trait(one: Call, other: Call, trait: Trait) -> Call:
@@ -98,10 +98,11 @@ def _with_trait(one: Call, other: Call, trait: Trait) -> Call:
     return replace(one, args=args, kwargs=kwargs)
 
 
-def _is_wrong_with(one: Call, other: Call, axes: CallAxes, path: Path, pulse: Callable[[], None]) -> bool:
+def _is_wrong_with(one: Call, other: Call, axes: CallAxes, trait: Trait, pulse: Callable[[], None]) -> bool:
     calls = [one, other]
-    mixed = batch.merged_tree(calls, axes, {path})
-    repeated = batch.merged_tree([one, one], axes, {path})
+    expanded = batch.to_expand(one, axes, {trait})
+    mixed = batch.merged_tree(calls, axes, expanded)
+    repeated = batch.merged_tree([one, one], axes, expanded)
     try:
         values = []
         for call in calls:

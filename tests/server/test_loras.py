@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from sgld.media.metadata import read_metadata
+from sgld.messages import LorasHeld
 from sgld.sampling_params import LoraChoice
 
-from .fakes import Running, running
+from .fakes import FakeEngine, Running, running
 from .test_edits import png
 
 OK = {"status": "ok"}
@@ -93,8 +96,6 @@ async def test_requests_choose_by_nickname_or_path(tmp_path: Path, folder: Path)
 
 
 async def test_files_say_which_adapters_made_them(tmp_path: Path, folder: Path) -> None:
-    from sgld.media.metadata import read_metadata
-
     path = str(folder / "a.safetensors")
     async with running(tmp_path, allow_path=(str(folder),)) as server:
         await ask(server, "set_lora", lora_nickname="a", lora_path=path, strength=0.5)
@@ -175,6 +176,18 @@ async def test_what_is_not_there_is_not_switched_or_unloaded(tmp_path: Path) -> 
         assert (await ask(server, "unmerge_lora_weights", 400, target="transformer"))["error"]["param"] == "target"
         assert (await ask(server, "unload_lora", 404, lora_nickname="a"))["error"]["code"] == "not_found"
         assert (await server.http.delete("/v1/loras/a")).status_code == 404
+
+
+async def test_what_the_rank_holds_is_told(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    held = LorasHeld(num_adapters=2, adapter_bytes=300, num_slots=3, slot_bytes=900)
+    engine.counted = msgspec.structs.replace(engine.counted, adapters=held)
+    async with running(tmp_path, engine) as server:
+        info = (await server.http.get("/server_info")).json()
+        metrics = (await server.http.get("/metrics")).text
+    assert info["lora"] == msgspec.to_builtins(held)
+    assert "sgld:lora_adapter_bytes 300.0" in metrics
+    assert "sgld:lora_slots 3.0" in metrics
 
 
 async def test_adapters_need_a_key_where_others_do(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def with_peft(pipeline: Any, paths: dict[str, Path], call: dict[str, Any], names
     return picture(pipeline(**call))
 
 
-@pytest.mark.parametrize("name", ["flux", "sd", "sdxl", "wan", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["flux", "sd", "sdxl", "wan", "qwen_image", "z_image", "modular_flux"])
 def test_requests_with_different_adapters_share_forwards(name: str, tmp_path: Path) -> None:
     pipeline, kwargs = build(name)
     paths = written(pipeline, tmp_path)
@@ -340,3 +340,20 @@ def test_quantized_layers_have_adapters_on_top(tmp_path: Path) -> None:
     for output, single in zip(together.outputs, alone, strict=True):
         torch.testing.assert_close(picture(output), picture(single.outputs[0]), rtol=0, atol=1e-4)
     assert (picture(together.outputs[0]) - picture(together.outputs[2])).abs().max() > 1e-3
+
+
+def test_each_of_two_transformers_has_its_own_adapters(tmp_path: Path) -> None:
+    pipeline, kwargs = build("wan_2_2")
+    made = [matrices(pipeline, seed, size=0.5, only=lambda name: "transformer.blocks" in name) for seed in range(2)]
+    high, low = (as_diffusers(tmp_path / f"{seed}.safetensors", layers) for seed, layers in enumerate(made))
+    own = [LoraChoice(path=str(high), target="transformer"), LoraChoice(path=str(low), target="transformer_2")]
+    call = calls("wan_2_2", kwargs)[0]
+
+    report = run_together(pipeline, [call, calls("wan_2_2", kwargs)[1]], lora=[own, []])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline.load_lora_weights(str(high), adapter_name="high")
+        pipeline.load_lora_weights(str(low), adapter_name="low", load_into_transformer_2=True)
+    expected = picture(pipeline(**calls("wan_2_2", kwargs)[0]))
+    torch.testing.assert_close(picture(report.outputs[0]), expected, rtol=0, atol=1e-5)

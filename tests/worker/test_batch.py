@@ -10,9 +10,10 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sgld.worker.axes import Batched, CallAxes, Unmergeable, with_results
-from sgld.worker.batch import clone, differing, merge_key, merged_tree, relative_error, split
+from sgld.worker.batch import ADAPTERS, clone, differing, merge_key, merged_tree, relative_error, split, to_expand
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
+from sgld.worker.slots import Applied, Slots
 from worker.requests import Doubling, call_of
 
 ROWS = CallAxes({(0, 0): Batched(0, 1)}, {(): Batched(0, 1)})
@@ -182,6 +183,25 @@ def test_scalars_that_are_equal_stay_as_they_are() -> None:
     assert differing(calls, ROWS, Digests()) == {((0, 0), "value")}
     args, _ = merged_tree(calls, ROWS, ())
     assert args[1].shape == ()
+
+
+def test_adapters_are_in_the_key_once_they_must_be_equal_and_else_a_difference() -> None:
+    slots = Slots(Doubling(), torch.device("cpu"))
+    one, other = call(X), call(X)
+    one.adapters, other.adapters = Applied(slots, "a"), Applied(slots, "b")
+    axes = CallAxes({(0, 0): Batched(0, 1)}, {})
+    assert key(one) == key(other)
+    keys = [merge_key(each, axes, {ADAPTERS}, Digests()) for each in (one, other, call(X))]
+    assert len(set(keys)) == 3
+    assert differing([one, other], axes, Digests()) == {ADAPTERS}
+    assert differing([one, one], axes, Digests()) == set()
+
+
+def test_where_adapters_may_differ_all_scalars_become_one_element_per_row() -> None:
+    axes = CallAxes({(0, 0): Batched(0, 1)}, {})
+    one = call(X, torch.tensor([1.0]), ids=torch.arange(6))
+    assert to_expand(one, axes, {((0, 0), "value")}) == set()
+    assert to_expand(one, axes, {((0, 0), "value"), ADAPTERS}) == {(0, 1)} | {ADAPTERS[0]}
 
 
 def test_what_is_known_to_differ_is_not_looked_at() -> None:
