@@ -29,8 +29,8 @@ LATER: dict[str, Later] = {
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Compilation and caches
-    "enable_cache_dit": Later("Cache-DiT for single requests", today=_OFF),
-    "enable_teacache": Later("TeaCache", today=_OFF),
+    "enable_cache_dit": Later("Cache-DiT for single requests; --cache skips steps in another way", today=_OFF),
+    "enable_teacache": Later("TeaCache; --cache with method first_block is akin to it", today=_OFF),
     "regional_compile": Later("a choice of what is compiled", today=("true", "1")),
     # Memory
     "use_fsdp_inference": Later("sharded weights", today=_OFF),
