@@ -21,6 +21,11 @@ def rows(*shape: int) -> Tensor:
     return torch.randn(*shape) * torch.logspace(-4, 2, shape[-2]).unsqueeze(-1)
 
 
+def off(result: Tensor, expected: Tensor) -> float:
+    """How far the row that is furthest off is off, as part of it."""
+    return float(((result - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
 @pytest.mark.parametrize(("quantize", "error"), [(fp8_rows, 2**-4), (int8_rows, 0.5 / 127)])
 def test_each_row_has_a_scale_of_its_own(quantize: Callable[[Tensor], tuple[Tensor, Tensor]], error: float) -> None:
     values = rows(6, 40)
@@ -39,9 +44,9 @@ def test_result_of_a_row_does_not_depend_on_its_batch(linear: nn.Linear, bits: s
     x = rows(3, 7, 48)
     together = layer(x)
     for index in range(3):
-        # The scales are the same bits; only the order of summation may differ.
-        torch.testing.assert_close(layer(x[index : index + 1]), together[index : index + 1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(layer(x[:, 2]), together[:, 2], rtol=1e-6, atol=1e-6)
+        # The scales are the same bits; only the order of summation may differ, with the number of threads, too.
+        assert off(layer(x[index : index + 1]), together[index : index + 1]) < 1e-6
+    assert off(layer(x[:, 2]), together[:, 2]) < 1e-6
 
 
 @pytest.mark.parametrize(("bits", "activations"), ALL)
