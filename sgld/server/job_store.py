@@ -185,7 +185,7 @@ class JobStore:
         newer = (
             "SELECT id, completed_at, sum(size_bytes) OVER (ORDER BY completed_at DESC, number DESC) AS total FROM job"
         )
-        expired = f"SELECT id FROM ({newer} WHERE NOT {_UNFINISHED}) WHERE completed_at < ?1 OR total > ?2"
+        expired = f"SELECT id FROM ({newer} WHERE NOT {_UNFINISHED}) WHERE completed_at < ? OR total > ?"
         return await self._select(f"WHERE id IN ({expired})", ended_before, max_bytes)
 
     async def _select(self, condition: str, *values: Any) -> list[Job]:
