@@ -122,7 +122,7 @@ class Bench:
         self._measure(name, run)
         moved.make_room(torch.nn.Module())
         if compiles:
-            decompile(parts["transformer"])
+            decompile(parts["transformer"].modules())
         if "layerwise" not in chosen.values():  # those are on the CPU
             self.pipeline.to("cpu")
         self._clear()

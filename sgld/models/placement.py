@@ -1,6 +1,6 @@
 """Components go where the plan has them, and denoisers are compiled where that is asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def compile_components(components: Mapping[str, Any]) -> None:
             component.compile(dynamic=True)
 
 
-def decompile(component: nn.Module) -> None:
-    """Undo `compile_components` for one of them."""
-    for part in component.modules():
+def decompile(parts: Iterable[nn.Module]) -> None:
+    """Undo `compile_components` for the modules of one of them."""
+    for part in parts:
         part._compiled_call_impl = None

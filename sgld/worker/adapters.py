@@ -14,6 +14,7 @@ from sgld.errors import InvalidRequest
 from sgld.messages import LorasHeld
 from sgld.models.lora import Adaptable, Adapter, LoraLayer, read
 from sgld.models.lora_files import identity_now
+from sgld.models.resolve import one_line
 from sgld.sampling_params import LoraChoice
 from sgld.worker.slots import Applied, Slots
 
@@ -253,6 +254,9 @@ class Adapters:
                 result: Adapter | InvalidRequest = self._read(source.path, self._model, source.alpha)
             except InvalidRequest as error:
                 result = error
+            except Exception as error:  # noqa: BLE001 - the thread's boundary: without it nothing is read any more
+                problem = f"{type(error).__name__}: {one_line(error)}"
+                result = InvalidRequest(f"the LoRA adapter {source.path!r} can't be read: {problem}", "lora")
             self._read_ones.append(Loaded(source, result))
 
 

@@ -34,10 +34,10 @@ class Admission:
         """Forget a request that waits; false if it doesn't."""
         return self._waiting.pop(request_id, None) is not None
 
-    def look(self, *, can_install: bool) -> list[Loaded]:
+    def look(self, *, can_install: Callable[[], bool]) -> list[Loaded]:
         """Start all that can be started.
 
-        :param can_install: components may be changed now.
+        :param can_install: components may be changed now; one that is started may put an end to that.
         :return: the adapters that were read meanwhile.
         """
         read = self._adapters.collect()
@@ -47,7 +47,7 @@ class Admission:
             if own:
                 self._end(request_id, own[0])
             else:
-                self._try(request_id, params, can_install)
+                self._try(request_id, params, can_install())
         if read:
             self._adapters.trim(source_of(c) for params in self._waiting.values() for c in params.lora or ())
         return read

@@ -83,6 +83,10 @@ class Split:
             self._module._compiled_call_impl = compiled
             self._pass = None
 
+    def learn_from(self, other: "Split") -> None:
+        """Know of the same blocks what another one knows, which has watched them."""
+        self._forms = other._forms
+
     def run(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Block `index` is called."""
         one, form = self._pass, self._forms[index]
@@ -103,6 +107,8 @@ class _Watched(nn.Module):
     def __init__(self, split: Split, index: int, block: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(_split=split, _index=index, _block=block)
+        # Whoever moves or casts the weights of the model meanwhile finds those of the block, too.
+        self.__dict__.update({name: vars(block)[name] for name in ("_parameters", "_buffers", "_modules")})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._split.run(self._index, self._block, args, kwargs)

@@ -70,9 +70,12 @@ def answered(calls: Sequence[Call], num_rows: Sequence[int], forward: Forward) -
 
 
 def _passed(members: Sequence[Member], skips: bool | None, forward: Forward) -> tuple["_Pass", list[Any]]:
-    one = _Pass(members, skips)
-    with members[0].site.split.during(one):
-        return one, forward([member.call for member in members])
+    one, split = _Pass(members, skips), members[0].site.split
+    with split.during(one):
+        values = forward([member.call for member in members])
+    for member in members:
+        member.site.split.learn_from(split)
+    return one, values
 
 
 def _parted(members: Sequence[Member], skips: Sequence[bool], forward: Forward) -> list[Any]:

@@ -155,7 +155,7 @@ class Rank:
 
     def _look_at_adapters(self) -> None:
         """Start requests whose adapters are there, and tell what was read."""
-        for loaded in self._admission.look(can_install=not self._session.is_exclusive):
+        for loaded in self._admission.look(can_install=lambda: not self._session.is_exclusive):
             self._tell_loaded(loaded)
         held = self._adapters.held()
         if held != self._told_loras:

@@ -147,7 +147,7 @@ class Residency:
         if name is None:
             return
         if is_away:
-            self._weights[name].bring()
+            self._bring(name)
         self._held[name] = None
         self._held.move_to_end(name)
 
@@ -156,6 +156,13 @@ class Residency:
         others = [name for name in self._held if name != self._names.get(module)]
         self._drop(others)
         return bool(others)
+
+    def _bring(self, name: str) -> None:
+        try:
+            self._weights[name].bring()
+        except torch.OutOfMemoryError:
+            self._weights[name].drop()  # what had room
+            raise
 
     def _drop(self, names: Sequence[str]) -> None:
         for name in names:

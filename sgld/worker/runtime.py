@@ -40,6 +40,8 @@ class Runtime:
         self.num_compilations = 0
         """Forwards in which something was compiled took longer than the next ones will."""
         self._compiled = compiled or {}
+        self._parts = {module: tuple(module.modules()) for module in self._compiled}
+        """Of these; a step cache has others in the place of blocks now and then."""
         self._proven: set[nn.Module] = set()
         """Compiled components that have run."""
         self._eager: set[tuple[nn.Module, str]] = set()
@@ -60,7 +62,6 @@ class Runtime:
 
         :param dtype: compute in it, whatever the weights are kept in.
         """
-        self.residency.bring(module)
         tree, precision = (args, kwargs), dtype or dtype_of(module)
         if (module, method) in self._casts:
             tree = cast(tree, precision)
@@ -94,6 +95,7 @@ class Runtime:
     def _invoked(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
         function = module if method == "forward" else getattr(module, method)
         args, kwargs = tree
+        self.residency.bring(module)
         is_eager = (module, _form(method, tree)) in self._eager if self._eager else False
         with computing_in(module, dtype), _eager() if is_eager else contextlib.nullcontext():
             result = function(*args, **kwargs)
@@ -123,7 +125,7 @@ class Runtime:
             self._eager.add((module, _form(method, tree)))
             note = f"some calls run without compilation: {problem}"
         else:
-            decompile(module)
+            decompile(self._parts.pop(module))
             del self._compiled[module]
             note = f"not compiled: {problem}"
         logger.warning("%s: %s", name, note)

@@ -109,8 +109,12 @@ class Task:
     def answer(self, call: Call, outcome: Outcome) -> None:
         """Give the task the outcome of one of its calls; it takes note when it runs."""
         del self._calls[call.id]
-        if isinstance(outcome, Value):
-            call.answered(outcome.value)
+        try:
+            if isinstance(outcome, Value):
+                call.answered(outcome.value)
+        except Exception as error:  # noqa: BLE001 - memory may be too small for what a step cache keeps: its task's problem
+            forget_locals(error)
+            outcome = Raised(error)
         self._outcomes[call.id] = outcome
 
     def advance(self, outcome: Outcome | None = None) -> None:

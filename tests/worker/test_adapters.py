@@ -171,7 +171,7 @@ class Desk:
         self.look()
 
     def look(self, *, can_install: bool = True) -> None:
-        self.admission.look(can_install=can_install)
+        self.admission.look(can_install=lambda: can_install)
 
     def settle(self) -> None:
         """Until all that was asked for is read."""
@@ -239,6 +239,35 @@ def test_nothing_is_installed_while_a_component_belongs_to_one_task(desk: Desk, 
     assert not desk.started
     desk.look()
     assert "x" in desk.started
+
+
+def test_nothing_is_installed_beside_one_that_took_a_component_when_it_started(
+    desk: Desk, paths: dict[str, Path]
+) -> None:
+    desk.add("x", choice(paths, "a"))
+    desk.add("y", choice(paths, "b"))
+    desk.read.go.set()
+    while desk.adapters.is_loading:
+        desk.admission.look(can_install=lambda: not desk.started)
+    assert list(desk.started) == ["x"]
+    desk.look()
+    assert list(desk.started) == ["x", "y"]
+
+
+def test_whatever_reading_raises_others_are_read_after_it(
+    desk: Desk, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_args: Any) -> Adapter:
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.setattr(desk.adapters, "_read", unreachable)
+    desk.add("x", LoraChoice(path="owner/name"))
+    desk.settle()
+    assert str(desk.failed["x"]) == "the LoRA adapter 'owner/name' can't be read: RuntimeError: no route"
+    monkeypatch.setattr(desk.adapters, "_read", desk.read)
+    desk.add("y", choice(paths, "a"))
+    desk.settle()
+    assert "y" in desk.started
 
 
 def test_a_changed_file_is_read_again(desk: Desk, flux: Any, tmp_path: Path) -> None:

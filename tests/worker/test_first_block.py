@@ -1,6 +1,7 @@
 """First-block caching: against diffusers' own, and what isn't cached so."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,3 +138,35 @@ def test_change_that_is_not_a_number_is_computed() -> None:
     call.site.residuals.head.zero_()
 
     assert answered([call], [1], forward)[1] == 0
+
+
+def merged(calls: Sequence[Call]) -> list[Any]:
+    """One forward of calls with one row each."""
+    kwargs = {
+        name: value if name.endswith("ids") or name == "return_dict" else torch.cat([c.kwargs[name] for c in calls])
+        for name, value in calls[0].kwargs.items()
+    }
+    return list(calls[0].run((), kwargs)[0].split(1))
+
+
+def test_request_that_never_ran_alone_can_skip_alone() -> None:
+    first = flux_call()
+    second = replace(first, site=FirstBlockSite(1, 100, threshold=0.1, split=Split(first.module)))
+    (_, computed), num_skipped = answered([first, second], [1, 1], merged)
+    assert num_skipped == 0
+    (value,), num_skipped = answered([second], [1], merged)
+    assert num_skipped == 1
+    torch.testing.assert_close(value, computed, rtol=0, atol=1e-5)
+
+
+def test_weights_of_watched_blocks_are_those_of_the_model() -> None:
+    call = flux_call()
+    assert call.site is not None
+    names = [name for name, _ in call.module.named_parameters()]
+
+    def looking(calls: Sequence[Call]) -> list[Any]:
+        assert [name for name, _ in call.module.named_parameters()] == names
+        return forward(calls)
+
+    assert answered([call], [1], looking)[1] == 0
+    assert answered([call], [1], looking)[1] == 1

@@ -12,6 +12,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from sgld.messages import Pending
+from sgld.sampling_params import FirstBlockCache
+from sgld.testing import run_together
 from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
@@ -204,6 +206,42 @@ def test_pipelines_are_told_where_components_compute_not_where_they_wait() -> No
     assert bound._execution_device == bound.device == bound.vae.device == torch.device("meta")
     release(bound)
     task.cancel()
+
+
+def test_offloaded_denoiser_comes_whole_for_a_step_cache() -> None:
+    pipeline, kwargs = build("flux")
+    cache = FirstBlockCache(threshold=10, warmup_steps=1, max_skips=1)
+
+    def made(runtime: Runtime | None) -> torch.Tensor:
+        (output,) = run_together(pipeline, [request("flux", 0, kwargs)], caches=[cache], runtime=runtime).outputs
+        return picture(output)
+
+    expected = made(None)
+    residency, _ = poisoned(pipeline, "transformer")
+    assert torch.equal(made(Runtime(residency)), expected)
+
+
+class TooLarge(Poisoned):
+    """Weights for which there is no room while others are there."""
+
+    others: Residency
+
+    def bring(self) -> None:
+        super().bring()
+        if len(self.others.held) > 0:
+            raise torch.OutOfMemoryError("out of memory")
+
+
+def test_where_a_component_has_no_room_after_all_the_others_leave() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    large = TooLarge(other)
+    large.others = residency = Residency(CPU, {"one": (one, Poisoned(one)), "other": (other, large)}, lambda: 2**40)
+    runtime = Runtime(residency)
+    residency.expect([one, other])
+    residency.bring(one)
+    assert runtime.run(other, "forward", (torch.ones(1, 2),), {}).isfinite().all()
+    assert (residency.held, large.num_brought) == (("other",), 2)
+    assert one.weight.isnan().all()
 
 
 def test_text_that_was_encoded_before_brings_no_encoder() -> None:

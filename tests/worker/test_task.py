@@ -117,6 +117,19 @@ def test_error_of_a_call_is_raised_inside_the_task() -> None:
     assert task.end == Value("seen: 'x'")
 
 
+def test_what_is_kept_of_a_result_may_fail_for_its_task_only() -> None:
+    call = call_of(Doubling(), torch.ones(1))
+
+    def full(_value: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    call.answered = full
+    task = running(lambda task: task.hand_over(call))
+    task.advance(Value(torch.ones(1)))
+    assert isinstance(task.end, Raised)
+    assert isinstance(task.end.error, torch.OutOfMemoryError)
+
+
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), SystemExit(3)])
 def test_whatever_the_body_raises_is_the_end_of_the_task(error: BaseException) -> None:
     def body(_task: Task) -> None:
