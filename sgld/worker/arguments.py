@@ -28,6 +28,8 @@ _NAMED = (
 )
 # How a result comes back, how many there are, where noise comes from, and functions, which JSON doesn't have.
 _OWNED = re.compile(r"output_type|return_dict|generator|callback\w*|num_\w+_per_prompt")
+# Pipelines, and image processors of transformers, take text there for a file or URL, and read it, whoever wrote it.
+_MEDIA = re.compile(r"(.*_)?(audio|frame|image|img|mask|picture|video)s?(_\d+)?|(.*_)?(file|path|url)s?")
 
 
 def arguments(
@@ -106,7 +108,7 @@ def _video(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any
 
 
 def _extra(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any]:
-    for name in params.diffusers_kwargs:
+    for name, value in params.diffusers_kwargs.items():
         if _OWNED.fullmatch(name):
             raise InvalidRequest(f"diffusers_kwargs.{name} is set by sgld itself; leave it out", "diffusers_kwargs")
         if name in params.__struct_fields__:
@@ -117,7 +119,16 @@ def _extra(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any
             raise InvalidRequest(
                 f"diffusers_kwargs.{name}: the pipeline has no such parameter{hint}", "diffusers_kwargs"
             )
+        if _MEDIA.fullmatch(name) and _has_text(replaced(value, lambda _: None)):
+            raise InvalidRequest(
+                f'diffusers_kwargs.{name} holds text; a picture is written as {{"$image": "..."}}', "diffusers_kwargs"
+            )
     return params.diffusers_kwargs
+
+
+def _has_text(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, str) or any(map(_has_text, parts))
 
 
 def _generator(params: SamplingParams) -> torch.Generator:

@@ -104,6 +104,18 @@ def test_further_arguments_that_can_not_be_given_are_refused(name: str, message:
     assert caught.value.param == "diffusers_kwargs"
 
 
+@pytest.mark.parametrize("value", ["/etc/hostname", ["http://127.0.0.1/x.png"], [{"url": "x.png"}], "data:,x"])
+def test_text_in_the_place_of_a_picture_is_refused_as_pipelines_may_read_it_as_a_file(value: Any) -> None:
+    with pytest.raises(InvalidRequest, match="last_image holds text; a picture is written as") as caught:
+        made("wan_i2v", prompt="a cat", diffusers_kwargs={"last_image": value})
+    assert caught.value.param == "diffusers_kwargs"
+
+
+def test_references_to_pictures_may_be_anywhere() -> None:
+    kwargs = {"last_image": [{"$image": "/somewhere.png", "mode": "L"}]}
+    assert made("wan_i2v", prompt="a cat", diffusers_kwargs=kwargs).items() >= kwargs.items()
+
+
 def test_steps_come_from_the_arguments_or_the_signature() -> None:
     pipeline, _ = build("flux")
     assert num_steps(pipeline, {"num_inference_steps": 4}) == 4
