@@ -9,6 +9,7 @@ from starlette.requests import Request
 from sgld.server.auth import owner_of
 from sgld.server.errors import ApiError
 from sgld.server.job_store import Asked, Job, KeyReused
+from sgld.server.loras import with_adapters
 from sgld.server.services import services_of
 
 _MAX_CHARS = 255
@@ -27,15 +28,17 @@ def idempotency_key(request: Request) -> str | None:
 
 
 async def submit_job(request: Request, kind: str, asked: Asked) -> Job:
-    """Accept a job, or find the one that the client's key stands for.
+    """Accept a job with the adapters that it gets, or find the one that the client's key stands for.
 
     :raises ApiError: the key stands for another one.
     :raises SgldError: the job is refused.
     """
-    key = idempotency_key(request)
+    key, services = idempotency_key(request), services_of(request)
+    # Of what was said: when it is said again, others may be active.
     body_hash = await run_sync(_hash, request.url.path, asked) if key is not None else None
+    asked = msgspec.structs.replace(asked, params=await with_adapters(services, asked.params))
     try:
-        return await services_of(request).jobs.submit(kind, owner_of(request), asked, key=key, body_hash=body_hash)
+        return await services.jobs.submit(kind, owner_of(request), asked, key=key, body_hash=body_hash)
     except KeyReused:
         message = f"the Idempotency-Key {key!r} was used for another request; choose a new one"
         raise ApiError(422, message, "idempotency_key_reused", param="Idempotency-Key") from None

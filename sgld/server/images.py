@@ -164,13 +164,13 @@ async def _answer_in_our_words(request: Request, asked: ImageRequest, verb: _Ver
     services, owner = services_of(request), owner_of(request)
     check_limits(asked.params, services.config)
     await check_sources(asked.params, services.config)
-    asked = msgspec.structs.replace(asked, params=await with_adapters(services, asked.params))
     if idempotency_key(request) is not None or not asked.options.wait:
         return await _answer_job(request, asked, verb)
+    params = await with_adapters(services, asked.params)
     work = ImageWork(services, asked.options)
 
     async def submit() -> LiveRequest:
-        return await services.requests.submit(asked.params, kind=KIND, owner=owner, finish=work.finish)
+        return await services.requests.submit(params, kind=KIND, owner=owner, finish=work.finish)
 
     if asked.options.stream:
         live = await unless_gone(request, submit)

@@ -21,7 +21,6 @@ from sgld.server.idempotency import submit_job
 from sgld.server.job_store import Asked, Job, StoredFile
 from sgld.server.jobs import RunningJob
 from sgld.server.limits import check_limits, check_sources, number_in
-from sgld.server.loras import with_adapters
 from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
 from sgld.server.schemas import in_words
@@ -59,7 +58,6 @@ async def create(request: Request) -> Response:
     with in_words(asked.words):
         check_limits(params, services.config)
         await check_sources(params, services.config)
-        params = await with_adapters(services, params)
         return await _accept(request, Asked(params=params, options=options, model_path=model_path))
 
 

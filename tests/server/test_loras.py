@@ -95,6 +95,22 @@ async def test_requests_choose_by_nickname_or_path(tmp_path: Path, folder: Path)
     assert [choice.path for choice in lora[1]] == [path]
 
 
+async def test_a_request_that_is_sent_again_is_the_same_job_whatever_is_active_then(
+    tmp_path: Path, folder: Path
+) -> None:
+    paths = [str(folder / f"{name}.safetensors") for name in "ab"]
+    headers, body = {"idempotency-key": "k"}, {"prompt": "x"}
+    async with running(tmp_path, allow_path=(str(folder),)) as server:
+        await ask(server, "set_lora", lora_nickname="a", lora_path=paths[0])
+        first = await server.http.post("/v1/images/generations", json=body, headers=headers)
+        await ask(server, "set_lora", lora_nickname="b", lora_path=paths[1])
+        again = await server.http.post("/v1/images/generations", json=body, headers=headers)
+        got = [[choice.nickname for choice in params.lora or ()] for params in server.engine.params]
+
+    assert again.json()["id"] == first.json()["id"]
+    assert got == [["a"]]
+
+
 async def test_files_say_which_adapters_made_them(tmp_path: Path, folder: Path) -> None:
     path = str(folder / "a.safetensors")
     async with running(tmp_path, allow_path=(str(folder),)) as server:
