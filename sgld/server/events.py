@@ -195,6 +195,8 @@ class _Reader:
                     self._feed.num_lost += 1
                     for piece in self._snapshot(watcher):
                         yield piece
+                    if ends_with_request and self._has_ended():
+                        watcher.close()
                     continue
                 yield await chunk.encoded()
                 if ends_with_request and any(_is_end(news) for news in chunk.news):

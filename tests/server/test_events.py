@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2
 import msgspec
 import pytest
+
+from sgld.server import watcher as watcher_module
+from sgld.server.auth import ANYBODY
+from sgld.server.events import _Reader
 
 from .fakes import Running, running
 from .test_images import error_of
@@ -190,6 +195,30 @@ async def test_a_stream_of_one_request_ends_with_it(tmp_path: Path) -> None:
     assert "request.queued" not in names
     assert completed["id"] == request_id
     assert ended["requests"][0]["status"] == "completed"
+
+
+async def test_a_stream_of_one_request_ends_when_its_end_is_only_in_a_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as server:
+        request_id = (await server.post(prompt="wait", **NO_WAIT)).json()["id"]
+        stream = _Reader(server.services, ANYBODY, request_id, watcher_module.EVENT_NAMES).read(
+            None, ends_with_request=True
+        )
+        heard = await anext(stream)
+        server.services.feed.announce_shutdown()
+        while b"server.shutdown" not in heard:
+            heard += await anext(stream)
+        monkeypatch.setattr(watcher_module, "MAX_NEWS", 2)
+        server.engine.go.set()
+        await server.services.requests.wait_idle()
+        for _ in range(3):
+            await server.post(prompt="another")
+        with anyio.fail_after(10):
+            pieces = [piece async for piece in stream]
+
+    assert b'"status":"completed"' in pieces[-1]
+    assert pieces[-1].startswith(b"event: snapshot")
 
 
 async def test_who_comes_back_to_a_request_that_is_over_hears_its_end_once(tmp_path: Path) -> None:
