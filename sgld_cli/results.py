@@ -8,6 +8,7 @@ from typing import Any, assert_never
 import msgspec
 
 from sgld import __version__
+from sgld.config import EngineConfig
 from sgld.events import Completed
 from sgld.media.audio import write_audio
 from sgld.media.files import (
@@ -197,12 +198,12 @@ class Files:
 
     def _metadata(self, params: SamplingParams, completed: Completed) -> dict[str, Any]:
         """What repeats this output; defaults of the model stay open, so that they are looked up again."""
-        engine = flat(self._settings.engine)
+        engine, default = flat(self._settings.engine), flat(EngineConfig())
         chosen = msgspec.to_builtins(msgspec.structs.replace(params, seed=completed.seed))
         return {
             "version": __version__,
             "model_path": self._settings.engine.model_path,
-            **{name: engine[name] for name in ENGINE_METADATA if engine[name]},
+            **{name: engine[name] for name in ENGINE_METADATA if engine[name] != default[name]},
             "params": {n: value for n, value in chosen.items() if value is not None and n in repeatable()},
         }
 

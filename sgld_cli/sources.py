@@ -10,7 +10,9 @@ from sgld_cli.options import UsageError, options_by_name
 ENGINE_METADATA = (
     *("revision", "component_paths", "model_subfolder", "variant", "single_file_config", "pipeline_class_name"),
     *("custom_pipeline", "dit_precision", "vae_precision", "text_encoder_precision", "vae_tiling", "vae_slicing"),
-    *("scheduler", "scheduler_config", "boundary_ratio", "embedded_cfg_scale"),
+    *("scheduler", "scheduler_config", "boundary_ratio", "embedded_cfg_scale", "transformer_weights_path"),
+    *("transformer_2_weights_path", "unet_weights_path", "quantization", "quantization_ignored_layers"),
+    *("backend", "cache_dit_config", "lora_partial"),
 )
 """Settings of the engine that change the pixels, hence belong to what repeats a picture."""
 

@@ -114,6 +114,16 @@ def test_metadata_repeats_the_output(sgld: Sgld, engines: Engines) -> None:
     assert Path(first).read_bytes() == Path(second).read_bytes()
 
 
+def test_what_the_engine_made_of_weights_is_repeated_and_values_that_are_zero(sgld: Sgld, engines: Engines) -> None:
+    (path,) = sgld(
+        "generate", "--prompt", "a", "--quantization", "int8", "--quantization-ignored-layers", "proj_out",
+        "--transformer-weights-path", "w", "--boundary-ratio", "0", "--embedded-cfg-scale", "0", "--vae-path", "v",
+    ).out  # fmt: skip
+    sgld("generate", "--from", path)
+    before, after = engines.made
+    assert after.config == before.config
+
+
 def test_when_an_output_was_wanted_is_not_repeated(sgld: Sgld, engines: Engines) -> None:
     (path,) = sgld("generate", "--prompt", "a", "--priority", "7", "--deadline-s", "60", "--exact").out
     assert {"priority", "deadline_s"}.isdisjoint(read_metadata(Path(path))["params"])
