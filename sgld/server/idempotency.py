@@ -36,7 +36,9 @@ async def submit_job(request: Request, kind: str, asked: Asked) -> Job:
     key, services = idempotency_key(request), services_of(request)
     # Of what was said: when it is said again, others may be active.
     body_hash = await run_sync(_hash, request.url.path, asked) if key is not None else None
-    asked = msgspec.structs.replace(asked, params=await with_adapters(services, asked.params))
+    params = await with_adapters(services, asked.params)
+    # Whoever is told none now has none, also when the job runs after a restart with others.
+    asked = msgspec.structs.replace(asked, params=msgspec.structs.replace(params, lora=params.lora or ()))
     try:
         return await services.jobs.submit(kind, owner_of(request), asked, key=key, body_hash=body_hash)
     except KeyReused:

@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -317,7 +317,7 @@ class _Output:
         self._previewer.watch(task, bound, real, self._num_previews, self._preview)
         self._video_processor = getattr(bound, "video_processor", None)
         if can_stream(real) and self._video_processor is not None:
-            enter_around(vae, "decode", lambda: streamed(real, self._stream))
+            enter_around(vae, "decode", lambda: self._streaming(real))
 
     def finish(self, result: Any) -> None:
         """In the task's thread: send what wasn't sent while it was decoded."""
@@ -343,6 +343,17 @@ class _Output:
 
     def _preview(self, step: int, picture: Any) -> None:
         self._results.preview(self._request_id, step, picture)
+
+    @contextmanager
+    def _streaming(self, vae: Any) -> Iterator[None]:
+        """Around a decode. One that fails for want of memory runs again: its frames replace those that were sent."""
+        num_sent = len(self._streamed)
+        try:
+            with streamed(vae, self._stream):
+                yield
+        except BaseException:
+            del self._streamed[num_sent:]
+            raise
 
     def _stream(self, samples: torch.Tensor) -> None:
         """In the executor's thread: frames that were just decoded, (B, 3, F, H, W) in [-1, 1]."""

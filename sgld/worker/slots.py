@@ -311,7 +311,8 @@ def _forward_of(layer: _Layer) -> Any:
     def forward(_module: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return layer.run(x, *args, **kwargs)
 
-    return forward
+    # Compiled code would be made anew for each combination of slots; so a layer with adapters is not part of it.
+    return torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
 
 
 def _sum(base: torch.Tensor | None, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -111,6 +111,12 @@ async def test_a_request_that_is_sent_again_is_the_same_job_whatever_is_active_t
     assert got == [["a"]]
 
 
+async def test_a_job_that_came_while_none_were_active_has_none(tmp_path: Path, folder: Path) -> None:
+    async with running(tmp_path, allow_path=(str(folder),)) as server:
+        await server.http.post("/v1/images/generations", json={"prompt": "x"}, headers={"idempotency-key": "k"})
+        assert [params.lora for params in server.engine.params] == [()]
+
+
 async def test_files_say_which_adapters_made_them(tmp_path: Path, folder: Path) -> None:
     path = str(folder / "a.safetensors")
     async with running(tmp_path, allow_path=(str(folder),)) as server:

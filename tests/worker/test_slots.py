@@ -65,6 +65,38 @@ def test_each_row_has_the_adapters_of_its_request(name: str) -> None:
 
 
 @torch.no_grad()
+def test_compiled_code_stays_the_same_whatever_slots_are_selected() -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.last(self.first(x).relu()).relu()
+
+    component = Block()
+    slots, x = Slots(component, CPU), torch.randn(2, 6)
+    for key in "abc":
+        slots.put(key, {"last": [(layer(component.last, 3), 1.0)]})
+    compiled = torch.compile(component, backend=backend)
+    results, num_graphs = [], []
+    for key in "abc":
+        with selected([(Applied(slots, key), 2)]):
+            results.append((compiled(x), component(x)))
+        num_graphs.append(len(graphs))
+
+    for result, expected in results:
+        torch.testing.assert_close(result, expected)
+    assert num_graphs[0] == num_graphs[-1] > 0
+
+
+@torch.no_grad()
 def test_other_slots_do_not_change_a_bit_of_a_single_forward() -> None:
     component = nn.ModuleDict({"layer": nn.Linear(6, 5)})
     module, x = component["layer"], torch.randn(2, 7, 6)
