@@ -69,8 +69,7 @@ class RankEnd(Generic[SendT, ReceiveT]):
 
     def send_all(self, messages: Sequence[SendT]) -> None:
         """Send messages in order, as one where they fit: the peer is woken once. Raises what `send` does."""
-        data = self._encoder.encode(messages)
-        if len(messages) > 1 and len(data) <= MAX_MESSAGE_BYTES:
+        if len(messages) > 1 and len(data := self._encoder.encode(messages)) <= MAX_MESSAGE_BYTES:
             self._send(data)
         else:
             for message in messages:
