@@ -7,9 +7,7 @@ forwards one after the other; the engine finds out by itself what pays. Of each 
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import anyio
+import reports
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
@@ -118,11 +117,9 @@ def main() -> None:
                 {"size": name, "plain": plain_step_ms(folder, size, args.steps, args.device), "engine": engine_ms}
             )
             print(rows[-1], flush=True)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     report = {
         "command": " ".join(["python", "bench/guided.py", *sys.argv[1:]]).partition(" --out")[0],
-        "machine": f"{where}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        **reports.where(args.device),
         "rows": rows,
     }
     lines = ["# Two forwards of a lone request's step as one", "", f"`{report['command']}`", ""]
@@ -130,8 +127,7 @@ def main() -> None:
     lines += ["", "| size | plain pipeline | engine, request by request |", "|---|---|---|"]
     lines += [f"| {r['size']} | {r['plain']:.1f} | {', '.join(f'{ms:.1f}' for ms in r['engine'])} |" for r in rows]
     if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        reports.write(args.out, report, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

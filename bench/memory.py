@@ -13,15 +13,12 @@ H100 it should take three minutes; the report is written after each row.
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="sgld-bench-")
 
 import anyio
 import msgspec
+import reports
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -244,12 +242,10 @@ def main() -> None:
     torch.set_grad_enabled(False)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     bench = Bench(device, TINY if args.tiny else REAL, 2 if args.tiny else args.steps, 64 if args.tiny else 1024)
-    where = torch.cuda.get_device_name() if bench.is_gpu else f"{os.cpu_count()} cores, {platform.machine()}"
     sizes = {n: sum(p.nbytes for p in bench.pipeline.components[n].parameters()) / 1e9 for n in ROLES}
     report = {
         "command": " ".join(["python", "bench/memory.py", *sys.argv[1:]]).partition(" --out")[0],
-        "machine": f"{where}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        **reports.where(args.device),
         "served_difference": served_difference(args.device),
         "weights": ", ".join(f"{name} {size:.1f} GB" for name, size in sizes.items()),
     }
@@ -258,8 +254,7 @@ def main() -> None:
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             rows = [msgspec.to_builtins(row) for row in bench.rows]
-            args.out.with_suffix(".json").write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
-            args.out.with_suffix(".md").write_text(table(report, bench.rows))
+            reports.write(args.out, report | {"rows": rows}, table(report, bench.rows))
 
     everything = MemoryConfig(text_encoder_cpu_offload=True, dit_cpu_offload=True, vae_cpu_offload=True)
     runs: list[Callable[[], None]] = [

@@ -13,12 +13,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import anyio
 import msgspec
+import reports
 import torch
 from diffusers import DiffusionPipeline
 
@@ -316,12 +315,10 @@ def main() -> None:
         small = Case(name="", model_path=folder, size=max(args.sizes, default=0))
         cases += [heavier(Path(temporary) / "model", small, args.device, args.step_ms)] if cases else []
         rows = [anyio.run(measured, case, args, Path(temporary) / "trace.json") for case in cases]
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     report = {
         "command": f"python bench/overhead.py --repeats {args.repeats} --device {args.device} --threads {args.threads}"
         f" --sizes {' '.join(map(str, args.sizes))}".rstrip(),
-        "machine": f"{where}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        **reports.where(args.device),
         "load": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after",
         "tick_cpu_ms": round(tick_ms, 3),
         "rows": [
@@ -330,8 +327,7 @@ def main() -> None:
     }
     print(table(rows, report))
     if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text(table(rows, report))
+        reports.write(args.out, report, table(rows, report))
 
 
 if __name__ == "__main__":

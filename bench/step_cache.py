@@ -12,7 +12,6 @@ times count, and first blocks skip as often as they may.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import anyio
 import msgspec
+import reports
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from torch import nn
@@ -317,18 +317,15 @@ def main() -> None:
     else:
         rows = on_cpu(args.prompts, args.steps)
         table = cpu_table(rows)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     report = {
         "command": " ".join(["python", "bench/step_cache.py", *sys.argv[1:]]).partition(" --out")[0],
-        "machine": f"{where}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        **reports.where(args.device),
         "rows": rows,
     }
     lines = ["# What step caches cost and save", "", f"`{report['command']}`", ""]
     lines += [f"{report['machine']}; torch {version('torch')}, diffusers {version('diffusers')}.", "", *table]
     if args.out:
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        args.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        reports.write(args.out, report, "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -21,8 +21,8 @@ from sgld.sampling_params import SamplingParams
 from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code
 from sgld_cli.progress import Display, Output, duration, open_display, print_result
 from sgld_cli.results import Files, Result, Timings, result_of
-from sgld_cli.settings import Setting, Settings, accept, build, merge, show
-from sgld_cli.sources import read_config, read_picture
+from sgld_cli.settings import Setting, Settings, accept, build, given, merge, show
+from sgld_cli.sources import read_picture
 
 
 class Generates(Protocol):
@@ -56,9 +56,7 @@ def run(args: argparse.Namespace, engine_class: EngineFactory | None = None) -> 
 
 def _sources(args: argparse.Namespace) -> Iterator[dict[str, Setting]]:
     """What was given, the strongest source first."""
-    yield accept(vars(args).get("given", {}), "flag")
-    if args.config:
-        yield accept(read_config(Path(args.config)), args.config)
+    yield from given(args)
     if args.picture:
         yield accept(read_picture(Path(args.picture)), args.picture)
 

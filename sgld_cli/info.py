@@ -2,15 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from sgld.config import EngineConfig
 from sgld.models.describe import Description, describe
 from sgld_cli.progress import print_result
-from sgld_cli.settings import accept, fill, merge
-from sgld_cli.sources import read_config
+from sgld_cli.settings import fill, given, merge
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,10 +17,7 @@ def run(args: argparse.Namespace) -> int:
     :raises UsageError: a setting can't be used.
     :raises ModelError: the model can't be found or read.
     """
-    sources = [accept(vars(args).get("given", {}), "flag")]
-    if args.config:
-        sources.append(accept(read_config(Path(args.config)), args.config))
-    config = fill(EngineConfig, {name: setting.value for name, setting in merge(sources).items()})
+    config = fill(EngineConfig, {name: setting.value for name, setting in merge(given(args)).items()})
     description = describe(config)
     print_result(as_json_text(config.model_path, description) if args.json else as_text(config.model_path, description))
     return 0

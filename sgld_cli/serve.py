@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,8 +12,7 @@ import anyio
 from sgld.config import EngineConfig, ServerConfig
 from sgld_cli.errors import OK
 from sgld_cli.options import UsageError
-from sgld_cli.settings import accept, fill, merge
-from sgld_cli.sources import read_config
+from sgld_cli.settings import fill, given, merge
 
 if TYPE_CHECKING:
     from sgld.server.serve import EngineFactory, Listener
@@ -31,10 +29,7 @@ def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -
 
     :raises UsageError: a setting can't be used, or the address is taken.
     """
-    sources = [accept(vars(args).get("given", {}), "flag")]
-    if args.config:
-        sources.append(accept(read_config(Path(args.config)), args.config))
-    values = {name: setting.value for name, setting in merge(sources).items()}
+    values = {name: setting.value for name, setting in merge(given(args)).items()}
     config = fill(ServerConfig, values)
     engine_config = fill(EngineConfig, values)
     from sgld.server.logs import set_up_logs  # these two take a second

@@ -3,6 +3,7 @@
 What comes first wins: flags, then the file, then the picture, then the default.
 """
 
+import argparse
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from sgld.engine.loras import of_config
 from sgld.sampling_params import SamplingParams
 from sgld_cli.later import COMPONENT_PATH, LATER, Later, find_later
 from sgld_cli.options import HTTP_GROUP, UsageError, as_flag, options, options_by_name
-from sgld_cli.sources import read_text
+from sgld_cli.sources import read_config, read_text
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 # Two spellings of one choice: a source that gives one of them hides both of the sources behind it.
@@ -71,6 +72,13 @@ def accept(given: Mapping[str, object], source: str) -> dict[str, Setting]:
     if found.keys() >= _PROMPT_SOURCES:
         raise UsageError("prompt and prompt_path can't be given together; put all prompts in one of them")
     return found
+
+
+def given(args: argparse.Namespace) -> Iterator[dict[str, Setting]]:
+    """What the flags of a command and its config file give, the strongest source first; raises what `accept` does."""
+    yield accept(vars(args).get("given", {}), "flag")
+    if args.config:
+        yield accept(read_config(Path(args.config)), args.config)
 
 
 def merge(sources: Iterable[Mapping[str, Setting]]) -> dict[str, Setting]:

@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from pipelines import BUILDERS, build
 
+from cli.page_config import PAGE_CONFIG
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.server import serve as server
@@ -199,30 +200,9 @@ def test_overlay_repo_itself(page: Page, models: Models, tmp_path: Path) -> None
     assert list((tmp_path / "cache" / "materialized_models").iterdir())
 
 
-_CONFIG = """\
-model_path: FastVideo/FastHunyuan-diffusers
-prompt: A beautiful woman in a red dress walking down a street
-output_path: outputs/
-num_gpus: 2
-sp_size: 2
-tp_size: 1
-num_frames: 45
-height: 720
-width: 1280
-num_inference_steps: 6
-seed: 1024
-fps: 24
-precision: bf16
-vae_precision: fp16
-vae_tiling: true
-vae_sp: true
-enable_torch_compile: false
-"""
-
-
 def test_configuration_file(page: Page, models: Models, tmp_path: Path) -> None:
     """Its model and sizes are replaced by flags, which come before the file; so are its two GPUs."""
-    (tmp_path / "config.yaml").write_text(_CONFIG)
+    (tmp_path / "config.yaml").write_text(PAGE_CONFIG)
     done = page(
         "sglang generate --config config.yaml",
         more=f"--model-path {models('hunyuan_video')} --num-gpus 1 --sp-size 1 {kwargs_of('hunyuan_video')}",

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from cli.page_config import PAGE_CONFIG
 from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL, NoiseConfig
 from sgld.errors import InvalidRequest
 from sgld.media.images import encode_image
@@ -13,26 +14,8 @@ from sgld_cli.options import UsageError
 from sgld_cli.settings import Setting, accept, build, component_flags, merge, refuse_unknown, show
 from sgld_cli.sources import read_config, read_picture
 
-# The example of docs/cli.md of SGLang Diffusion, but for num_gpus and sp_size, which are 2 there.
-PAGE_CONFIG = """
-model_path: FastVideo/FastHunyuan-diffusers
-prompt: A beautiful woman in a red dress walking down a street
-output_path: outputs/
-num_gpus: 1
-sp_size: 1
-tp_size: 1
-num_frames: 45
-height: 720
-width: 1280
-num_inference_steps: 6
-seed: 1024
-fps: 24
-precision: bf16
-vae_precision: fp16
-vae_tiling: true
-vae_sp: true
-enable_torch_compile: false
-"""
+# With what one GPU can do.
+ONE_GPU = PAGE_CONFIG.replace("num_gpus: 2", "num_gpus: 1").replace("sp_size: 2", "sp_size: 1")
 
 
 def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
@@ -42,7 +25,7 @@ def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
 
 
 def test_example_of_the_page_works(tmp_path: Path) -> None:
-    settings = build(merge([accept(read_config(write(tmp_path, PAGE_CONFIG)), "config.yaml")]))
+    settings = build(merge([accept(read_config(write(tmp_path, ONE_GPU)), "config.yaml")]))
     assert settings.engine.model_path == "FastVideo/FastHunyuan-diffusers"
     assert settings.engine.dit_precision == "bf16"
     assert settings.engine.vae_tiling
@@ -59,8 +42,7 @@ def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: s
 
 
 def test_flags_undo_what_a_file_asks_of_later_features(tmp_path: Path) -> None:
-    page = PAGE_CONFIG.replace("num_gpus: 1", "num_gpus: 2").replace("sp_size: 1", "sp_size: 2")
-    config = accept(read_config(write(tmp_path, page + "use_fsdp_inference: true\n")), "page.yaml")
+    config = accept(read_config(write(tmp_path, PAGE_CONFIG + "use_fsdp_inference: true\n")), "page.yaml")
     flags = accept({"--num-gpus": "1", "--sp-degree": "1", "--use-fsdp-inference": ["false"]}, "flag")
     merged = merge([flags, config])
     assert merged["num_gpus"] == merged["sp_degree"] == Setting(1, "flag")

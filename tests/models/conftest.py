@@ -22,18 +22,21 @@ def threads_as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def saved(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pipeline; tests that change one change a copy."""
+    folder = tmp_path_factory.mktemp(name)
+    build(name)[0].save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdxl")
-    build("sdxl")[0].save_pretrained(folder)
-    return folder
+    return saved("sdxl", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wan")
-    build("wan")[0].save_pretrained(folder)
-    return folder
+    return saved("wan", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +52,12 @@ def modular_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def flux2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("flux2")
-    build("flux2")[0].save_pretrained(folder)
-    return folder
+    return saved("flux2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("flux", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPAGPipeline
 from own_code import copy_code
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS
 
 from sgld.config import EngineConfig, SourceConfig
 from sgld.errors import ModelError
@@ -17,13 +17,6 @@ from sgld.models.plan import plan
 from sgld.models.resolve import INDEX_FILE
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
-
-
-@pytest.fixture(scope="module")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("flux")
-    build("flux")[0].save_pretrained(folder)
-    return folder
 
 
 def configured(folder: Path, *, is_trusted: bool = True, **source: Any) -> EngineConfig:

@@ -34,13 +34,6 @@ pytestmark = pytest.mark.usefixtures("threads_as_before")
 
 
 @pytest.fixture(scope="module")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("flux")
-    build("flux")[0].save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tensors(flux_folder: Path) -> Named:
     """The weights of the model's own transformer."""
     return load_file(flux_folder / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -1,0 +1,25 @@
+"""What each report of a bench says of where it was made, and how it is written."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def where(device: str) -> dict[str, Any]:
+    """The machine and the versions, for a report; `device` is cpu or cuda."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    return {
+        "machine": f"{name}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
+def write(out: Path, report: dict[str, Any], text: str) -> None:
+    """FILE.json with all numbers, and FILE.md for people."""
+    out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    out.with_suffix(".md").write_text(text)
