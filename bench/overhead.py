@@ -286,9 +286,9 @@ def table(rows: list[Row], report: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "The forwards of both are the same work in processes of their own, and on a GPU plain loops of it took 40 to"
-        " 60 ms from one process to the next. So what is outside of them is known better than the sum; whether forwards are"
-        " slower in the engine isn't settled by such a run.",
+        "The forwards of both are the same work in processes of their own, and on a GPU plain loops of it took 40 to 60"
+        " ms from one process to the next. So what is outside of them is known better than the sum; whether forwards"
+        " are slower in the engine isn't settled by such a run.",
     ]
     return "\n".join(lines) + "\n"
 
