@@ -107,6 +107,8 @@ class Call:
     """Told the result, before the task sees it."""
     adapters: Applied | None = None
     """The request's adapters, if they change this component."""
+    is_exact: bool = False
+    """Its bits depend on nothing but its request: it runs the same kernels for the server's life."""
     known_key: tuple[object, str | None] | None = None
     """The merge key, and what was known of merging when it was computed."""
 
@@ -148,7 +150,7 @@ class Call:
         """
         adapters = selected(rows or [(self.adapters, 1)], by_row=by_row)
         with entered(self.context, self.module), self.around(), adapters:
-            return self.runtime.run(self.module, self.method, args, kwargs, self.context.dtype)
+            return self.runtime.run(self.module, self.method, args, kwargs, self.context.dtype, is_exact=self.is_exact)
 
 
 class Stretch(Call):

@@ -57,11 +57,20 @@ class Runtime:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         dtype: torch.dtype | None = None,
+        *,
+        is_exact: bool = False,
     ) -> Any:
         """Invoke a component.
 
         :param dtype: compute in it, whatever the weights are kept in.
+        :param is_exact: run the kernels that such calls run for the server's life, whatever was compiled meanwhile.
         """
+        with _eagerly(is_exact and module in self._compiled):
+            return self._run(module, method, args, kwargs, dtype)
+
+    def _run(
+        self, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
+    ) -> Any:
         tree, precision = (args, kwargs), dtype or dtype_of(module)
         if (module, method) in self._casts:
             tree = cast(tree, precision)
@@ -78,11 +87,15 @@ class Runtime:
             if is_of_model and differs(tree, precision):
                 retry = self._with_casts
             elif is_of_compiler:
-                retry = functools.partial(self._eagerly, problem=_in_short(error))
+                retry = functools.partial(self._uncompiled, problem=_in_short(error))
             else:
                 raise
         # Here, where nothing refers to what the failed forward allocated.
         return retry(module, method, tree, dtype)
+
+    def unchanging(self, is_exact: bool) -> AbstractContextManager[Any]:
+        """While the block runs components run the same kernels as ever, if `is_exact`: who runs them is no matter."""
+        return _eagerly(is_exact and bool(self._compiled))
 
     @contextlib.contextmanager
     def borrowed(self, module: nn.Module) -> Iterator[None]:
@@ -97,7 +110,7 @@ class Runtime:
         args, kwargs = tree
         self.residency.bring(module)
         is_eager = (module, _form(method, tree)) in self._eager if self._eager else False
-        with computing_in(module, dtype), _eager() if is_eager else contextlib.nullcontext():
+        with computing_in(module, dtype), _eagerly(is_eager):
             result = function(*args, **kwargs)
         if module in self._compiled:
             self._proven.add(module)
@@ -106,11 +119,11 @@ class Runtime:
     def _with_casts(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
         """As the weights have it: plain diffusers would have stopped here."""
         args, kwargs = cast(tree, dtype or dtype_of(module))
-        result = self.run(module, method, args, kwargs, dtype)
+        result = self._run(module, method, args, kwargs, dtype)
         self._casts.add((module, method))
         return result
 
-    def _eagerly(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None, problem: str) -> Any:
+    def _uncompiled(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None, problem: str) -> Any:
         """Without the compiler, and so from now on, if that works: else the call was wrong, not the compiler.
 
         1. Nothing of the component was ever compiled: nothing will be.
@@ -118,8 +131,8 @@ class Runtime:
            twice gets the same bits.
         """
         was_proven = module in self._proven
-        with _eager():
-            result = self.run(module, method, tree[0], tree[1], dtype)
+        with _eagerly():
+            result = self._run(module, method, tree[0], tree[1], dtype)
         name = self._compiled[module]
         if was_proven:
             self._eager.add((module, _form(method, tree)))
@@ -133,8 +146,9 @@ class Runtime:
         return result
 
 
-def _eager() -> AbstractContextManager[Any]:
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+def _eagerly(is_eager: bool = True) -> AbstractContextManager[Any]:
+    """While the block runs nothing compiled does, if `is_eager`."""
+    return torch.compiler.set_stance("force_eager") if is_eager else contextlib.nullcontext()
 
 
 def _is_of_compiler(error: BaseException) -> bool:

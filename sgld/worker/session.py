@@ -136,6 +136,7 @@ class Session:
             seed=_seed_of(job),
             on_step=self._stepped,
             adapters=job.adapters,
+            is_exact=job.is_exact,
         )
 
     def run(
@@ -201,7 +202,8 @@ class Session:
         """Let a task run its models itself, up to its next step."""
         task, started_ns, start = self._tasks[call.request_id], time.monotonic_ns(), time.perf_counter()
         num_compilations = self.executor.runtime.num_compilations
-        with everywhere(self._jobs[call.request_id].adapters.values()):
+        adapters = everywhere(self._jobs[call.request_id].adapters.values())
+        with adapters, self.executor.runtime.unchanging(task.is_exact):
             task.advance(Value(None))
         self.executor.synchronize()
         is_timed = self.executor.runtime.num_compilations == num_compilations

@@ -47,6 +47,7 @@ class Task:
 
     :param seed: where the task's default generators begin.
     :param on_step: told the number of steps done and their total, in the task's thread.
+    :param is_exact: its calls run the same kernels for the server's life.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Task:
         seed: int = 0,
         on_step: Callable[["Task"], None] = lambda task: None,
         adapters: Mapping[str, Applied] = MappingProxyType({}),
+        is_exact: bool = False,
     ) -> None:
         self.request_id = request_id
+        self.is_exact = is_exact
         self.step = 0
         self.num_steps = num_steps
         self.has_progress_bar = False
@@ -158,6 +161,7 @@ class Task:
         if self._is_cancelled:
             raise Cancelled
         call.step_index, call.num_steps, call.random = self.step, self.num_steps, self._random
+        call.is_exact = self.is_exact
         self.num_calls += 1
         self._calls[call.id] = call
 

@@ -127,6 +127,17 @@ def test_form_that_cannot_be_compiled_runs_eagerly_and_others_stay_compiled(note
     assert module._compiled_call_impl is not None
 
 
+def test_exact_call_never_runs_what_is_compiled(notes: list[tuple[str, str]]) -> None:
+    module, backend = Block(), Backend()
+    module.compile(backend=backend)
+    call = call_of(module, torch.ones(2, 8))
+    call.is_exact, call.runtime = True, runtime_of(module, notes)
+    assert torch.equal(values(Executor(runtime=call.runtime).run([call]).outcomes)[0], module.forward(torch.ones(2, 8)))
+    assert backend.num_graphs == 0
+    ran(call.runtime, module, torch.ones(2, 8))
+    assert backend.num_graphs == 1
+
+
 def test_wrong_call_of_a_compiled_component_is_not_the_compilers_fault(notes: list[tuple[str, str]]) -> None:
     module = Block()
     module.compile(backend=Backend())
