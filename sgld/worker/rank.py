@@ -2,14 +2,12 @@
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sgld.config import EngineConfig, LoraConfig
 from sgld.errors import InvalidRequest, ModelError, OutOfMemory, PipelineFailed, SgldError
@@ -41,20 +39,16 @@ from sgld.sampling_params import SamplingParams
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
 from sgld.worker.arguments import arguments, num_steps, with_pictures
-from sgld.worker.calls import enter_around, real_of
 from sgld.worker.compilation import alive_while_compiling
+from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.memory import Memory
-from sgld.worker.outputs import outputs_of, sample_rate_of
-from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
 from sgld.worker.results import Results
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Job, Session, is_cancelled
 from sgld.worker.slots import Applied
-from sgld.worker.steps import count_steps, shift_noise
-from sgld.worker.streaming import can_stream, streamed
 from sgld.worker.task import Outcome, Raised, Task
 
 if TYPE_CHECKING:
@@ -219,7 +213,7 @@ class Rank:
         steps = num_steps(pipeline, kwargs)
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
-        output = _Output(self._results, request_id, self._model, self._previewer, params, num_threads)
+        output = Delivery(self._results, request_id, self._model, self._previewer, params, num_threads)
         self._session.start(
             Job(
                 request_id,
@@ -235,7 +229,7 @@ class Rank:
             )
         )
 
-    def _prepare(self, output: "_Output", num_steps: int, task: Task, bound: Any) -> None:
+    def _prepare(self, output: Delivery, num_steps: int, task: Task, bound: Any) -> None:
         """In the task's thread, before its pipeline runs."""
         if self._model.refresh is not None:
             self._model.refresh(num_steps)
@@ -275,93 +269,6 @@ def _adapters(model: "LoadedModel", config: LoraConfig) -> Adapters:
     except InvalidRequest as error:
         raise ModelError(str(error)) from None
     return adapters
-
-
-class _Output:
-    """Sends what one task shows while it runs and in the end."""
-
-    def __init__(
-        self,
-        results: Results,
-        request_id: str,
-        model: "LoadedModel",
-        previewer: Previewer,
-        params: SamplingParams,
-        num_threads: int,
-    ) -> None:
-        self._results = results
-        self._request_id = request_id
-        self._model = model
-        self._previewer = previewer
-        self._num_threads = num_threads
-        self._num_previews = params.num_previews
-        self._flow_shift = params.flow_shift
-        self._video_processor: Any = None
-        self._sample_rate: int | None = None
-        self._streamed: list[torch.Tensor] = []
-
-    def prepare(self, task: Task, bound: Any) -> None:
-        """In the task's thread, before its pipeline runs."""
-        # The executor has the cores; a pool of threads for each task would fight for them.
-        torch.set_num_threads(self._num_threads)
-        if self._model.device.type == "cuda":
-            torch.cuda.set_device(self._model.device)
-        if self._flow_shift is not None:
-            shift_noise(bound, self._flow_shift)
-        self._sample_rate = sample_rate_of(bound)
-        count_steps(task, bound)
-        vae = getattr(bound, "vae", None)
-        if vae is None:
-            return
-        real = real_of(vae)
-        self._previewer.watch(task, bound, real, self._num_previews, self._preview)
-        self._video_processor = getattr(bound, "video_processor", None)
-        if can_stream(real) and self._video_processor is not None:
-            enter_around(vae, "decode", lambda: self._streaming(real))
-
-    def finish(self, result: Any) -> None:
-        """In the task's thread: send what wasn't sent while it was decoded."""
-        outputs = outputs_of(result)
-        if outputs.audio is not None:
-            self._send_audio(outputs.audio)
-        if outputs.pixels is not None:
-            self._send_rest(outputs.pixels)
-
-    def _send_audio(self, samples: NDArray[np.float32]) -> None:
-        if self._sample_rate is None:
-            raise PipelineFailed("the pipeline returned sound, but neither it nor its models tell the sample rate")
-        self._results.audio(self._request_id, samples, self._sample_rate)
-
-    def _send_rest(self, pixels: Pixels) -> None:
-        sent = torch.cat(self._streamed) if self._streamed else pixels.frames[:0]
-        if len(sent) > len(pixels.frames) or not torch.equal(sent, pixels.frames[: len(sent)]):
-            # The pipeline did more with what was decoded than its processor does: these are the right frames.
-            sent = pixels.frames[:0]
-        if len(sent) < len(pixels.frames):
-            rest = pixels.frames[len(sent) :]
-            self._results.frames(self._request_id, len(sent), rest, is_video=pixels.is_video)
-
-    def _preview(self, step: int, picture: Any) -> None:
-        self._results.preview(self._request_id, step, picture)
-
-    @contextmanager
-    def _streaming(self, vae: Any) -> Iterator[None]:
-        """Around a decode. One that fails for want of memory runs again: its frames replace those that were sent."""
-        num_sent = len(self._streamed)
-        try:
-            with streamed(vae, self._stream):
-                yield
-        except BaseException:
-            del self._streamed[num_sent:]
-            raise
-
-    def _stream(self, samples: torch.Tensor) -> None:
-        """In the executor's thread: frames that were just decoded, (B, 3, F, H, W) in [-1, 1]."""
-        video = self._video_processor.postprocess_video(samples, output_type="pt")
-        frames = to_uint8(video[0].permute(0, 2, 3, 1))
-        index = sum(len(part) for part in self._streamed)
-        self._streamed.append(frames)
-        self._results.frames(self._request_id, index, frames, is_video=True)
 
 
 def translated(error: BaseException, *, has_made_calls: bool) -> SgldError:
