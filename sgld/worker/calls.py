@@ -190,7 +190,7 @@ class ComponentProxy:
         runtime: Runtime | None = None,
     ) -> None:
         self.__dict__.update(_real=real, _name=name, _hand_over=hand_over, _touched=touched, _cache=None, _around={})
-        self.__dict__.update(_runtime=runtime or Runtime(), _dtype=None)
+        self.__dict__.update(_runtime=runtime or Runtime(), _dtype=None, _places={})
         self.__dict__["__module__"] = type(real).__module__
 
     @property  # type: ignore[misc]
@@ -203,6 +203,8 @@ class ComponentProxy:
     def __getattr__(self, name: str) -> Any:
         if name in EXCLUSIVE_NAMES:
             self._touched(self._real, f"{self._name}.{name}")
+        if name in ("device", "dtype"):
+            return self._place(name)
         value = getattr(self.__dict__["_real"], name)
         if name in INTERCEPTED_METHODS and callable(value):
             return functools.wraps(value)(lambda *args, **kwargs: self._hand_over(self, name, args, kwargs))
@@ -210,13 +212,20 @@ class ComponentProxy:
             return lambda *_args, **_kwargs: self
         if name in CASTS:
             return functools.partial(self._cast, name)
-        if name in ("device", "dtype"):
-            # Where it computes and in what, which isn't where it waits.
-            return (self._runtime.residency.device if name == "device" else self._dtype) or value
         if isinstance(value, nn.Module | torch.Tensor) or (inspect.ismethod(value) and not hasattr(nn.Module, name)):
             # A part, or a method that isn't handed over: the task uses it right away.
             self._runtime.residency.bring(self._real)
         return value
+
+    def _place(self, name: str) -> Any:
+        """Where it computes and in what, which isn't where it waits; the component itself is asked once.
+
+        Models walk through all of their parts for the answer, 2 to 5 ms in large ones, and pipelines ask in each step.
+        """
+        known = self._runtime.residency.device if name == "device" else self._dtype
+        if known is None and name not in self._places:
+            self._places[name] = getattr(self._real, name)
+        return known or self._places[name]
 
     def _cast(self, method: str, *args: Any, **kwargs: Any) -> "ComponentProxy":
         if (dtype := wanted(method, args, kwargs)) is not None:

@@ -71,9 +71,10 @@ class Runtime:
     def _run(
         self, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
     ) -> Any:
-        tree, precision = (args, kwargs), dtype or dtype_of(module)
+        # What a module computes in is asked for only where it matters: that walks through all of its parts.
+        tree = (args, kwargs)
         if (module, method) in self._casts:
-            tree = cast(tree, precision)
+            tree = cast(tree, dtype or dtype_of(module))
         try:
             return self._invoked(module, method, tree, dtype)
         except torch.OutOfMemoryError:
@@ -84,7 +85,7 @@ class Runtime:
             is_of_compiler = module in self._compiled and _is_of_compiler(error)
             # What a model raises while it is traced has a name of its own.
             is_of_model = not is_of_compiler or type(error).__name__ == "TorchRuntimeError"
-            if is_of_model and differs(tree, precision):
+            if is_of_model and differs(tree, dtype or dtype_of(module)):
                 retry = self._with_casts
             elif is_of_compiler:
                 retry = functools.partial(self._uncompiled, problem=_in_short(error))

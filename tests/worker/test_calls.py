@@ -62,6 +62,26 @@ def test_proxy_has_the_attributes_of_the_component(recorder: Recorder) -> None:
     assert recorder.touched == []
 
 
+class Walked(Doubling):
+    """Counts how often it is asked for its dtype, for which models walk through all of their parts."""
+
+    num_walks = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        self.num_walks += 1
+        return torch.float32
+
+
+def test_steps_of_a_task_do_not_walk_through_its_models() -> None:
+    module = Walked()
+    proxy: Any = ComponentProxy(module, "denoiser", lambda *_: None, lambda *_: None)
+    for _ in range(3):
+        assert proxy.dtype is torch.float32
+        single(Call("r", "denoiser", module, "forward", (torch.ones(1, 2),), {}, current_context()))
+    assert module.num_walks == 1
+
+
 def test_submodule_is_called_at_once(recorder: Recorder) -> None:
     encoder = recorder.proxy(clip())
     x = torch.randn(1, 3, 32)
