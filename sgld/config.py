@@ -36,6 +36,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ulysses_degree: Annotated[int, Meta(ge=1), _field("Ulysses sequence parallelism", later="several GPUs")] = 1
     ring_degree: Annotated[int, Meta(ge=1), _field("ring sequence parallelism", later="several GPUs")] = 1
 
+    dp_size: Annotated[int, Meta(ge=1), _field("data parallelism: copies of the model, each with GPUs of its own")] = 1
+
     def __post_init__(self) -> None:
         check_fields(self)
         refuse_later(self)

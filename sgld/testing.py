@@ -143,7 +143,7 @@ class InlineReplica:
         """Where what is learned of a loaded pipeline is kept."""
 
     @asynccontextmanager
-    async def __call__(self, config: EngineConfig) -> AsyncIterator[Rank]:
+    async def __call__(self, config: EngineConfig, replica: int = 0) -> AsyncIterator[Rank]:
         """A rank, as long as the block lasts."""
         front, rank_end = channel_pair()
         reader, writer = tensor_queue()

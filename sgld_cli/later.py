@@ -35,7 +35,6 @@ LATER: dict[str, Later] = {
     # Memory
     "use_fsdp_inference": Later("sharded weights", today=_OFF),
     # Several GPUs and machines
-    "dp_size": Later("several GPUs", today=("1",)),
     "enable_cfg_parallel": Later("several GPUs", today=_OFF),
     "nnodes": Later("several machines", today=("1",)),
     # Inputs and reports

@@ -1,6 +1,6 @@
 """The LoRA adapters of an engine: what it knows of them, and the talk with its rank about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -17,19 +17,29 @@ Source = tuple[str, float | None]
 
 @dataclass
 class _Load:
-    """What came of reading an adapter, once the rank has said it; None: the rank was lost."""
+    """What came of reading an adapter, once each rank has said it; None: a rank was lost."""
 
     is_over: anyio.Event = field(default_factory=anyio.Event)
     reply: LoraLoaded | LoraFailed | None = None
+    told: set[int] = field(default_factory=set)
+    """Replicas whose ranks read it."""
+    heard: set[int] = field(default_factory=set)
+    """Those that have said what came of it."""
+
+    def end_if_over(self) -> None:
+        """One that failed, or all that were told, end the wait."""
+        is_bad = bool(self.heard) and not isinstance(self.reply, LoraLoaded)
+        if is_bad or (self.told and self.told <= self.heard):
+            self.is_over.set()
 
 
 class EngineLoras:
     """Names adapters, has them loaded, and says which of them a request gets.
 
-    :param send: tells the rank; false if there is none.
+    :param send: tells the ranks; returns the replicas that have one.
     """
 
-    def __init__(self, config: LoraConfig, send: Callable[[LoadLora | UnloadLora], bool]) -> None:
+    def __init__(self, config: LoraConfig, send: Callable[[LoadLora | UnloadLora], Collection[int]]) -> None:
         self._state = of_config(config)
         self._send = send
         self._held = LorasHeld()
@@ -42,7 +52,7 @@ class EngineLoras:
 
     @property
     def held(self) -> LorasHeld:
-        """How much of them the rank holds."""
+        """How much of them a rank holds, as one said last."""
         return self._held
 
     def resolved(self, params: SamplingParams) -> SamplingParams:
@@ -85,32 +95,41 @@ class EngineLoras:
         if all((adapter.path, adapter.alpha) != (gone.path, gone.alpha) for adapter in self._state.registered):
             self._send(UnloadLora(path=gone.path, alpha=gone.alpha))
 
-    def heard(self, reply: LoraLoaded | LoraFailed | LorasHeld) -> None:
-        """The rank says something of adapters."""
+    def heard(self, reply: LoraLoaded | LoraFailed | LorasHeld, replica: int = 0) -> None:
+        """The rank of a replica says something of adapters."""
         if isinstance(reply, LorasHeld):
             self._held = reply
             return
         if isinstance(reply, LoraLoaded):
             self._state = self._state.loaded(reply)
-        self._end((reply.path, reply.alpha), reply)
+        self._heard_from(replica, (reply.path, reply.alpha), reply)
 
-    def lost(self) -> None:
-        """The rank is gone; a new one loads what requests need."""
+    def lost(self, replica: int = 0) -> None:
+        """The rank of a replica is gone; a new one loads what requests need."""
         self._held = LorasHeld()
         for source in list(self._loads):
-            self._end(source, None)
+            self._heard_from(replica, source, None)
 
-    def _end(self, source: Source, reply: LoraLoaded | LoraFailed | None) -> None:
-        if (load := self._loads.pop(source, None)) is not None:
+    def _heard_from(self, replica: int, source: Source, reply: LoraLoaded | LoraFailed | None) -> None:
+        load = self._loads.get(source)
+        if load is not None and not load.is_over.is_set():
+            load.heard.add(replica)
             load.reply = reply
-            load.is_over.set()
+            load.end_if_over()
 
     async def _loaded(self, choice: LoraChoice) -> LoraLoaded:
         assert choice.path is not None, "it is resolved"
-        load = self._loads.setdefault((choice.path, choice.alpha), _Load())
-        if not self._send(LoadLora(path=choice.path, alpha=choice.alpha)):
-            raise EngineClosed("the model isn't ready, so no adapter can be loaded")
-        await load.is_over.wait()
+        source = choice.path, choice.alpha
+        load = self._loads.setdefault(source, _Load())
+        load.told |= set(self._send(LoadLora(path=choice.path, alpha=choice.alpha)))
+        try:
+            if not load.told:
+                raise EngineClosed("the model isn't ready, so no adapter can be loaded")
+            load.end_if_over()
+            await load.is_over.wait()
+        finally:
+            if self._loads.get(source) is load:
+                del self._loads[source]
         if load.reply is None:
             raise RankLost(f"the rank was lost while it loaded the LoRA adapter {choice}; try again")
         if isinstance(load.reply, LoraFailed):

@@ -1,4 +1,4 @@
-"""The engine: requests in, events out. One event loop owns the scheduler and the handles of the ranks."""
+"""The engine: requests in, events out. One event loop owns the schedulers and the handles of the ranks."""
 
 import dataclasses
 import logging
@@ -18,12 +18,12 @@ from anyio import to_thread
 from sgld.config import EngineConfig
 from sgld.engine.adapters import EngineLoras
 from sgld.engine.cost import CostModel
-from sgld.engine.demand import demand_of
+from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.entry import Entry
 from sgld.engine.learned import LearnedFile
 from sgld.engine.replica import Rank, RankFactory, rank_process
+from sgld.engine.replicas import Replica, balance, place
 from sgld.engine.requests import Requests, output_id
-from sgld.engine.scheduler import Batch, Scheduler
 from sgld.engine.statistics import CostStatistics, Statistics, Tally
 from sgld.engine.trace import Trace
 from sgld.errors import EngineClosed, InvalidRequest, ModelError, RankLost
@@ -54,8 +54,6 @@ from sgld.messages import (
     Previewed,
     Ran,
     Ready,
-    Run,
-    Start,
     Stepped,
     TaskCancelled,
     TaskFailed,
@@ -66,10 +64,6 @@ from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-# A forward that takes this many times its prediction hangs.
-HANG_FACTOR = 20.0
-# Where nothing can be predicted yet, a forward may take so many times the shortest deadline.
-UNKNOWN_FACTOR = 10.0
 # What the message that starts a request takes beside its params, and more.
 _START_BYTES = 1024
 # So many ranks in a row may be lost before they are ready, where one was ready before.
@@ -91,28 +85,22 @@ class Engine:
         self._config = config
         self._rank_factory = rank_factory
         self._cost = CostModel()
-        self._scheduler = Scheduler(
-            self._cost,
-            max_running_requests=config.max_running_requests,
-            max_queued_requests=config.max_queued_requests,
-            max_batch_size=config.max_batch_size,
+        self._profiles = Profiles(self._cost)
+        self._replicas = tuple(
+            Replica(index, config, self._cost, self._profiles) for index in range(config.parallel.dp_size)
         )
-        self._rank: Rank | None = None
-        """None while no rank is ready."""
         self._model: ModelInfo | None = None
         self._learned_file: LearnedFile | None = None
         self._kept_version = self._cost.version
-        self._running: Batch | None = None
-        self._num_lost_loads = 0
         self._load_error: ModelError | None = None
         self._is_decided = anyio.Event()
         """The model is loaded, or can't be."""
         self._is_open = False
         self._stack = AsyncExitStack()
         self._tally = Tally(None)
-        self._requests = Requests(self._scheduler, self._tally)
+        self._requests = Requests([replica.scheduler for replica in self._replicas], self._tally)
         self._opened_at = time.monotonic()
-        self._loras = EngineLoras(config.adapters, self._send)
+        self._loras = EngineLoras(config.adapters, self._tell_ranks)
 
     async def __aenter__(self) -> Self:
         _refuse_unguarded_spawn()
@@ -120,7 +108,8 @@ class Engine:
         self._tasks = tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._stack.callback(tasks.cancel_scope.cancel)
         self._is_open = True
-        tasks.start_soon(self._serve)
+        for replica in self._replicas:
+            tasks.start_soon(self._serve, replica)
         tasks.start_soon(self._keep_learned)
         return self
 
@@ -138,8 +127,8 @@ class Engine:
 
     @property
     def model(self) -> ModelInfo | None:
-        """The model, while it is served; None before, and while its rank is lost."""
-        return self._model if self._rank is not None else None
+        """The model, while it is served; None before, and while all ranks are lost."""
+        return self._model if any(replica.rank is not None for replica in self._replicas) else None
 
     @property
     def loras(self) -> EngineLoras:
@@ -159,7 +148,6 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """What the engine has done and knows."""
-        tensor_queue, channel = self._rank.statistics() if self._rank is not None else (None, None)
         ended = self._tally.num_ended
         return Statistics(
             uptime_s=time.monotonic() - self._opened_at,
@@ -173,8 +161,7 @@ class Engine:
             calls=self._tally.calls,
             merging=dict(self._tally.merging),
             costs=tuple(CostStatistics(key=k, num_rows=n, elapsed_s=s) for k, n, s in self._cost.learned()),
-            tensor_queue=tensor_queue,
-            channel=channel,
+            replicas=tuple(replica.statistics(self._requests) for replica in self._replicas),
             adapters=self._loras.held,
         )
 
@@ -227,57 +214,70 @@ class Engine:
         demand = demand_of(params)
         if waited_s:
             demand = dataclasses.replace(demand, deadline_s=None)
-        self._scheduler.check_room(demand, params.num_outputs_per_prompt, time.monotonic())
+        num_each = -(-params.num_outputs_per_prompt // len(self._replicas))
+        place(params, self._replicas, self._requests).scheduler.check_room(demand, num_each, time.monotonic())
 
     def _submit(self, params: SamplingParams, waited_s: float) -> list[Entry]:
         # Again: meanwhile its pictures may have been downloaded.
         self._check_open(params, waited_s)
         _check_message(params)
-        entries = self._requests.add(params, waited_s)
-        self._tick()
+        entries = self._requests.add(params, lambda: place(params, self._replicas, self._requests).index, waited_s)
+        for replica in self._replicas:
+            replica.tick(self._requests)
         return entries
 
     def _cancel(self, entry: Entry) -> None:
         """End a request that is still on its way; its task ends at its next call."""
         if entry.state.is_terminal:
             return
-        if entry.state is RequestState.RUNNING and self._rank is not None:
-            self._send(Cancel(request_id=entry.request.id))
+        replica = self._replicas[entry.replica]
+        if entry.state is RequestState.RUNNING:
+            replica.send(Cancel(request_id=entry.request.id))
         self._requests.cancel(entry)
-        self._tick()
+        replica.tick(self._requests)
 
-    async def _serve(self) -> None:
-        """Keep a rank alive as long as the engine is open."""
+    async def _serve(self, replica: Replica) -> None:
+        """Keep the rank of a replica alive as long as the engine is open."""
         while self._is_open and self._load_error is None:
-            async with self._rank_factory(self._config) as rank:
-                problem = await self._drive(rank)
+            async with self._rank_factory(self._config, replica.index) as rank:
+                problem = await self._drive(replica, rank)
             if problem is not None:
                 logger.warning("%s; it is started again", problem)
                 self._tally.num_restarts += 1
-                batch, self._running = self._running, None
-                self._requests.run_again(problem, batch.request_ids if batch is not None else None)
-                await anyio.sleep(self._num_lost_loads)
+                batch, replica.running = replica.running, None
+                blamed = batch.request_ids if batch is not None else None
+                self._requests.run_again(problem, blamed, replica.index)
+                self._balance()
+                await anyio.sleep(replica.num_lost_loads)
 
-    async def _drive(self, rank: Rank) -> str | None:
+    async def _drive(self, replica: Replica, rank: Rank) -> str | None:
         """Work with a rank until it is lost; returns how that came about, None if the model can't be served."""
         rank.expect_reply(self._config.load_timeout_s)
         try:
             while self._load_error is None:
                 reply: AnyReply | None = await rank.receive()
                 while reply is not None:
-                    await self._handle(rank, reply)
+                    await self._handle(replica, rank, reply)
                     reply = rank.receive_nowait()
-                self._tick()
+                replica.tick(self._requests)
+                self._balance()
         except RankLost as error:
-            self._num_lost_loads = 0 if self._rank is not None else self._num_lost_loads + 1
+            was_ready = replica.rank is not None
+            replica.num_lost_loads = 0 if was_ready else replica.num_lost_loads + 1
             # A model that was there before is there still, but a device may be in use by the rank that is leaving.
-            if self._rank is not None or (self._model is not None and self._num_lost_loads < MAX_LOST_LOADS):
+            if was_ready or (self._model is not None and replica.num_lost_loads < MAX_LOST_LOADS):
                 return str(error)
             self._fail_load(f"{self._config.model_path} can't be loaded: {error}")
         finally:
-            self._rank = None
-            self._loras.lost()
+            replica.lost()
+            self._loras.lost(replica.index)
         return None
+
+    def _balance(self) -> None:
+        """Let replicas without work take requests that wait elsewhere."""
+        if len(self._replicas) > 1:
+            for replica in balance(self._replicas, self._requests):
+                replica.tick(self._requests)
 
     async def _recall(self, model: ModelInfo) -> None:
         """Begin with what earlier starts learned of the model; a rank that is started again changes nothing."""
@@ -286,7 +286,7 @@ class Engine:
         self._learned_file = LearnedFile(model)
         learned = await to_thread.run_sync(self._learned_file.read)
         self._cost.recall(learned.times)
-        self._scheduler.recall(learned.profiles)
+        self._profiles.recall(learned.profiles)
         self._kept_version = self._cost.version
 
     async def _keep_learned(self) -> None:
@@ -299,69 +299,42 @@ class Engine:
         if self._learned_file is None or self._kept_version == self._cost.version:
             return
         self._kept_version = self._cost.version
-        await to_thread.run_sync(self._learned_file.write, self._cost.learned(), self._scheduler.learned())
+        await to_thread.run_sync(self._learned_file.write, self._cost.learned(), self._profiles.learned())
 
-    def _tick(self) -> None:
-        """Start what may start and, when the rank has nothing to run, give it the next batch."""
-        if self._rank is None:
-            return
-        for command in self._requests.admit():
-            self._send(command)
-        if self._running is None and (batch := self._scheduler.next_batch(time.monotonic())) is not None:
-            self._running = batch
-            self._send(Run(call_ids=batch.call_ids, num_ticks=batch.num_ticks))
-        self._rank.expect_reply(self._silence_limit_s())
+    def _tell_ranks(self, command: LoadLora | UnloadLora) -> list[int]:
+        """Tell the ranks that are there; returns the indices of their replicas."""
+        return [replica.index for replica in self._replicas if replica.send(command)]
 
-    def _silence_limit_s(self) -> float | None:
-        """How long the rank may be silent: while it has work, as long as its forward may take."""
-        if self._running is None and not self._requests.num_in(RequestState.RUNNING):
-            return None
-        predicted_s = self._running.predicted_s if self._running else None
-        if predicted_s is None:
-            return UNKNOWN_FACTOR * self._config.run_timeout_s
-        return max(self._config.run_timeout_s, HANG_FACTOR * predicted_s)
-
-    def _send(self, command: Start | Run | Cancel | LoadLora | UnloadLora) -> bool:
-        """Tell the rank, if there is one."""
-        if self._rank is None:
-            return False
-        try:
-            self._rank.send(command)
-        except RankLost:
-            # Whoever waits for its replies sees it, too, and recovers.
-            logger.debug("%s wasn't sent, the rank is gone", command)
-        return True
-
-    async def _handle(self, rank: Rank, reply: AnyReply) -> None:
+    async def _handle(self, replica: Replica, rank: Rank, reply: AnyReply) -> None:
         match reply:
             case Alive(stage=stage):
-                logger.debug("the rank is %s", stage)
+                logger.debug("the rank of replica %d is %s", replica.index, stage)
             case Ready(model=model):
                 await self._recall(model)
-                self._rank, self._model, self._requests.fps = rank, model, model.fps
+                replica.rank, self._model, self._requests.fps = rank, model, model.fps
                 if model.is_whole:
-                    self._scheduler.run_singly()
+                    replica.scheduler.run_singly()
                 self._is_decided.set()
             case LoadFailed(message=message):
                 self._fail_load(message)
             case Pending(call=call):
                 # Of requests that have ended meanwhile nobody would forget it.
                 if call.request_id in self._requests:
-                    self._tally.pending(call)
-                self._scheduler.pending(call)
+                    self._tally.pending(call, replica.index)
+                replica.scheduler.pending(call)
             case Judged():
                 self._tally.judged(reply)
             case Noted(component=component, note=note):
                 self._model = self._model and with_note(self._model, component, note)
             case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
-                self._tally.ran(reply)
-                self._scheduler.ran(call_ids, elapsed_s)
+                self._tally.ran(reply, replica.index)
+                replica.scheduler.ran(call_ids, elapsed_s)
                 if reply.is_timed:
                     self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
             case LoraLoaded() | LoraFailed() | LorasHeld():
-                self._loras.heard(reply)
+                self._loras.heard(reply, replica.index)
             case Idle():
-                self._running = None
+                replica.running = None
             case Previewed() | Decoded() | Heard():
                 await self._requests.take(reply, rank.tensors)
             case Stepped() | Finished() | TaskFailed() | TaskCancelled():

@@ -56,10 +56,12 @@ class Entry:
     """A request, its state, its results so far, and where its events go.
 
     :param group: the id of the client's call; its outputs share a stream.
+    :param replica: index of the one that runs it.
     """
 
-    def __init__(self, request: Request, group: str, stream: EventStream | None = None) -> None:
+    def __init__(self, request: Request, group: str, replica: int = 0, stream: EventStream | None = None) -> None:
         self.request = request
+        self.replica = replica
         self.stream = stream or EventStream()
         self.state = RequestState.QUEUED
         self.attempt = 1

@@ -96,7 +96,8 @@ class Rank:
         return f" ({cause})" if cause else ""
 
 
-RankFactory = Callable[[EngineConfig], AbstractAsyncContextManager[Rank]]
+RankFactory = Callable[[EngineConfig, int], AbstractAsyncContextManager[Rank]]
+"""Starts the rank of the replica with an index."""
 
 
 class _Process(Protocol):
@@ -112,15 +113,16 @@ class _Process(Protocol):
 
 
 @asynccontextmanager
-async def rank_process(config: EngineConfig, *, niceness: int = 0) -> AsyncIterator[Rank]:
+async def rank_process(config: EngineConfig, replica: int = 0, *, niceness: int = 0) -> AsyncIterator[Rank]:
     """A rank in a process of its own, as long as the block lasts; afterwards nothing of it is left.
 
+    :param replica: index of its replica, which has GPUs of its own.
     :param niceness: of a rank that runs on the CPU.
     """
     front, rank_end = channel_pair()
     reader, writer = tensor_queue()
     try:
-        process = await to_thread.run_sync(_start, rank_end, writer, config, niceness)
+        process = await to_thread.run_sync(_start, rank_end, writer, config, replica, niceness)
         try:
             async with _flushing(front):
                 yield Rank(front, reader, functools.partial(_cause_of_death, process))
@@ -133,13 +135,16 @@ async def rank_process(config: EngineConfig, *, niceness: int = 0) -> AsyncItera
             end.close()
 
 
-def _start(rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig, niceness: int) -> Any:
+def _start(
+    rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig, replica: int, niceness: int
+) -> Any:
     """Start the process, in a thread: torch is imported for it, which takes a second."""
     import torch.multiprocessing
 
+    name = "sgld-rank-0" if replica == 0 else f"sgld-rank-0-of-replica-{replica}"
     # Not a daemon: those may not have children, and loaders may use them. It watches its parent instead.
     process = torch.multiprocessing.get_context("spawn").Process(
-        target=rank_main, args=(rank_end, writer, config, niceness), name="sgld-rank-0"
+        target=rank_main, args=(rank_end, writer, config, replica, niceness), name=name
     )
     process.start()
     rank_end.close()

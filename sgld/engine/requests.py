@@ -1,7 +1,7 @@
-"""The requests on their way: what the rank's replies say of them becomes their events."""
+"""The requests on their way: what the replies of ranks say of them becomes their events."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from math import prod
 from typing import TypeVar, assert_never
@@ -33,25 +33,30 @@ Report = Stepped | Finished | TaskFailed | TaskCancelled
 
 
 class Requests:
-    """All requests that haven't ended. The scheduler and the tally are kept in step with them."""
+    """All requests that haven't ended. The replicas' schedulers and the tally are kept in step with them."""
 
-    def __init__(self, scheduler: Scheduler, tally: Tally) -> None:
+    def __init__(self, schedulers: Sequence[Scheduler], tally: Tally) -> None:
         self.fps: float | None = None
         """Of the model's videos, where their params don't say."""
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._tally = tally
         self._entries: dict[str, Entry] = {}
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
-    def num_in(self, state: RequestState) -> int:
-        """How many are in a state."""
-        return sum(entry.state is state for entry in self._entries.values())
+    def num_in(self, state: RequestState, replica: int | None = None) -> int:
+        """How many are in a state, with one replica or all."""
+        return sum(entry.state is state and replica in (None, entry.replica) for entry in self._entries.values())
 
-    def add(self, params: SamplingParams, waited_s: float = 0.0) -> list[Entry]:
+    def num_of(self, replica: int) -> int:
+        """How many a replica has."""
+        return sum(entry.replica == replica for entry in self._entries.values())
+
+    def add(self, params: SamplingParams, replica_of: Callable[[], int], waited_s: float = 0.0) -> list[Entry]:
         """Queue a request for each output; they share a stream.
 
+        :param replica_of: chooses a replica for the next output; those before it are queued already.
         :param waited_s: how long it has waited already, elsewhere.
         """
         group, now, demand = f"r{next(_ids)}", time.monotonic(), demand_of(params)
@@ -60,20 +65,25 @@ class Requests:
             request = Request(
                 id=output_id(group, index), output_index=index, params=params.output(index), arrived_at=now
             )
-            entry = Entry(request, group, entries[0].stream if entries else None)
+            entry = Entry(request, group, replica_of(), entries[0].stream if entries else None)
             self._entries[request.id] = entry
-            self._scheduler.add(request.id, now - waited_s, demand)
+            self._scheduler_of(entry).add(request.id, now - waited_s, demand)
             entries.append(entry)
         for entry in entries:
-            position = self._scheduler.position(entry.request.id, now)
-            eta_s = self._scheduler.eta_s(entry.request.id, now)
+            scheduler = self._scheduler_of(entry)
+            position = scheduler.position(entry.request.id, now)
+            eta_s = scheduler.eta_s(entry.request.id, now)
             entry.put(entry.event(Queued, position=position, eta_s=eta_s))
         return entries
 
-    def admit(self) -> list[Start]:
-        """Let those run whose turn it is; what to tell the rank."""
+    def move(self, request_id: str, replica: int) -> None:
+        """Another replica has a request, whose scheduler knows of it."""
+        self._entries[request_id].replica = replica
+
+    def admit(self, replica: int) -> list[Start]:
+        """Let those of a replica run whose turn it is; what to tell its rank."""
         commands = []
-        for request_id in self._scheduler.admit(time.monotonic()):
+        for request_id in self._schedulers[replica].admit(time.monotonic()):
             entry = self._entries[request_id]
             entry.change(RequestState.RUNNING)
             self._tally.started(entry.request, time.monotonic())
@@ -131,9 +141,10 @@ class Requests:
             return None
         match reply:
             case Stepped(step=step, num_steps=num_steps):
-                self._scheduler.stepped(reply.request_id, step)
+                scheduler = self._scheduler_of(entry)
+                scheduler.stepped(reply.request_id, step)
                 self._tally.stepped(reply)
-                eta_s = self._scheduler.eta_s(reply.request_id, time.monotonic())
+                eta_s = scheduler.eta_s(reply.request_id, time.monotonic())
                 entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
             case Finished():
                 self._leave(entry, RequestState.COMPLETED)
@@ -152,12 +163,13 @@ class Requests:
         with anyio.CancelScope(shield=True):
             entry.put(await _off_the_loop(num_bytes, lambda: self._completed(entry)))
 
-    def run_again(self, problem: str, blamed: Collection[str] | None) -> None:
-        """The rank is lost: its requests run again, but one that was running when two ranks were lost fails.
+    def run_again(self, problem: str, blamed: Collection[str] | None, replica: int) -> None:
+        """The rank of a replica is lost: its requests run again, but one that was running when two were lost fails.
 
         :param blamed: those that were running; None: that isn't known.
         """
-        for entry in [e for e in self._entries.values() if e.state is RequestState.RUNNING]:
+        running = [e for e in self._entries.values() if e.replica == replica and e.state is RequestState.RUNNING]
+        for entry in running:
             entry.attempt += 1
             is_blamed = blamed is None or entry.request.id in blamed
             entry.num_losses += is_blamed
@@ -167,8 +179,11 @@ class Requests:
                 continue
             self._tally.restarted(entry.request, time.monotonic())
             entry.change(RequestState.QUEUED)
-            self._scheduler.requeue(entry.request.id, is_suspect=is_blamed)
+            self._scheduler_of(entry).requeue(entry.request.id, is_suspect=is_blamed)
             entry.put(entry.event(Restarted, attempt=entry.attempt))
+
+    def _scheduler_of(self, entry: Entry) -> Scheduler:
+        return self._schedulers[entry.replica]
 
     def _completed(self, entry: Entry) -> Completed:
         params = entry.request.params
@@ -190,7 +205,7 @@ class Requests:
 
     def _leave(self, entry: Entry, state: RequestState) -> None:
         self._entries.pop(entry.request.id)
-        self._scheduler.remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
+        self._scheduler_of(entry).remove(entry.request.id, is_completed=state is RequestState.COMPLETED)
         self._tally.ended(entry.request, state, time.monotonic())
         entry.change(state)
 

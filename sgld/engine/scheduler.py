@@ -10,7 +10,7 @@ from itertools import count
 
 from sgld.engine.batching import as_many_as_pay, preparing, together_s
 from sgld.engine.cost import Cost
-from sgld.engine.demand import Demand, Profile, Profiles
+from sgld.engine.demand import Demand, Profiles
 from sgld.engine.order import Level, in_order, score
 from sgld.engine.remaining import Tracked
 from sgld.errors import DeadlineImpossible, QueueFull
@@ -40,13 +40,20 @@ class Scheduler:
     """Requests wait in the order of service until they are admitted; then their calls compete.
 
     :param cost: predicts forwards; learned by the owner.
+    :param profiles: what requests take; schedulers of one engine share it.
     """
 
     def __init__(
-        self, cost: Cost, *, max_running_requests: int = 32, max_queued_requests: int = 1024, max_batch_size: int = 16
+        self,
+        cost: Cost,
+        profiles: Profiles | None = None,
+        *,
+        max_running_requests: int = 32,
+        max_queued_requests: int = 1024,
+        max_batch_size: int = 16,
     ) -> None:
         self._cost = cost
-        self._profiles = Profiles(cost)
+        self._profiles = profiles or Profiles(cost)
         self._max_running = max_running_requests
         self._max_queued = max_queued_requests
         self._max_batch_size = max_batch_size
@@ -190,13 +197,25 @@ class Scheduler:
             self._max_batch_size,
         )
 
-    def recall(self, learned: Iterable[Profile]) -> None:
-        """Begin with what an earlier start learned of requests."""
-        self._profiles.recall(learned)
+    def backlog_s(self, now: float) -> float | None:
+        """Predicted seconds until all requests here are completed; None while nothing is known of one of them."""
+        every = [(request, request.remaining_s) for _, request in self._all_in_order(now)]
+        known = [(request, remaining_s) for request, remaining_s in every if remaining_s is not None]
+        return together_s(known, self._cost, self._max_batch_size) if len(known) == len(every) else None
 
-    def learned(self) -> list[Profile]:
-        """What is known of requests, for the next start."""
-        return self._profiles.learned()
+    def give_up(self, now: float) -> Tracked | None:
+        """The request that starts next leaves for another scheduler; None: all have started."""
+        ordered = self._ordered(self._queued.values(), now)
+        if not ordered:
+            return None
+        request = ordered[0][1]
+        self.remove(request.id)
+        return request
+
+    def adopt(self, request: Tracked) -> None:
+        """Let a request wait here that another scheduler gave up; it came when it came there."""
+        self.add(request.id, request.arrived_at, request.demand)
+        self._queued[request.id].is_suspect = request.is_suspect
 
     def _ordered(self, requests: Iterable[Tracked], now: float) -> list[tuple[Level, Tracked]]:
         return in_order([(request, self._score(request)) for request in requests], now, self._tick_s)

@@ -46,8 +46,18 @@ class CostStatistics(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_s: float
 
 
+class ReplicaStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica at one moment; the queues to its rank are None while there is none."""
+
+    is_ready: bool
+    num_queued: int
+    num_running: int
+    tensor_queue: TensorQueueStatistics | None = None
+    channel: ChannelStatistics | None = None
+
+
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine at one moment; the queues to the rank are None while there is none."""
+    """The engine at one moment."""
 
     uptime_s: float
     num_queued: int
@@ -63,10 +73,9 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     merging: dict[str, MergeStatistics]
     """By component."""
     costs: tuple[CostStatistics, ...]
-    tensor_queue: TensorQueueStatistics | None
-    channel: ChannelStatistics | None
+    replicas: tuple[ReplicaStatistics, ...]
     adapters: LorasHeld = LorasHeld()
-    """LoRA adapters that the rank holds."""
+    """LoRA adapters that the first rank holds."""
 
 
 class Tally:
@@ -80,7 +89,8 @@ class Tally:
         self.num_ended = dict.fromkeys((state for state in RequestState if state.is_terminal), 0)
         self.merging: dict[str, MergeStatistics] = {}
         self._calls: dict[str, CallStatistics] = {}
-        self._pending: dict[int, CallInfo] = {}
+        self._pending: dict[tuple[int, int], CallInfo] = {}
+        """By replica and id."""
 
     @property
     def calls(self) -> tuple[CallStatistics, ...]:
@@ -92,13 +102,14 @@ class Tally:
         if self.trace is not None:
             self.trace.span(request.id, "queued", request.arrived_at, now)
 
-    def pending(self, call: CallInfo) -> None:
+    def pending(self, call: CallInfo, replica: int = 0) -> None:
         """A call waits."""
-        self._pending[call.id] = call
+        self._pending[replica, call.id] = call
 
-    def ran(self, reply: Ran) -> None:
-        """A tick is over."""
-        calls = [call for call_id in reply.call_ids if (call := self._pending.pop(call_id, None)) is not None]
+    def ran(self, reply: Ran, replica: int = 0) -> None:
+        """A tick of a replica is over."""
+        keys = [(replica, call_id) for call_id in reply.call_ids]
+        calls = [call for key in keys if (call := self._pending.pop(key, None)) is not None]
         if not calls:
             return  # of requests that were cancelled meanwhile
         name = reply.cost_key.partition("(")[0]
@@ -118,7 +129,7 @@ class Tally:
             batch_sizes=_counted(before.batch_sizes, reply),
         )
         if self.trace is not None:
-            self.trace.ran(reply, calls)
+            self.trace.ran(reply, calls, replica)
 
     def stepped(self, reply: Stepped) -> None:
         """A request is a step further."""
@@ -148,8 +159,8 @@ class Tally:
 
     def _forget(self, request_id: str) -> None:
         self._skipped.pop(request_id, None)
-        for call in [call for call in self._pending.values() if call.request_id == request_id]:
-            del self._pending[call.id]
+        for key in [key for key, call in self._pending.items() if call.request_id == request_id]:
+            del self._pending[key]
 
 
 def _counted(sizes: dict[int, int], reply: Ran) -> dict[int, int]:

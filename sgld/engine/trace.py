@@ -41,14 +41,17 @@ class Trace:
         self._named: set[str] = set()
         """Running requests whose track has its name."""
         file = self._temporary.open("wb")
-        file.write(b"[\n" + msgspec.json.encode(_name("process_name", _RANK, 0, "rank 0")))
+        file.write(b"[\n" + msgspec.json.encode(_name("process_name", _RANK, 0, "ranks")))
         self._thread = threading.Thread(target=self._write, args=(file,), name="trace", daemon=True)
         self._thread.start()
-        self._put(_name("thread_name", _RANK, _TICKS, "ticks"))
+        self._num_replicas = 0
         self._put(_name("process_name", _REQUESTS, 0, "requests"))
 
-    def ran(self, reply: Ran, calls: Sequence[CallInfo]) -> None:
-        """A tick on the rank's track, and its calls on those of their requests."""
+    def ran(self, reply: Ran, calls: Sequence[CallInfo], replica: int = 0) -> None:
+        """A tick on the track of the replica's rank, and its calls on those of their requests."""
+        for index in range(self._num_replicas, replica + 1):
+            self._put(_name("thread_name", _RANK, _TICKS + index, f"ticks of replica {index}"))
+            self._num_replicas = index + 1
         self._num_ticks += 1
         start_us, length_us = reply.started_ns / 1e3, reply.elapsed_s * 1e6
         args = {
@@ -61,7 +64,7 @@ class Trace:
             "merge_key": calls[0].merge_key,
             "cost_key": reply.cost_key,
         }
-        self._put(_span(reply.cost_key.partition("(")[0], _RANK, _TICKS, start_us, length_us, args))
+        self._put(_span(reply.cost_key.partition("(")[0], _RANK, _TICKS + replica, start_us, length_us, args))
         for call in calls:
             args = {"tick": self._num_ticks, "call": call.id, "component": call.component, "rows": call.rows}
             label = f"step {call.step_index + 1}/{call.num_steps}" if call.kind == "denoise" else call.kind

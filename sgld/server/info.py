@@ -115,6 +115,7 @@ def _precision(dtype: str | None) -> str | None:
 async def server_info(request: Request) -> Response:
     """GET /server_info: what was chosen when it was started, without secrets."""
     services = services_of(request)
+    statistics = services.engine.statistics()
     info = {
         "version": __version__,
         "status": "ready" if services.engine.model else "loading",
@@ -122,10 +123,11 @@ async def server_info(request: Request) -> Response:
         "served_model_name": services.model_name,
         "model": services.engine.model,
         "tp_size": services.engine_config.parallel.tp_size,
-        "dp_size": 1,
+        "dp_size": services.engine_config.parallel.dp_size,
         "num_running_reqs": services.requests.num_live,
         "engine": services.engine_config,
-        "lora": services.engine.statistics().adapters,
+        "replicas": statistics.replicas,
+        "lora": statistics.adapters,
         "limits": {name: getattr(services.config, name) for name in _LIMITS},
     }
     return json_response(info)

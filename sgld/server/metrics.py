@@ -141,9 +141,11 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
     yield _gauge("sgld:lora_adapter_bytes", "memory that they take", held.adapter_bytes)
     yield _gauge("sgld:lora_slots", "combinations of adapters on the device", held.num_slots)
     yield _gauge("sgld:lora_slot_bytes", "memory of the device that these take", held.slot_bytes)
-    if statistics.tensor_queue is not None:
-        free, total = statistics.tensor_queue.num_free, statistics.tensor_queue.num_slots
-        yield _gauge("sgld:tensor_queue_used_ratio", "how full the queue of pixels is", 1 - free / total)
+    used = GaugeMetricFamily("sgld:tensor_queue_used_ratio", "how full the queue of pixels is", labels=("replica",))
+    for index, replica in enumerate(statistics.replicas):
+        if (queue := replica.tensor_queue) is not None:
+            used.add_metric((str(index),), 1 - queue.num_free / queue.num_slots)
+    yield used
 
 
 def _of_calls(calls: Iterable[CallStatistics]) -> Iterator[Metric]:

@@ -26,9 +26,12 @@ logger = logging.getLogger(__name__)
 Channel = RankEnd[AnyReply, AnyCommand]
 
 
-def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig, niceness: int = 0) -> None:
+def rank_main(
+    channel: Channel, tensors: TensorWriter, config: EngineConfig, replica: int = 0, niceness: int = 0
+) -> None:
     """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone.
 
+    :param replica: index of its replica.
     :param niceness: of a rank that runs on the CPU.
     """
     # Ctrl-C reaches the whole process group; the front decides what it means.
@@ -42,6 +45,10 @@ def rank_main(channel: Channel, tensors: TensorWriter, config: EngineConfig, nic
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "torch_compile_cache"))
     _leave_with_parent()
     _quieten()
+    if (num_replicas := config.parallel.dp_size) > 1:
+        num_gpus = max(1, config.parallel.num_gpus // num_replicas)
+        visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), replica, num_gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
     def load() -> "LoadedModel":
         from sgld.models.load import load
@@ -73,6 +80,16 @@ def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "
         logger.debug("the front is gone")
     finally:
         channel.close()
+
+
+def visible_devices(visible: str | None, replica: int, num_gpus: int) -> str:
+    """The GPUs of a replica, as CUDA reads them from its environment before it starts.
+
+    :param visible: those that all replicas have; None: all of the machine.
+    """
+    places = range(replica * num_gpus, (replica + 1) * num_gpus)
+    named = visible.split(",") if visible is not None else None
+    return ",".join(map(str, places) if named is None else named[places.start : places.stop])
 
 
 def say_on_stderr() -> None:

@@ -1,6 +1,6 @@
 """What tests of the engine do with requests: params of tiny pipelines, their right results, and streams of events."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -92,3 +92,10 @@ def is_idle(engine: Engine) -> bool:
     """Whether no request is on its way."""
     now = engine.statistics()
     return not now.num_queued + now.num_running
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a fact of the operating system that has no event."""
+    with anyio.fail_after(TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110 - there is none to wait for
+            await anyio.sleep(0.01)

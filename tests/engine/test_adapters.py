@@ -156,7 +156,7 @@ async def test_a_model_is_not_served_without_its_adapters(flux: Pipeline) -> Non
 
 
 async def test_who_waits_for_an_adapter_hears_that_the_rank_was_lost() -> None:
-    loras = EngineLoras(LoraConfig(), lambda _command: True)
+    loras = EngineLoras(LoraConfig(), lambda _command: [0])
 
     async def lose() -> None:
         await anyio.wait_all_tasks_blocked()
@@ -167,14 +167,34 @@ async def test_who_waits_for_an_adapter_hears_that_the_rank_was_lost() -> None:
         with pytest.raises(RankLost, match="lost while it loaded"):
             await loras.set([LoraChoice(nickname="a", path="a.safetensors")])
     with pytest.raises(EngineClosed, match="isn't ready"):
-        await EngineLoras(LoraConfig(), lambda _command: False).set([LoraChoice(nickname="a", path="a")])
+        await EngineLoras(LoraConfig(), lambda _command: []).set([LoraChoice(nickname="a", path="a")])
 
 
 async def test_a_target_that_is_not_changed_is_refused() -> None:
-    def send(command: Any) -> bool:
+    def send(command: Any) -> list[int]:
         loras.heard(LoraLoaded(path=command.path, size_bytes=1, num_layers={"transformer": 3}))
-        return True
+        return [0]
 
     loras = EngineLoras(LoraConfig(), send)
     with pytest.raises(InvalidRequest, match="changes nothing in 'unet', but transformer"):
         await loras.set([LoraChoice(nickname="a", path="a.safetensors", target="unet")], "unet")
+
+
+async def test_an_adapter_is_loaded_when_each_replica_has_it() -> None:
+    loras = EngineLoras(LoraConfig(), lambda _command: [0, 1])
+    reply = LoraLoaded(path="a.safetensors", size_bytes=1, num_layers={"transformer": 3})
+    is_set = False
+
+    async def choose() -> None:
+        nonlocal is_set
+        await loras.set([LoraChoice(nickname="a", path="a.safetensors")])
+        is_set = True
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(choose)
+        await anyio.wait_all_tasks_blocked()
+        loras.heard(reply, 0)
+        await anyio.wait_all_tasks_blocked()
+        assert not is_set
+        loras.heard(reply, 1)
+    assert is_set

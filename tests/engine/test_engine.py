@@ -441,7 +441,7 @@ async def test_closing_wakes_those_who_wait_for_the_model() -> None:
     is_loading = anyio.Event()
 
     @asynccontextmanager
-    async def never_ready(_config: EngineConfig) -> AsyncIterator[Any]:
+    async def never_ready(_config: EngineConfig, _replica: int) -> AsyncIterator[Any]:
         is_loading.set()
         await anyio.sleep_forever()
         yield

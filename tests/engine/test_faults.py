@@ -22,7 +22,18 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pipelines import build
 
-from engine.streams import TIMEOUT_S, completed, difference, events_of, is_idle, leave_at, names, params_of, plain
+from engine.streams import (
+    TIMEOUT_S,
+    completed,
+    difference,
+    events_of,
+    is_idle,
+    leave_at,
+    names,
+    params_of,
+    plain,
+    until,
+)
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.errors import ModelError
@@ -107,13 +118,6 @@ def has_ended(pid: int, timeout_s: float = TIMEOUT_S) -> bool:
         os.close(fd)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for a fact of the operating system that has no event."""
-    with anyio.fail_after(TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 - there is none to wait for
-            await anyio.sleep(0.01)
-
-
 async def events_with_fault(engine: Engine, params: SamplingParams, fault: Callable[[], None]) -> list[AnyEvent]:
     """The events of a request during whose second step something happens to the rank."""
     events: list[AnyEvent] = []
@@ -159,7 +163,7 @@ def test_request_that_costs_two_ranks_fails_and_another_completes(served: Served
             if isinstance(event, Progress):
                 signal_rank(signal.SIGSTOP)
                 await anyio.wait_all_tasks_blocked()
-                running = engine._running.request_ids if engine._running else ()
+                running = batch.request_ids if (batch := engine._replicas[0].running) else ()
                 is_alone = [request_id.partition("-")[0] for request_id in running] == [event.request_id]
                 signal_rank(signal.SIGKILL if is_alone else signal.SIGCONT)
                 if is_alone:

@@ -3,7 +3,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.test_recovery import MODEL
+from engine.ranks import MODEL
 from sgld.engine.demand import Profile
 from sgld.engine.learned import Learned, LearnedFile
 

@@ -1,113 +1,11 @@
 """Who is to blame for a lost rank: the engine with ranks that have no model, and die as they are told."""
 
-import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
-import anyio
-import numpy as np
-from anyio import to_thread
-
+from engine.ranks import MortalRanks
 from engine.streams import ends_of
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
-from sgld.engine.replica import Rank
-from sgld.errors import ChannelClosed
 from sgld.events import Completed, Failed
-from sgld.ipc.channel import RankEnd, channel_pair
-from sgld.ipc.tensor_queue import TensorWriter, tensor_queue
-from sgld.messages import (
-    AnyCommand,
-    AnyReply,
-    CallInfo,
-    Decoded,
-    Finished,
-    Idle,
-    ModelInfo,
-    Pending,
-    Ran,
-    Ready,
-    Run,
-    Start,
-)
 from sgld.sampling_params import SamplingParams
-
-MODEL = ModelInfo(model_path="none", pipeline_class="None", device="cpu", precisions={}, fps=None)
-Channel = RankEnd[AnyReply, AnyCommand]
-
-
-class MortalRanks:
-    """Each request has one call, and all may share a forward. Running one with the prompt "bad" ends the rank.
-
-    :param num_started: of each rank, how many requests it waits for before it announces their calls, and those of
-        others at once.
-    """
-
-    def __init__(self, *num_started: int) -> None:
-        self.batches: list[list[str]] = []
-        """The prompts of each forward, sorted."""
-        self._num_started = list(num_started)
-
-    @asynccontextmanager
-    async def __call__(self, config: EngineConfig) -> AsyncIterator[Rank]:
-        front, rank_end = channel_pair()
-        reader, writer = tensor_queue(num_slots=2, slot_bytes=4096)
-        thread = threading.Thread(target=self._serve, args=(rank_end, writer))
-        thread.start()
-        try:
-            yield Rank(front, reader)
-        finally:
-            front.close()
-            with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(thread.join)
-            writer.close()
-            reader.close()
-
-    def _serve(self, channel: Channel, tensors: TensorWriter) -> None:
-        started: list[Start] = []
-        num_announced = 0
-        num_started = self._num_started.pop(0) if self._num_started else 1
-        try:
-            channel.send(Ready(model=MODEL))
-            while (command := channel.receive(None)) is not None:
-                if isinstance(command, Start):
-                    started.append(command)
-                    while len(started) >= num_started and num_announced < len(started):
-                        channel.send(Pending(call=_call(num_announced, started[num_announced].request_id)))
-                        num_announced += 1
-                elif isinstance(command, Run):
-                    batch = [started[index] for index in command.call_ids]
-                    self.batches.append(sorted(start.params.prompt for start in batch))
-                    if "bad" in self.batches[-1]:
-                        return
-                    _finish(channel, tensors, command.call_ids, batch)
-        except ChannelClosed:
-            pass
-        finally:
-            channel.close()
-
-
-def _call(index: int, request_id: str) -> CallInfo:
-    return CallInfo(
-        id=index,
-        request_id=request_id,
-        kind="denoise",
-        component="transformer",
-        merge_key="m",
-        cost_key="c",
-        rows=1,
-        step_index=0,
-        num_steps=1,
-    )
-
-
-def _finish(channel: Channel, tensors: TensorWriter, call_ids: tuple[int, ...], batch: list[Start]) -> None:
-    channel.send(Ran(call_ids=call_ids, cost_key="c", rows=len(batch), elapsed_s=1.0, is_timed=False))
-    for start in batch:
-        pixels = tensors.put(np.zeros((1, 1, 1, 3), np.uint8))
-        channel.send(Decoded(request_id=start.request_id, index=0, is_video=False, pixels=pixels))
-        channel.send(Finished(request_id=start.request_id))
-    channel.send(Idle())
 
 
 async def test_request_that_shared_the_last_forward_of_a_rank_is_not_lost_with_the_culprit() -> None:

@@ -30,8 +30,8 @@ def queue() -> Iterator[tuple[TensorReader, TensorWriter]]:
 
 
 def requests_of(*prompts: str) -> tuple[Requests, list[Entry]]:
-    requests = Requests(Scheduler(FlatCost()), Tally(None))
-    return requests, [entry for prompt in prompts for entry in requests.add(SamplingParams(prompt=prompt))]
+    requests = Requests([Scheduler(FlatCost())], Tally(None))
+    return requests, [entry for prompt in prompts for entry in requests.add(SamplingParams(prompt=prompt), lambda: 0)]
 
 
 async def told(entry: Entry) -> list[AnyEvent]:
@@ -46,7 +46,7 @@ async def told(entry: Entry) -> list[AnyEvent]:
 async def test_replies_become_events_until_the_request_ends(queue: tuple[TensorReader, TensorWriter]) -> None:
     reader, writer = queue
     requests, [entry] = requests_of("a")
-    assert requests.admit() == [Start(request_id=entry.request.id, params=entry.request.params)]
+    assert requests.admit(0) == [Start(request_id=entry.request.id, params=entry.request.params)]
     requests.fps = 8.0
     request_id = entry.request.id
     requests.report(Stepped(request_id=request_id, step=1, num_steps=2))
@@ -66,7 +66,7 @@ async def test_replies_become_events_until_the_request_ends(queue: tuple[TensorR
 async def test_a_long_clip_holds_up_nobody() -> None:
     """97 MB, put together while others have their turn."""
     requests, [entry] = requests_of("a")
-    requests.admit()
+    requests.admit(0)
     entry.frames = [np.zeros((27, 720, 832, 3), np.uint8) for _ in range(2)]
     assert requests.report(Finished(request_id=entry.request.id)) is entry
     num_turns = 0
@@ -103,8 +103,8 @@ async def test_pixels_of_a_request_that_has_ended_give_back_their_memory(
 async def test_who_is_blamed_twice_fails_and_the_others_run_again(queue: tuple[TensorReader, TensorWriter]) -> None:
     requests, [bad, good] = requests_of("bad", "good")
     for _ in range(2):
-        assert len(requests.admit()) == 2
-        requests.run_again("it died", {bad.request.id})
+        assert len(requests.admit(0)) == 2
+        requests.run_again("it died", {bad.request.id}, 0)
     assert (bad.state, good.state, good.attempt) == (RequestState.FAILED, RequestState.QUEUED, 3)
     last = (await told(bad))[-1]
     assert isinstance(last, Failed)
@@ -113,9 +113,9 @@ async def test_who_is_blamed_twice_fails_and_the_others_run_again(queue: tuple[T
 
 
 async def test_failure_of_one_output_leaves_the_others(queue: tuple[TensorReader, TensorWriter]) -> None:
-    requests = Requests(Scheduler(FlatCost()), Tally(None))
-    first, second = requests.add(SamplingParams(prompt="a", num_outputs_per_prompt=2))
-    requests.admit()
+    requests = Requests([Scheduler(FlatCost())], Tally(None))
+    first, second = requests.add(SamplingParams(prompt="a", num_outputs_per_prompt=2), lambda: 0)
+    requests.admit(0)
     requests.report(TaskFailed(request_id=first.request.id, code="pipeline_failed", message="x"))
     assert (first.state, second.state) == (RequestState.FAILED, RequestState.RUNNING)
     assert first.stream is second.stream

@@ -3,7 +3,7 @@ import pytest
 
 from engine.calls import LinearCost, batch_of, call, running
 from sgld.engine.cost import CostModel, FlatCost
-from sgld.engine.demand import Demand
+from sgld.engine.demand import Demand, Profiles
 from sgld.engine.scheduler import ETA_ORDER_S, STANDING_ORDER_S, Scheduler
 from sgld.errors import DeadlineImpossible, QueueFull
 
@@ -360,8 +360,10 @@ def test_cancelled_request_teaches_nothing() -> None:
 
 
 def test_what_was_learned_of_requests_is_recalled() -> None:
-    old, new = Scheduler(LinearCost(row_s=2.0)), Scheduler(LinearCost(row_s=2.0))
-    completed(old, "a", 3, Demand())
-    new.recall(old.learned())
+    cost = LinearCost(row_s=2.0)
+    learned, recalled = Profiles(cost), Profiles(cost)
+    completed(Scheduler(cost, learned), "a", 3, Demand())
+    recalled.recall(learned.learned())
+    new = Scheduler(cost, recalled)
     new.add("b", 0.0)
     assert new.eta_s("b", 0.0) == 6.0

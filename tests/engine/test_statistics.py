@@ -60,7 +60,7 @@ def test_calls_of_requests_that_ended_are_forgotten() -> None:
         tally.pending(call(number, f"r{number}-0"))
     tally.ended(request("r0-0"), RequestState.CANCELLED, 1.0)
     tally.restarted(request("r1-0"), 1.0)
-    assert list(tally._pending) == [2]
+    assert list(tally._pending) == [(0, 2)]
     assert tally.num_ended[RequestState.CANCELLED] == 1
     tally.ran(ran(0))
     assert tally.calls == ()
@@ -85,13 +85,13 @@ async def test_statistics_tell_what_the_engine_did() -> None:
         await events_of(engine, params_of(kwargs, guidance_rescale=0.5))
         await completed(engine, params_of(kwargs))
         after = engine.statistics()
-    assert (before.num_completed, before.calls, before.tensor_queue) == (0, (), None)
+    assert (before.num_completed, before.calls, before.replicas[0].tensor_queue) == (0, (), None)
     assert (after.num_completed, after.num_cancelled, after.num_failed, after.num_restarts) == (4, 1, 1, 0)
     assert (after.num_queued, after.num_running) == (0, 0)
-    assert after.tensor_queue is not None
-    assert after.tensor_queue.num_free == after.tensor_queue.num_slots
-    assert after.channel is not None
-    assert after.channel.num_outgoing == 0
+    assert after.replicas[0].tensor_queue is not None
+    assert after.replicas[0].tensor_queue.num_free == after.replicas[0].tensor_queue.num_slots
+    assert after.replicas[0].channel is not None
+    assert after.replicas[0].channel.num_outgoing == 0
     by_name = {c.name: c for c in after.calls}
     transformer = by_name["transformer.forward"]
     assert transformer.num_calls >= 3 * 6 + 3

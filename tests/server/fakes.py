@@ -38,8 +38,7 @@ NOTHING = Statistics(
     calls=(),
     merging={},
     costs=(),
-    tensor_queue=None,
-    channel=None,
+    replicas=(),
 )
 
 
@@ -63,7 +62,7 @@ class FakeEngine:
         self.counted = NOTHING
         self.loras = EngineLoras(LoraConfig(), self._tell)
 
-    def _tell(self, command: LoadLora | UnloadLora) -> bool:
+    def _tell(self, command: LoadLora | UnloadLora) -> list[int]:
         """Adapters are loaded at once; those with `bad` in their path can't be."""
         if isinstance(command, LoadLora):
             about: dict[str, Any] = {"path": command.path, "alpha": command.alpha}
@@ -71,7 +70,7 @@ class FakeEngine:
                 self.loras.heard(LoraFailed(**about, message=f"{command.path} can't be read"))
             else:
                 self.loras.heard(LoraLoaded(**about, size_bytes=100, num_layers={"transformer": 3}))
-        return True
+        return [0]
 
     def __call__(self, config: EngineConfig) -> Self:
         return self

@@ -1,0 +1,124 @@
+"""The replicas of an engine: what each one runs, and how requests move to those that have nothing to do."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+from sgld.config import EngineConfig
+from sgld.engine.cost import CostModel
+from sgld.engine.demand import Profiles
+from sgld.engine.replica import Rank
+from sgld.engine.requests import Requests
+from sgld.engine.routing import AdapterSource, Load, adapters_of, busiest, choose
+from sgld.engine.scheduler import Batch, Scheduler
+from sgld.engine.statistics import ReplicaStatistics
+from sgld.errors import RankLost
+from sgld.messages import AnyCommand, Run
+from sgld.request import RequestState
+from sgld.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+# A forward that takes this many times its prediction hangs.
+HANG_FACTOR = 20.0
+# Where nothing can be predicted yet, a forward may take so many times the shortest deadline.
+UNKNOWN_FACTOR = 10.0
+
+
+class Replica:
+    """One copy of the model: its rank, its scheduler, and the batch that runs."""
+
+    def __init__(self, index: int, config: EngineConfig, cost: CostModel, profiles: Profiles) -> None:
+        self.index = index
+        self.scheduler = Scheduler(
+            cost,
+            profiles,
+            max_running_requests=config.max_running_requests,
+            max_queued_requests=-(-config.max_queued_requests // config.parallel.dp_size),
+            max_batch_size=config.max_batch_size,
+        )
+        self.rank: Rank | None = None
+        """None while no rank is ready."""
+        self.running: Batch | None = None
+        self.num_lost_loads = 0
+        """Ranks in a row that were lost before they were ready."""
+        self.adapters: set[AdapterSource] = set()
+        """Those that its rank has read, or is told to read."""
+        self._run_timeout_s = config.run_timeout_s
+
+    def load(self, requests: Requests) -> Load:
+        """What it has to do."""
+        return Load(
+            is_ready=self.rank is not None,
+            num_requests=requests.num_of(self.index),
+            backlog_s=self.scheduler.backlog_s(time.monotonic()),
+            adapters=frozenset(self.adapters),
+        )
+
+    def send(self, command: AnyCommand) -> bool:
+        """Tell the rank, if there is one."""
+        if self.rank is None:
+            return False
+        try:
+            self.rank.send(command)
+        except RankLost:
+            # Whoever waits for its replies sees it, too, and recovers.
+            logger.debug("%s wasn't sent, the rank is gone", command)
+        return True
+
+    def tick(self, requests: Requests) -> None:
+        """Start what may start and, when the rank has nothing to run, give it the next batch."""
+        if self.rank is None:
+            return
+        for command in requests.admit(self.index):
+            self.adapters |= adapters_of(command.params)
+            self.send(command)
+        if self.running is None and (batch := self.scheduler.next_batch(time.monotonic())) is not None:
+            self.running = batch
+            self.send(Run(call_ids=batch.call_ids, num_ticks=batch.num_ticks))
+        self.rank.expect_reply(self._silence_limit_s(requests))
+
+    def _silence_limit_s(self, requests: Requests) -> float | None:
+        """How long the rank may be silent: while it has work, as long as its forward may take."""
+        if self.running is None and not requests.num_in(RequestState.RUNNING, self.index):
+            return None
+        predicted_s = self.running.predicted_s if self.running else None
+        if predicted_s is None:
+            return UNKNOWN_FACTOR * self._run_timeout_s
+        return max(self._run_timeout_s, HANG_FACTOR * predicted_s)
+
+    def lost(self) -> None:
+        """The rank is gone."""
+        self.rank = None
+        self.adapters.clear()
+
+    def statistics(self, requests: Requests) -> ReplicaStatistics:
+        """What it does now; the queues to its rank are None while there is none."""
+        tensor_queue, channel = self.rank.statistics() if self.rank is not None else (None, None)
+        return ReplicaStatistics(
+            is_ready=self.rank is not None,
+            num_queued=requests.num_in(RequestState.QUEUED, self.index),
+            num_running=requests.num_in(RequestState.RUNNING, self.index),
+            tensor_queue=tensor_queue,
+            channel=channel,
+        )
+
+
+def place(params: SamplingParams, replicas: Sequence[Replica], requests: Requests) -> Replica:
+    """The replica that gets a new request."""
+    if len(replicas) == 1:
+        return replicas[0]
+    return replicas[choose([replica.load(requests) for replica in replicas], adapters_of(params))]
+
+
+def balance(replicas: Sequence[Replica], requests: Requests) -> list[Replica]:
+    """Let replicas without work take requests that others haven't started; returns those that took one."""
+    taking = [replica for replica in replicas if replica.rank is not None and not requests.num_of(replica.index)]
+    took = []
+    for replica in taking:
+        source = busiest([other.load(requests) for other in replicas])
+        if source is None or (tracked := replicas[source].scheduler.give_up(time.monotonic())) is None:
+            break
+        replica.scheduler.adopt(tracked)
+        requests.move(tracked.id, replica.index)
+        took.append(replica)
+    return took
