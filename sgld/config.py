@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from sgld.fields import FieldError, check_fields, refuse_later
+from sgld.parallel import ParallelConfig as ParallelConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 EMBEDDED_IMAGE_MODEL = "sgld/tiny-image"
@@ -20,27 +21,6 @@ EMBEDDED_VIDEO_MODEL = "sgld/tiny-video"
 
 def _field(description: str, **extra: Any) -> Meta:
     return Meta(description=description, extra=extra or None)
-
-
-class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How many ranks there are and what they share.
-
-    :raises FieldError: a value is out of its range.
-    """
-
-    num_gpus: Annotated[int, Meta(ge=1), _field("number of GPUs", later="several GPUs")] = 1
-    tp_size: Annotated[int, Meta(ge=1), _field("tensor parallelism", later="several GPUs")] = 1
-    sp_degree: Annotated[
-        int, Meta(ge=1), _field("sequence parallelism", aliases=("sp_size",), later="several GPUs")
-    ] = 1
-    ulysses_degree: Annotated[int, Meta(ge=1), _field("Ulysses sequence parallelism", later="several GPUs")] = 1
-    ring_degree: Annotated[int, Meta(ge=1), _field("ring sequence parallelism", later="several GPUs")] = 1
-
-    dp_size: Annotated[int, Meta(ge=1), _field("data parallelism: copies of the model, each with GPUs of its own")] = 1
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        refuse_later(self)
 
 
 class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -305,7 +285,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_torch_compile: Annotated[
         bool, _field("compile the denoiser; the first forwards take minutes, later starts use what was compiled")
     ] = False
-    vae_sp: Annotated[bool, _field("decode on all GPUs of a replica; with one GPU it changes nothing")] = False
     trace: Annotated[
         str | None, _field("write a trace of every tick and request to this file, for Perfetto or chrome://tracing")
     ] = None

@@ -34,8 +34,7 @@ LATER: dict[str, Later] = {
     "regional_compile": Later("a choice of what is compiled", today=("true", "1")),
     # Memory
     "use_fsdp_inference": Later("sharded weights", today=_OFF),
-    # Several GPUs and machines
-    "enable_cfg_parallel": Later("several GPUs", today=_OFF),
+    # Several machines
     "nnodes": Later("several machines", today=("1",)),
     # Inputs and reports
     "video_path": Later("input videos"),

@@ -101,7 +101,7 @@ async def model_info(request: Request) -> Response:
         model_path=services.engine_config.model_path,
         pipeline_name=name,
         pipeline_class=name,
-        num_gpus=services.engine_config.parallel.num_gpus,
+        num_gpus=services.engine_config.parallel.total,
         dit_precision=_precision(precisions.get("transformer") or precisions.get("unet")),
         vae_precision=_precision(precisions.get("vae")),
     )
@@ -174,5 +174,5 @@ def _card(services: Services) -> ModelCard:
         created=services.started_at,
         root=services.engine_config.model_path,
         pipeline_class=served.pipeline_class if served else None,
-        num_gpus=services.engine_config.parallel.num_gpus,
+        num_gpus=services.engine_config.parallel.total,
     )

@@ -45,9 +45,8 @@ def rank_main(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "torch_compile_cache"))
     _leave_with_parent()
     _quieten()
-    if (num_replicas := config.parallel.dp_size) > 1:
-        num_gpus = max(1, config.parallel.num_gpus // num_replicas)
-        visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), replica, num_gpus)
+    if config.parallel.dp_size > 1:
+        visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), replica, config.parallel.num_ranks)
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
     def load() -> "LoadedModel":

@@ -223,7 +223,7 @@ def test_output_folder_in_the_home_of_the_user(sgld: Sgld, tmp_path: Path, monke
         (("--prompt", "a", "--height", "0"), "--height is '0'"),
         (("--prompt", "a", "--seed", "-1"), "--seed is '-1'"),
         (("--prompt", "a", "--prompt-paths", "x"), "--prompt-paths is unknown; did you mean --prompt-path?"),
-        (("--prompt", "a", "--num-gpus", "2"), "--num-gpus is 2: that isn't supported yet"),
+        (("--prompt", "a", "--num-gpus", "2", "--sp-size", "4"), "num_gpus is 2: it must be dp x cfg x sp x tp"),
         (("--prompt", "a", "--vae-path"), "--vae-path needs a folder or a hub id"),
         (("--prompt", "a", "--vae-path", "x", "--vae-path=y"), "--vae-path is given twice"),
         (("--prompt", "a", "--vae-weights-path", "x"), "--vae-weights-path is unknown"),

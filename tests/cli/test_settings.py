@@ -34,7 +34,7 @@ def test_example_of_the_page_works(tmp_path: Path) -> None:
     assert (params.num_frames, params.width, params.height, params.fps, params.seed) == (45, 1280, 720, 24.0, 1024)
 
 
-@pytest.mark.parametrize("line", ["num_gpus: 2", "sp_size: 2", "tp-size: 4"])
+@pytest.mark.parametrize("line", ["tp_size: 2", "tp-size: 4"])
 def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: str, tmp_path: Path) -> None:
     name = line.partition(":")[0]
     with pytest.raises(UsageError, match=rf"^{name} in my.yaml .*isn't supported yet"):
@@ -42,18 +42,21 @@ def test_what_needs_a_later_feature_is_refused_by_the_name_that_was_used(line: s
 
 
 def test_flags_undo_what_a_file_asks_of_later_features(tmp_path: Path) -> None:
-    config = accept(read_config(write(tmp_path, PAGE_CONFIG + "use_fsdp_inference: true\n")), "page.yaml")
-    flags = accept({"--num-gpus": "1", "--sp-degree": "1", "--use-fsdp-inference": ["false"]}, "flag")
+    config = accept(
+        read_config(write(tmp_path, PAGE_CONFIG.replace("tp_size: 1", "tp_size: 2") + "use_fsdp_inference: true\n")),
+        "page.yaml",
+    )
+    flags = accept({"--tp-size": "1", "--sp-degree": "1", "--use-fsdp-inference": ["false"]}, "flag")
     merged = merge([flags, config])
-    assert merged["num_gpus"] == merged["sp_degree"] == Setting(1, "flag")
+    assert merged["tp_size"] == merged["sp_degree"] == Setting(1, "flag")
     assert "use_fsdp_inference" not in merged
-    with pytest.raises(UsageError, match=r"^num_gpus in page\.yaml is 2: that isn't supported yet"):
+    with pytest.raises(UsageError, match=r"^tp_size in page\.yaml is 2: that isn't supported yet"):
         merge([config])
 
 
 def test_later_features_of_a_flag_are_refused_whatever_the_file_says() -> None:
-    with pytest.raises(UsageError, match=r"^--num-gpus is 2: that isn't supported yet"):
-        merge([accept({"--num-gpus": "2"}, "flag"), accept({"num_gpus": 1}, "c.yaml")])
+    with pytest.raises(UsageError, match=r"^--tp-size is 2: that isn't supported yet"):
+        merge([accept({"--tp-size": "2"}, "flag"), accept({"tp_size": 1}, "c.yaml")])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_no_prompts_hide_none_of_a_lower_source() -> None:
 def test_shown_settings_as_json() -> None:
     shown = msgspec.json.decode(show(merge([accept({"--seed": "1"}, "flag")]), as_json=True))
     assert shown["seed"] == {"value": 1, "source": "flag"}
-    assert shown["sp_degree"] == {"value": 1, "source": "default"}
+    assert shown["tp_size"] == {"value": 1, "source": "default"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""The arithmetic of several GPUs."""
+
+from typing import Any
+
+import pytest
+
+from sgld.fields import FieldError
+from sgld.parallel import ParallelConfig
+
+
+def test_one_gpu_shares_nothing() -> None:
+    config = ParallelConfig()
+    assert (config.num_ranks, config.cfg_degree, config.sp, config.ulysses, config.ring) == (1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("choices", "problem"),
+    [
+        (
+            {"num_gpus": 3, "enable_cfg_parallel": True},
+            "num_gpus is 3: it must be a multiple of dp x cfg x tp = 1 x 2 x 1",
+        ),
+        ({"num_gpus": 4, "sp_degree": 2}, "num_gpus is 4: it must be dp x cfg x sp x tp = 1 x 1 x 2 x 1 = 2"),
+        ({"num_gpus": 1, "sp_degree": 2}, "num_gpus is 1: it must be dp x cfg x sp x tp = 1 x 1 x 2 x 1 = 2"),
+        ({"num_gpus": 8, "ulysses_degree": 2, "ring_degree": 2}, "dp x cfg x sp x tp = 1 x 1 x 4 x 1 = 4"),
+        ({"num_gpus": 4, "ulysses_degree": 3}, "sp_degree is 4: it must be ulysses x ring = 3 x 1 = 3"),
+        ({"sp_degree": 4, "ulysses_degree": 2, "ring_degree": 1}, "sp_degree is 4: it must be ulysses x ring = 2 x 1"),
+        ({"num_gpus": 0}, ">= 1"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused_with_the_sum(choices: dict[str, Any], problem: str) -> None:
+    with pytest.raises(FieldError, match=problem):
+        ParallelConfig(**choices)
