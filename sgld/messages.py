@@ -12,6 +12,8 @@ from sgld.sampling_params import SamplingParams
 CallKind = Literal["encode", "denoise", "decode"]
 TickMode = Literal["single", "merged", "proof"]
 """One forward for each call; one for all; or both, to compare them."""
+Variant = Literal["eager", "compiled", "graph"]
+"""How a forward ran: kernel by kernel, compiled, or replayed as a graph of the device. Each takes a time of its own."""
 MAX_MESSAGE_BYTES = 64 * 1024
 
 
@@ -154,6 +156,7 @@ class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     started_ns: int = 0
     """On the clock of `time.monotonic_ns`, which the processes of a host share."""
     mode: TickMode = "single"
+    variant: Variant = "eager"
     num_reused: int = 0
     """Calls that were answered with what was known, without a forward."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sgld.config import ConditioningConfig
+from sgld.messages import Variant
 from sgld.worker import batch, first_block, proof
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
@@ -26,7 +27,7 @@ class Tick:
 
     `is_merged`: the calls shared a forward. `is_timed`: the time is that of the calls alone. `cost_key`: that of the
     largest call, for where calls of different sizes share a forward, each row takes as long as the largest one.
-    `num_reused`: calls that were answered with what was known.
+    `num_reused`: calls that were answered with what was known. `variant`: how the forward ran.
     """
 
     outcomes: list[Outcome]
@@ -35,6 +36,7 @@ class Tick:
     is_timed: bool
     cost_key: str
     num_reused: int = 0
+    variant: Variant = "eager"
 
 
 class Executor:
@@ -92,7 +94,7 @@ class Executor:
         self.synchronize()
         elapsed_s = time.perf_counter() - start
         is_timed &= self.runtime.num_compilations == num_compilations
-        return Tick(outcomes, elapsed_s, is_merged, is_timed, cost_key, num_reused)
+        return Tick(outcomes, elapsed_s, is_merged, is_timed, cost_key, num_reused, self.runtime.variant)
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:
         """Run the calls, except for text that was encoded before; the last is how often that was."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgld.messages import Variant
 from sgld.models.placement import decompile, dtype_of
 from sgld.worker.precision import cast, computing_in, differs
 from sgld.worker.residency import Residency
@@ -39,6 +40,8 @@ class Runtime:
         self.residency = residency or Residency()
         self.num_compilations = 0
         """Forwards in which something was compiled took longer than the next ones will."""
+        self.variant: Variant = "eager"
+        """How the last invocation ran."""
         self._compiled = compiled or {}
         self._parts = {module: tuple(module.modules()) for module in self._compiled}
         """Of these; a step cache has others in the place of blocks now and then."""
@@ -66,7 +69,10 @@ class Runtime:
         :param is_exact: run the kernels that such calls run for the server's life, whatever was compiled meanwhile.
         """
         with _eagerly(is_exact and module in self._compiled):
-            return self._run(module, method, args, kwargs, dtype)
+            result = self._run(module, method, args, kwargs, dtype)
+        if is_exact:
+            self.variant = "eager"
+        return result
 
     def _run(
         self, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
@@ -96,6 +102,7 @@ class Runtime:
 
     def unchanging(self, is_exact: bool) -> AbstractContextManager[Any]:
         """While the block runs components run the same kernels as ever, if `is_exact`: who runs them is no matter."""
+        self.variant = "compiled" if self._compiled and not is_exact else "eager"
         return _eagerly(is_exact and bool(self._compiled))
 
     @contextlib.contextmanager
@@ -111,6 +118,7 @@ class Runtime:
         args, kwargs = tree
         self.residency.bring(module)
         is_eager = (module, _form(method, tree)) in self._eager if self._eager else False
+        self.variant = "compiled" if module in self._compiled and not is_eager else "eager"
         with computing_in(module, dtype), _eagerly(is_eager):
             result = function(*args, **kwargs)
         if module in self._compiled:
@@ -134,6 +142,7 @@ class Runtime:
         was_proven = module in self._proven
         with _eagerly():
             result = self._run(module, method, tree[0], tree[1], dtype)
+        self.variant = "eager"
         name = self._compiled[module]
         if was_proven:
             self._eager.add((module, _form(method, tree)))

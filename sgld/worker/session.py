@@ -207,7 +207,8 @@ class Session:
             task.advance(Value(None))
         self.executor.synchronize()
         is_timed = self.executor.runtime.num_compilations == num_compilations
-        tick = Tick([], time.perf_counter() - start, is_merged=False, is_timed=is_timed, cost_key=call.cost_key)
+        elapsed_s, variant = time.perf_counter() - start, self.executor.runtime.variant
+        tick = Tick([], elapsed_s, is_merged=False, is_timed=is_timed, cost_key=call.cost_key, variant=variant)
         self._note_ran([call], tick, started_ns, "single")
         self._look_at(task)
         return () if task.end is not None else self._following([task], call)
@@ -228,6 +229,7 @@ class Session:
                 is_timed=tick.is_timed,
                 started_ns=started_ns,
                 mode=mode,
+                variant=tick.variant,
                 num_reused=tick.num_reused,
             )
         )

@@ -122,6 +122,7 @@ def test_form_that_cannot_be_compiled_runs_eagerly_and_others_stay_compiled(note
     runtime = runtime_of(module, notes)
     for rows in (2, 5, 5, 2):
         assert torch.equal(ran(runtime, module, torch.ones(rows, 8)), module.forward(torch.ones(rows, 8)))
+        assert runtime.variant == ("compiled" if rows == 2 else "eager")
     assert (len(notes), backend.num_graphs) == (1, 1)
     assert "some calls" in notes[0][1]
     assert module._compiled_call_impl is not None
@@ -132,10 +133,11 @@ def test_exact_call_never_runs_what_is_compiled(notes: list[tuple[str, str]]) ->
     module.compile(backend=backend)
     call = call_of(module, torch.ones(2, 8))
     call.is_exact, call.runtime = True, runtime_of(module, notes)
-    assert torch.equal(values(Executor(runtime=call.runtime).run([call]).outcomes)[0], module.forward(torch.ones(2, 8)))
-    assert backend.num_graphs == 0
+    tick = Executor(runtime=call.runtime).run([call])
+    assert torch.equal(values(tick.outcomes)[0], module.forward(torch.ones(2, 8)))
+    assert (backend.num_graphs, tick.variant) == (0, "eager")
     ran(call.runtime, module, torch.ones(2, 8))
-    assert backend.num_graphs == 1
+    assert (backend.num_graphs, call.runtime.variant) == (1, "compiled")
 
 
 def test_wrong_call_of_a_compiled_component_is_not_the_compilers_fault(notes: list[tuple[str, str]]) -> None:
