@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from sgld.fields import FieldError, check_fields, refuse_later
 from sgld.parallel import ParallelConfig as ParallelConfig
+from sgld.storage_config import StorageConfig
 
 Precision = Literal["fp32", "fp16", "bf16"]
 EMBEDDED_IMAGE_MODEL = "sgld/tiny-image"
@@ -318,6 +319,7 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     return_frames: Annotated[bool, _field("write each frame of a video as a PNG, too")] = False
     output_quality: Annotated[int, Meta(ge=1, le=100), _field("quality of JPEG, WebP and MP4")] = 90
     metadata: Annotated[bool, _field("embed the parameters into the files")] = True
+    storage: StorageConfig = StorageConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -365,6 +367,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _field("log level of the HTTP server")] = "info"
     log_format: Annotated[Literal["text", "json"], _field("form of the log; json has request ids")] = "text"
     log_requests: Annotated[bool, _field("log each HTTP request")] = False
+    storage: StorageConfig = StorageConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)

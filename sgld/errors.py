@@ -4,6 +4,7 @@
     ├── InvalidRequest      the request can't be done as asked; nothing ran
     │   └── DeadlineImpossible  not in the time that it allows
     ├── ModelError          the model can't be found, read or served
+    ├── StorageError        the bucket can't be used
     ├── QueueFull           too many requests wait already
     ├── EngineClosed        the engine is shut down, or was never started
     ├── ChannelClosed       the process at the other end is gone
@@ -47,6 +48,12 @@ class ModelError(SgldError):
     """The model can't be found, read or served."""
 
     code = "model_error"
+
+
+class StorageError(SgldError):
+    """The bucket of the cloud storage can't be used: it isn't there, refuses us, or can't be reached."""
+
+    code = "storage_error"
 
 
 class QueueFull(SgldError):

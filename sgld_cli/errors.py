@@ -6,7 +6,7 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 """128 and the number of SIGINT, as shells count."""
 
-_BAD_INPUT_CODES = frozenset({"invalid_request", "deadline_impossible", "model_error"})
+_BAD_INPUT_CODES = frozenset({"invalid_request", "deadline_impossible", "model_error", "storage_error"})
 
 
 def exit_code(code: str) -> int:

@@ -15,14 +15,17 @@ from anyio.to_thread import run_sync
 from av import FFmpegError
 
 from sgld.config import EngineConfig
-from sgld.errors import ModelError, SgldError
+from sgld.errors import ModelError, SgldError, StorageError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.sampling_params import SamplingParams
 from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code
 from sgld_cli.progress import Display, Output, duration, open_display, print_result
-from sgld_cli.results import Files, Result, Timings, result_of
+from sgld_cli.results import Files, Result, Timings, Written, result_of
 from sgld_cli.settings import Setting, Settings, accept, build, given, merge, show
 from sgld_cli.sources import read_picture
+from sgld_cli.uploads import Uploads, open_uploads
+
+UPLOAD_FAILED = "upload_failed"
 
 
 class Generates(Protocol):
@@ -68,11 +71,12 @@ def _load_engine() -> EngineFactory:
 
 
 async def _generate(settings: Settings, files: Files, as_json: bool, engine_class: EngineFactory) -> int:
-    with open_display() as display:
-        job = Job(settings, files, display, as_json=as_json)
-        async with engine_class(settings.engine) as engine:
-            await job.run(engine)
-        return job.exit_code
+    async with open_uploads(settings.output.storage) as uploads:
+        with open_display() as display:
+            job = Job(settings, files, display, as_json=as_json, uploads=uploads)
+            async with engine_class(settings.engine) as engine:
+                await job.run(engine)
+            return job.exit_code
 
 
 @dataclass
@@ -95,12 +99,14 @@ class Job:
         display: Display,
         *,
         as_json: bool,
+        uploads: Uploads | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
         self._files = files
         self._display = display
         self._as_json = as_json
+        self._uploads = uploads
         self._clock = clock
         self._codes: set[int] = set()
         self._said: set[str] = set()
@@ -184,18 +190,29 @@ class Job:
             # All that encoders raise for pixels and rates that they can't take: FFmpegError is none of the others.
             self._fail(state.output, "write_failed", f"the output can't be written: {error}")
             return
+        files = await self._uploaded(state.output, files)
         queued_s = None if state.started_at is None else state.started_at - state.arrived_at
         engine.record(completed, "write", before, self._clock())
         timings = Timings(queued_s, completed.elapsed_s, self._clock() - before)
         self._report(state.output, result_of(params, completed, files, state.num_steps, timings))
+
+    async def _uploaded(self, output: Output, files: Written) -> Written:
+        """The files with their URLs, where they are uploaded; what can't be stays a file here."""
+        if self._uploads is None:
+            return files
+        try:
+            return await self._uploads.upload(files)
+        except StorageError as error:
+            self._fail(output, UPLOAD_FAILED, f"{error}; the output is here")
+            return files
 
     def _report(self, output: Output, result: Result) -> None:
         self._display.end(output)
         if self._as_json:
             self._display.result(msgspec.json.encode(result).decode())
         else:
-            for path in (*result.paths, *result.frame_paths):
-                self._display.result(path)
+            for place in (*result.paths, *result.frame_paths, *result.urls):
+                self._display.result(place)
         took = duration(result.timings.elapsed_s)
         steps = f", {result.num_inference_steps} steps" if result.num_inference_steps else ""
         self._display.note(f"{output.label}: seed {result.seed}, {result.size}{steps}, {took}")

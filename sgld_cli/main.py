@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 from sgld.errors import SgldError
 from sgld.fields import FieldError
 from sgld_cli.errors import BAD_INPUT, FAILED, INTERRUPTED, error_line, exit_code
-from sgld_cli.options import HTTP_GROUP, OUTPUT_GROUP, SAMPLING_GROUP, Parser, UsageError, add_flags, with_dashes
+from sgld_cli.options import (
+    HTTP_GROUP,
+    OUTPUT_GROUP,
+    SAMPLING_GROUP,
+    STORAGE_GROUP,
+    Parser,
+    UsageError,
+    add_flags,
+    with_dashes,
+)
 from sgld_cli.settings import component_flags, refuse_unknown
 
 if TYPE_CHECKING:
@@ -138,7 +147,7 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show the components of a model, how they would be loaded, and what sgld has learned of them."
     parser.add_argument("--config", metavar="FILE", help="JSON or YAML file with settings")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_flags(parser, ignored=[SAMPLING_GROUP, OUTPUT_GROUP, HTTP_GROUP])
+    add_flags(parser, ignored=[SAMPLING_GROUP, STORAGE_GROUP, OUTPUT_GROUP, HTTP_GROUP])
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from msgspec import Meta, inspect
 
 from sgld.config import EngineConfig, OutputConfig, ServerConfig
 from sgld.sampling_params import SamplingParams
+from sgld.storage_config import StorageConfig
 from sgld_cli.later import LATER
 
 Kind = Literal["value", "switch", "list", "json"]
@@ -34,10 +35,12 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # A name belongs to the first struct that has it: `prompt` to Prompts.
-SAMPLING_GROUP, OUTPUT_GROUP, HTTP_GROUP = "sampling", "output", "HTTP server"
+SAMPLING_GROUP, STORAGE_GROUP, OUTPUT_GROUP, HTTP_GROUP = "sampling", "cloud storage", "output", "HTTP server"
 GROUPS: tuple[tuple[str, tuple[type[msgspec.Struct], ...]], ...] = (
     ("model and runtime", (EngineConfig,)),
     (SAMPLING_GROUP, (Prompts, SamplingParams)),
+    # Before both structs that it is a part of.
+    (STORAGE_GROUP, (StorageConfig,)),
     (OUTPUT_GROUP, (OutputConfig,)),
     (HTTP_GROUP, (ServerConfig,)),
 )

@@ -47,10 +47,11 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class Written(msgspec.Struct, frozen=True):
-    """The files of one output."""
+    """The files of one output, and where they were uploaded to, in the same order."""
 
     paths: tuple[str, ...] = ()
     frame_paths: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +62,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     paths: tuple[str, ...]
     frame_paths: tuple[str, ...]
+    urls: tuple[str, ...]
     seed: int
     size: str
     num_frames: int
@@ -82,6 +84,7 @@ def result_of(
         prompt=params.prompt,
         paths=files.paths,
         frame_paths=files.frame_paths,
+        urls=files.urls,
         seed=completed.seed,
         size=size,
         num_frames=num_frames,

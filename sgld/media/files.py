@@ -35,6 +35,15 @@ _EXTENSIONS: dict[MediaFormat, str] = {
     "flac": ".flac",
 }
 
+_MEDIA_TYPES: dict[MediaFormat, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp4": "video/mp4",
+    "wav": "audio/wav",
+    "flac": "audio/flac",
+}
+
 _MAX_PROMPT_CHARACTERS = 100
 # File names have at most 255 bytes; 100 characters may be 400. This leaves room for time, hash, number and ending.
 _MAX_PROMPT_BYTES = 180
@@ -54,6 +63,11 @@ def format_of(name: str) -> MediaFormat:
 def extension_of(media_format: MediaFormat) -> str:
     """The usual ending of a format, with its dot."""
     return _EXTENSIONS[media_format]
+
+
+def media_type_of(media_format: MediaFormat) -> str:
+    """What HTTP calls a format."""
+    return _MEDIA_TYPES[media_format]
 
 
 def file_name(prompt: str, seed: int, media_format: MediaFormat, now: datetime) -> str:

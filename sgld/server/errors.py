@@ -24,6 +24,7 @@ from sgld.errors import (
     QueueFull,
     RankLost,
     SgldError,
+    StorageError,
 )
 from sgld.events import Cancelled, Failed
 
@@ -110,6 +111,11 @@ def from_sgld(error: SgldError) -> ApiError:
             return shutting_down()
         case ModelError():
             return ApiError(503, str(error), error.code, headers=_NO_RETRY)
+        case StorageError():
+            # Where it is, is the operator's business.
+            return ApiError(
+                503, "the file can't be fetched from where it is kept", error.code, headers=_retry_after(None)
+            )
         case _:
             return ApiError(500, str(error), error.code, headers=_NO_RETRY)
 

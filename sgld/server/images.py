@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, assert_never
 
+import anyio
 import msgspec
 from anyio.to_thread import run_sync
 from starlette.requests import Request
-from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.responses import Response
 
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.media.files import extension_of
 from sgld.media.images import encode_image, has_alpha
+from sgld.server import results
 from sgld.server.auth import owner_of
 from sgld.server.bodies import data_url, read_form, read_json, unless_gone
 from sgld.server.errors import ApiError, from_code, from_event, json_response, not_found, shutting_down
@@ -87,7 +89,7 @@ async def variations(request: Request) -> Response:
 async def get_image(request: Request) -> Response:
     """GET /v1/images/{id}."""
     job = await _finished(request)
-    urls = [_url(request, job.id, variant) for variant in range(len(job.files))]
+    urls = [await _url(request, job.id, file, variant) for variant, file in enumerate(job.files)]
     data = [ImageData(seed=file.seed, url=url) for file, url in zip(job.files, urls, strict=True)]
     prompt = job.asked.params.prompt
     return json_response({"id": job.id, "created": job.created_at, "prompt": prompt, "data": data})
@@ -100,12 +102,7 @@ async def get_content(request: Request) -> Response:
     if (number := number_in(variant, len(job.files))) is None:
         raise not_found(f"variant {variant[:20]} of {job.id}: it has {len(job.files)}, counted from 0")
     file = job.files[number]
-    storage = services_of(request).jobs.storage
-    if (path := await storage.file(file.key)) is not None:
-        return FileResponse(path, media_type=file.media_type)
-    if (url := await storage.url(file.key)) is not None:
-        return RedirectResponse(url, 302)
-    raise not_found(f"content of {job.id} any more")
+    return await results.content(request, file.key, file.media_type)
 
 
 async def delete_image(request: Request) -> Response:
@@ -212,8 +209,8 @@ def image_work(services: Services, job: Job) -> "ImageWork":
     return ImageWork(services, msgspec.convert(job.asked.options, ImageOptions), is_job=True)
 
 
-def _url(request: Request, request_id: str, variant: int) -> str:
-    return f"{request.base_url}v1/images/{request_id}/content?variant={variant}"
+async def _url(request: Request, request_id: str, file: StoredFile, variant: int) -> str:
+    return await results.url_of(request, file.key, f"v1/images/{request_id}/content?variant={variant}")
 
 
 class ImageWork:
@@ -277,9 +274,17 @@ class ImageWork:
         return Picture(content, file, channels == 4 and image_format != "jpeg")
 
     async def _store(self, live: LiveRequest) -> None:
-        for picture in self._in_order:
-            await self._services.jobs.storage.put(picture.file.key, picture.content, picture.file.media_type)
-        await self._services.jobs.keep(live, [picture.file for picture in self._in_order])
+        jobs = self._services.jobs
+        try:
+            for picture in self._in_order:
+                await jobs.storage.put(picture.file.key, picture.content, picture.file.media_type)
+            await jobs.keep(live, [picture.file for picture in self._in_order])
+        except BaseException:
+            if not self._is_job:
+                # Nobody else knows of these files.
+                with anyio.CancelScope(shield=True):
+                    await jobs.storage.delete(live.id)
+            raise
 
     @property
     def _in_order(self) -> list[Picture]:
@@ -299,7 +304,7 @@ class ImageWork:
         body = ImagesResponse(
             id=source.id,
             created=source.created_at,
-            data=[self._data(picture, _url(request, source.id, i)) for i, picture in enumerate(pictures)],
+            data=[await self._data(request, source.id, picture, i) for i, picture in enumerate(pictures)],
             output_format=self._options.format,
             size=pictures[0].size,
             background=pictures[0].background,
@@ -380,7 +385,8 @@ class ImageWork:
 
         return await run_sync(encode)
 
-    def _data(self, picture: Picture, url: str) -> ImageData:
+    async def _data(self, request: Request, request_id: str, picture: Picture, variant: int) -> ImageData:
         if self._options.response_format == "url":
+            url = await _url(request, request_id, picture.file, variant)
             return ImageData(seed=picture.file.seed, url=url)
         return ImageData(seed=picture.file.seed, b64_json=picture.content)

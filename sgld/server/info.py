@@ -128,6 +128,10 @@ async def server_info(request: Request) -> Response:
         "engine": services.engine_config,
         "replicas": statistics.replicas,
         "lora": statistics.adapters,
+        "storage": {
+            "cloud": bool(services.jobs.storage.origins),
+            "num_pending_files": await services.jobs.storage.num_pending(),
+        },
         "limits": {name: getattr(services.config, name) for name in _LIMITS},
     }
     return json_response(info)

@@ -1,21 +1,17 @@
 """Jobs in an SQLite file: what was asked, how far it is, what came of it.
 
-One thread at a time uses the file, never the one of the event loop. What was committed is there after the process was
-killed, and after a power failure.
+What was committed is there after the process was killed, and after a power failure.
 """
 
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
-from anyio import CapacityLimiter
-from anyio.to_thread import run_sync
 
 from sgld.sampling_params import SamplingParams
+from sgld.storage.database import Database
 
-T = TypeVar("T")
 Status = Literal["queued", "in_progress", "completed", "failed"]
 _VERSION = 1
 _SCHEMA = """
@@ -38,8 +34,6 @@ CREATE TABLE job (
 ) STRICT;
 CREATE INDEX job_of_owner ON job (owner, kind, number);
 """
-# A server that was told to leave may still be closing the file.
-_LEAVE_S = 1.0
 _UNFINISHED = "status IN ('queued', 'in_progress')"
 _COLUMNS = "id, kind, owner, created_at, status, attempts, asked, files, error, completed_at"
 
@@ -106,31 +100,22 @@ class JobStore:
     """
 
     def __init__(self, path: Path) -> None:
-        self._limiter = CapacityLimiter(1)
-        try:
-            self._connection = _open(path)
-        except sqlite3.Error as error:
-            hint = (
-                f"; another server uses {path.parent}, and each needs a folder of its own: choose one with --data-dir"
-                if "locked" in str(error)
-                else ""
-            )
-            raise OSError(f"the jobs in {path} can't be used: {error}{hint}") from None
+        self._database = Database(path, _SCHEMA, _VERSION, "jobs")
 
     def close(self) -> None:
         """Let others use the file."""
-        self._connection.close()
+        self._database.close()
 
     async def add(self, job: Job, *, key: str | None = None, body_hash: str | None = None) -> None:
         """Add a job; its owner must have none with this key."""
-        await self._run(lambda db: _insert(db, job, key, body_hash))
+        await self._database.run(lambda db: _insert(db, job, key, body_hash))
 
     async def find(self, owner: str, key: str, body_hash: str | None) -> Job | None:
         """The owner's job with this key.
 
         :raises KeyReused: it has another body.
         """
-        return await self._run(lambda db: _find(db, owner, key, body_hash))
+        return await self._database.run(lambda db: _find(db, owner, key, body_hash))
 
     async def get(self, job_id: str) -> Job | None:
         """A job."""
@@ -167,7 +152,7 @@ class JobStore:
 
     async def complete(self, job: Job) -> None:
         """Keep a job with its files, or the files of one that is there and unfinished."""
-        await self._run(lambda db: _complete(db, job))
+        await self._database.run(lambda db: _complete(db, job))
 
     async def fail(self, job_id: str, error: JobError, now: int) -> None:
         """End a job that is unfinished."""
@@ -178,7 +163,7 @@ class JobStore:
 
     async def delete(self, job_id: str) -> None:
         """Forget a job."""
-        await self._run(lambda db: db.execute("DELETE FROM job WHERE id = ?", (job_id,)))
+        await self._database.run(lambda db: db.execute("DELETE FROM job WHERE id = ?", (job_id,)))
 
     async def expired(self, *, ended_before: int | None, max_bytes: int | None) -> list[Job]:
         """Finished jobs that ended before this time, or whose files with those of later ones exceed so many bytes."""
@@ -190,41 +175,12 @@ class JobStore:
 
     async def _select(self, condition: str, *values: Any) -> list[Job]:
         query = f"SELECT {_COLUMNS} FROM job {condition}"
-        return await self._run(lambda db: [_job(row) for row in db.execute(query, values)])
+        return await self._database.run(lambda db: [_job(row) for row in db.execute(query, values)])
 
     async def _update(self, job_id: str, changes: str, *states: Status, values: tuple[Any, ...] = ()) -> None:
         """Change a job that is in one of these states."""
         query = f"UPDATE job SET {changes} WHERE id = ? AND status IN ({', '.join('?' for _ in states)})"
-        await self._run(lambda db: db.execute(query, (*values, job_id, *states)))
-
-    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        try:
-            return await run_sync(work, self._connection, limiter=self._limiter)
-        except sqlite3.Error as error:
-            raise OSError(f"the file of jobs can't be used: {error}") from None
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=_LEAVE_S, isolation_level=None, check_same_thread=False)
-    try:
-        # Before WAL: then it needs no memory that processes share, and keeps others out.
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        db.execute("PRAGMA journal_mode = WAL")
-        # 4 ms for each commit on an ordinary disk, where NORMAL takes 0.01 and forgets the last ones with the power.
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("BEGIN IMMEDIATE")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {_VERSION}")
-        elif version != _VERSION:
-            raise sqlite3.DatabaseError(f"it has version {version}, this sgld knows {_VERSION}; move it away")
-        db.execute("COMMIT")
-    except BaseException:
-        db.close()
-        raise
-    return db
+        await self._database.run(lambda db: db.execute(query, (*values, job_id, *states)))
 
 
 def _find(db: sqlite3.Connection, owner: str, key: str, body_hash: str | None) -> Job | None:

@@ -10,6 +10,9 @@ from sgld.server.edge import request_id_var
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+# At lower levels they tell of requests with their signatures.
+_TALKATIVE = ("aioboto3", "aiobotocore", "boto3", "botocore")
+
 
 class JsonFormatter(logging.Formatter):
     """One line for each record; what a record has in `fields` stands beside the message."""
@@ -34,5 +37,7 @@ def set_up_logs(config: ServerConfig) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     if config.log_level != "debug":
         logging.getLogger("hypercorn").setLevel(logging.WARNING)

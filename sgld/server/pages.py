@@ -6,13 +6,15 @@ from importlib.resources import files
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sgld.server.services import services_of
+
+# `{}`: from where else files of results come.
 _CONTENT_SECURITY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:{}; media-src 'self'{}; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _HEADERS = {
-    "content-security-policy": _CONTENT_SECURITY,
     "cache-control": "no-cache",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -39,7 +41,8 @@ async def asset(request: Request) -> Response:
 def _page(request: Request, name: str) -> Response:
     content = _CONTENTS[name]
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {**_HEADERS, "etag": etag}
+    origins = "".join(f" {origin}" for origin in services_of(request).jobs.storage.origins)
+    headers = {**_HEADERS, "content-security-policy": _CONTENT_SECURITY.format(origins, origins), "etag": etag}
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers, media_type=_TYPES[name.rpartition(".")[2]])

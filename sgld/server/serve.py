@@ -41,7 +41,8 @@ from sgld.server.metrics import RequestMetrics
 from sgld.server.requests import Generates, Requests
 from sgld.server.services import Services
 from sgld.server.stats import stats_after
-from sgld.storage.local import LocalStorage
+from sgld.storage.cloud import open_storage
+from sgld.storage.settings import resolved
 
 # For connections to be closed in order; answers that are complete still have to leave.
 _CLOSE_S = 1.0
@@ -82,6 +83,7 @@ def listen(config: ServerConfig) -> Listener:
     :raises ValueError: a setting can't be used.
     """
     keys = Keys(read_keys(config))
+    resolved(config.storage)
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ValueError("ssl_certfile and ssl_keyfile belong together; give both or none")
     if config.ssl_certfile:
@@ -114,17 +116,23 @@ async def serve(
     Clients can connect, and wait, while the model is loaded.
 
     :raises ModelError: the model can't be served (inside an exception group).
+    :raises StorageError: the bucket can't be used.
     """
     config = listener.config
     inputs = InputPolicy(
         allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels
     )
     with closing(listener.store) as store:
-        async with engine_factory(engine_config) as engine, Requests(engine, inputs) as requests:
+        # The bucket first: that it can't be used is said before a model is loaded.
+        async with (
+            open_storage(config.storage, listener.folder) as storage,
+            engine_factory(engine_config) as engine,
+            Requests(engine, inputs) as requests,
+        ):
             jobs = Jobs(
                 store,
                 requests,
-                LocalStorage(listener.folder / "results"),
+                storage,
                 folder=listener.folder / "inputs",
                 policy=inputs,
                 model_path=engine_config.model_path,

@@ -119,7 +119,9 @@ async def _end(request: Request) -> bytes:
         return encode_event("deleted", {"type": "deleted", "id": request.path_params["id"]}, event_id=_END)
     if not job.is_finished:
         return encode_event("error", shutting_down().body)
-    return encode_event(job.status, {"type": job.status, "id": job.id, "video": video_of(request, job)}, event_id=_END)
+    return encode_event(
+        job.status, {"type": job.status, "id": job.id, "video": await video_of(request, job)}, event_id=_END
+    )
 
 
 async def film(live: LiveRequest, index: int, *, fps: float, quality: int) -> AsyncGenerator[bytes, None]:

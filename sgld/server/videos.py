@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 from anyio.to_thread import run_sync
 from starlette.requests import Request
-from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.responses import Response
 
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Completed
 from sgld.media.thumbnails import small, spritesheet
 from sgld.media.videos import write_video
-from sgld.server import images
+from sgld.server import images, results
 from sgld.server.auth import owner_of
 from sgld.server.bodies import media_type, read_form, read_json
 from sgld.server.errors import ApiError, json_response, not_found
@@ -89,14 +89,14 @@ async def list_videos(request: Request) -> Response:
     found = await services.jobs.page(
         owner_of(request), KIND, after=query.get("after"), limit=num + 1, is_newest_first=order == "desc"
     )
-    data = [video_of(request, job) for job in found[:num]]
+    data = [await video_of(request, job) for job in found[:num]]
     first_id, last_id = (data[0].id, data[-1].id) if data else (None, None)
     return json_response(VideoList(data=data, first_id=first_id, last_id=last_id, has_more=len(found) > len(data)))
 
 
 async def get_video(request: Request) -> Response:
     """GET /v1/videos/{id}: 200 also if it failed."""
-    return _answer(request, await video_job(request))
+    return await _answer(request, await video_job(request))
 
 
 async def delete_video(request: Request) -> Response:
@@ -110,7 +110,7 @@ async def delete_video(request: Request) -> Response:
 async def cancel_video(request: Request) -> Response:
     """POST /v1/videos/{id}/cancel: it fails, if it isn't finished."""
     await services_of(request).jobs.cancel(await video_job(request))
-    return _answer(request, await video_job(request))
+    return await _answer(request, await video_job(request))
 
 
 async def get_content(request: Request) -> Response:
@@ -125,12 +125,7 @@ async def get_content(request: Request) -> Response:
         key = key.removesuffix(".mp4") + ending
     elif variant != "video" and not variant.isdecimal():
         raise InvalidRequest(f"variant is {variant[:20]!r}; it must be video, {' or '.join(_VARIANTS)}", "variant")
-    storage = services_of(request).jobs.storage
-    if (path := await storage.file(key)) is not None:
-        return FileResponse(path, media_type=kind)
-    if (url := await storage.url(key)) is not None:
-        return RedirectResponse(url, 302)
-    raise not_found(f"content of {job.id} any more")
+    return await results.content(request, key, kind)
 
 
 async def video_job(request: Request) -> Job:
@@ -171,11 +166,12 @@ def output_of(job: Job, request: Request) -> StoredFile:
     return job.files[index]
 
 
-def video_of(request: Request, job: Job) -> Video:
+async def video_of(request: Request, job: Job) -> Video:
     """A job as clients see it."""
     services = services_of(request)
     running = None if job.is_finished else services.jobs.running(job.id)
-    urls = [f"{request.base_url}v1/videos/{job.id}/content?index={index}" for index in range(len(job.files))]
+    path = f"v1/videos/{job.id}/content?index="
+    urls = [await results.url_of(request, file.key, f"{path}{index}") for index, file in enumerate(job.files)]
     return Video(
         id=job.id,
         model=services.model_name,
@@ -280,12 +276,12 @@ async def _referred(request: Request, options: VideoOptions) -> list[str]:
 
 async def _accept(request: Request, asked: Asked) -> Response:
     job = await submit_job(request, KIND, asked)
-    return _answer(request, await services_of(request).jobs.get(job.id, KIND, owner_of(request)) or job)
+    return await _answer(request, await services_of(request).jobs.get(job.id, KIND, owner_of(request)) or job)
 
 
-def _answer(request: Request, job: Job) -> Response:
+async def _answer(request: Request, job: Job) -> Response:
     headers = {} if job.is_finished else {"openai-poll-after-ms": _poll_ms(services_of(request).jobs.running(job.id))}
-    return json_response(video_of(request, job), headers=headers)
+    return json_response(await video_of(request, job), headers=headers)
 
 
 def _poll_ms(running: RunningJob | None) -> str:

@@ -11,6 +11,13 @@ Content = bytes | Callable[[Path], None]
 class Storage(Protocol):
     """Files by key, such as `img_12/0.png`. Nothing here blocks the event loop."""
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """From where else than this server clients get files: scheme and host of each."""
+
+    async def num_pending(self) -> int:
+        """How many files aren't yet where they belong."""
+
     async def put(self, key: str, content: Content, media_type: str) -> None:
         """Keep a file; it appears whole or not at all.
 
@@ -18,7 +25,10 @@ class Storage(Protocol):
         """
 
     async def read(self, key: str) -> bytes | None:
-        """The content of a small file; None if there is none."""
+        """The content of a small file; None if there is none.
+
+        :raises StorageError: it is elsewhere and can't be fetched.
+        """
 
     async def file(self, key: str) -> Path | None:
         """A local file with this content; None if there is none, or it is elsewhere."""

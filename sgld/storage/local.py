@@ -24,17 +24,32 @@ class LocalStorage:
 
     async def read(self, key: str) -> bytes | None:
         """The content of a file; None if there is none."""
-        path = await self.file(key)
-        return await run_sync(path.read_bytes) if path else None
+        try:
+            return await run_sync(self._path(key).read_bytes)
+        except FileNotFoundError:
+            return None
 
     async def file(self, key: str) -> Path | None:
         """The path of a file; None if there is none."""
         path = self._path(key)
         return path if await run_sync(path.is_file) else None
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """None: this server has all files."""
+        return ()
+
+    async def num_pending(self) -> int:
+        """Always 0: what is kept is where it belongs."""
+        return 0
+
     async def url(self, key: str) -> str | None:
         """None: local files are served by the server."""
         return None
+
+    async def remove(self, key: str) -> None:
+        """Remove a file, if there is one; its folder stays, as there may be more to come."""
+        await run_sync(self._path(key).unlink, True)
 
     async def delete(self, folder: str) -> None:
         """Remove a folder and what is in it."""

@@ -1,0 +1,28 @@
+"""Where clients get the files of results: here, or in a bucket."""
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, RedirectResponse, Response
+
+from sgld.server.errors import not_found
+from sgld.server.services import services_of
+
+
+async def content(request: Request, key: str, media_type: str) -> Response:
+    """A file, or a redirection to it, which OpenAI's clients and browsers follow.
+
+    :raises ApiError: there is none.
+    """
+    storage = services_of(request).jobs.storage
+    if (path := await storage.file(key)) is not None:
+        return FileResponse(path, media_type=media_type)
+    if (url := await storage.url(key)) is not None:
+        return RedirectResponse(url, 302)
+    raise not_found(f"content of {key.partition('/')[0]} any more")
+
+
+async def url_of(request: Request, key: str, path: str) -> str:
+    """From where the client gets a file.
+
+    :param path: where this server has it.
+    """
+    return await services_of(request).jobs.storage.url(key) or f"{request.base_url}{path}"

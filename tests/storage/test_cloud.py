@@ -1,0 +1,190 @@
+"""Files that go to a bucket, which may not be there when they come."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx2
+import pytest
+from anyio.to_thread import run_sync
+
+from sgld.storage import s3
+from sgld.storage.cloud import CloudStorage, open_storage
+from sgld.storage.ledger import Ledger
+from sgld.storage.local import LocalStorage
+from sgld.storage.s3 import PART_BYTES, open_bucket
+from sgld.storage_config import StorageConfig
+
+from .s3_server import S3Server
+
+TIMEOUT_S = 20
+
+
+@pytest.fixture(scope="module")
+def _server() -> Iterator[S3Server]:
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    monkeypatch.setenv("SGLD_S3_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("SGLD_S3_SECRET_ACCESS_KEY", "secret")
+    # Else each failure takes the client's own pauses.
+    monkeypatch.setattr(s3, "_ATTEMPTS", 1)
+    _server.new_bucket()
+    return _server
+
+
+def write_one(path: Path) -> None:
+    path.write_bytes(b"one")
+
+
+@asynccontextmanager
+async def storage_of(server: S3Server, folder: Path, **settings: Any) -> AsyncIterator[CloudStorage]:
+    """A storage that hardly waits before it tries again."""
+    with anyio.fail_after(TIMEOUT_S), closing(Ledger(folder / "uploads.sqlite3")) as ledger:
+        async with open_bucket(server.config()) as bucket:
+            storage = CloudStorage(LocalStorage(folder / "results"), bucket, ledger, pauses_s=(0.01,), **settings)
+            async with storage.open():
+                yield storage
+
+
+async def test_a_file_is_in_the_bucket_when_it_is_kept(server: S3Server, tmp_path: Path) -> None:
+    async with storage_of(server, tmp_path) as storage, httpx2.AsyncClient() as http:
+        await storage.put("a/0.png", b"zero", "image/png")
+        await storage.put("b/0.png", write_one, "image/png")
+        url = await storage.url("a/0.png")
+        assert url is not None
+        assert (await http.get(url)).content == b"zero"
+        assert (await storage.file("a/0.png"), await storage.read("a/0.png")) == (None, b"zero")
+        assert (await storage.url("a/1.png"), await storage.read("a/1.png")) == (None, None)
+        assert storage.origins == (server.url,)
+
+        await storage.delete("a")
+        await storage.delete("a")
+
+        assert (await storage.url("a/0.png"), await storage.read("a/0.png")) == (None, None)
+
+    assert {name: (found.value, found.metadata["Content-Type"]) for name, found in server.objects.items()} == {
+        "b/0.png": (b"one", "image/png")
+    }
+
+
+async def test_the_local_file_is_kept_where_that_is_asked(server: S3Server, tmp_path: Path) -> None:
+    async with storage_of(server, tmp_path, keeps_local=True) as storage:
+        await storage.put("a/0.png", b"zero", "image/png")
+
+        assert await storage.url("a/0.png") is not None
+        assert await storage.file("a/0.png") == tmp_path / "results" / "a" / "0.png"
+
+
+async def test_what_cant_be_uploaded_stays_and_is_uploaded_when_the_server_is_back(
+    server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with storage_of(server, tmp_path) as storage:
+        await run_sync(server.stop)
+        await storage.put("a/0.png", b"zero", "image/png")
+        await storage.put("a/1.png", b"one", "image/png")
+        assert (await storage.url("a/0.png"), await storage.read("a/0.png")) == (None, b"zero")
+        assert await storage.num_pending() == 2
+
+        await run_sync(server.start)
+        await storage.wait_settled()
+
+        assert await storage.url("a/0.png") is not None
+        assert await storage.file("a/0.png") is None
+        await storage.put("a/2.png", b"two", "image/png")
+        assert await storage.num_pending() == 0
+
+    assert {name: found.value for name, found in server.objects.items()} == {
+        "a/0.png": b"zero",
+        "a/1.png": b"one",
+        "a/2.png": b"two",
+    }
+    warnings = [record.getMessage() for record in caplog.records if record.name == "sgld.storage.cloud"]
+    assert len(warnings) == 2, "one when it begins, one when it ends"
+    assert f"{server.url} can't be reached" in warnings[0]
+    assert "secret" not in "".join(warnings)
+
+
+async def test_a_restart_goes_on_with_what_is_left(server: S3Server, tmp_path: Path) -> None:
+    """As after a kill: the row and the file are there, and the parts that arrived."""
+    large = b"x" * (PART_BYTES + 1)
+    async with storage_of(server, tmp_path) as storage:
+        server.hold = lambda request: "partNumber=2" in request
+        server.refuse = lambda request: request.startswith("DELETE") or ("partNumber" in request and server.go.is_set())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(storage.put, "a/0.mp4", large, "video/mp4")
+            await run_sync(server.held.wait, abandon_on_cancel=True)
+            tasks.cancel_scope.cancel()
+    server.go.set()
+    assert server.unfinished == ["a/0.mp4"]
+    server.refuse = server.hold = lambda request: False
+
+    async with storage_of(server, tmp_path) as storage:
+        await storage.wait_settled()
+
+    assert server.objects["a/0.mp4"].value == large
+    assert server.unfinished == []
+    assert not list((tmp_path / "results").rglob("*.mp4"))
+
+
+async def test_what_is_deleted_while_the_server_is_away_goes_when_it_is_back(server: S3Server, tmp_path: Path) -> None:
+    async with storage_of(server, tmp_path) as storage:
+        await storage.put("a/0.png", b"zero", "image/png")
+        await run_sync(server.stop)
+        await storage.delete("a")
+        assert await storage.url("a/0.png") is None
+    await run_sync(server.start)
+    assert list(server.objects) == ["a/0.png"]
+
+    async with storage_of(server, tmp_path) as storage:
+        await storage.wait_settled()
+
+    assert server.objects == {}
+
+
+async def test_what_is_deleted_while_it_is_uploaded_isnt_left(server: S3Server, tmp_path: Path) -> None:
+    server.hold = lambda request: request.startswith("HEAD")
+    async with storage_of(server, tmp_path) as storage, anyio.create_task_group() as tasks:
+        tasks.start_soon(storage.put, "a/0.png", b"zero", "image/png")
+        await run_sync(server.held.wait, abandon_on_cancel=True)
+        await storage.delete("a")
+        server.go.set()
+
+    assert server.objects == {}
+
+
+async def test_a_file_that_takes_the_place_of_another_is_what_arrives(server: S3Server, tmp_path: Path) -> None:
+    server.hold = lambda request: request.startswith("HEAD")
+    async with storage_of(server, tmp_path) as storage, anyio.create_task_group() as tasks:
+        tasks.start_soon(storage.put, "a/0.png", b"old", "image/png")
+        await run_sync(server.held.wait, abandon_on_cancel=True)
+        await storage.put("a/0.png", b"newer", "image/png")
+        server.go.set()
+        await storage.wait_settled()
+        assert await storage.read("a/0.png") == b"newer"
+
+    assert server.objects["a/0.png"].value == b"newer"
+
+
+async def test_a_file_that_somebody_took_away_is_forgotten(server: S3Server, tmp_path: Path) -> None:
+    async with storage_of(server, tmp_path) as storage:
+        await run_sync(server.stop)
+        await storage.put("a/0.png", b"zero", "image/png")
+        (tmp_path / "results" / "a" / "0.png").unlink()
+        await run_sync(server.start)
+        await storage.wait_settled()
+
+        assert await storage.url("a/0.png") is None
+
+
+async def test_without_a_bucket_files_stay_here(tmp_path: Path) -> None:
+    async with open_storage(StorageConfig(), tmp_path) as storage:
+        await storage.put("a/0.png", b"zero", "image/png")
+
+        assert isinstance(storage, LocalStorage)
+        assert (await storage.num_pending(), storage.origins) == (0, ())
