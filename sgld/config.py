@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from sgld.encoding import DEFAULT_QUALITY, OutputQuality, VideoEncoding, quality_of
 from sgld.fields import FieldError, check_fields, refuse_later
 from sgld.parallel import ParallelConfig as ParallelConfig
 from sgld.storage_config import StorageConfig
@@ -313,16 +314,30 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     output_path: Annotated[str, _field("folder of the outputs")] = "outputs"
     output_file_name: Annotated[
         str | None,
-        _field("file name; its ending chooses png, jpg, webp, mp4, wav or flac. Default: prompt, time and hash"),
+        _field(
+            "file name; its ending chooses png, jpg, webp, avif, gif, mp4, wav or flac. Default: prompt, time and hash"
+        ),
     ] = None
     save_output: Annotated[bool, _field("write files")] = True
     return_frames: Annotated[bool, _field("write each frame of a video as a PNG, too")] = False
-    output_quality: Annotated[int, Meta(ge=1, le=100), _field("quality of JPEG, WebP and MP4")] = 90
+    output_quality: Annotated[
+        Annotated[int, Meta(ge=1, le=100)] | OutputQuality,
+        _field("quality of JPEG, WebP, AVIF and MP4; also default, maximum, high, medium or low"),
+    ] = DEFAULT_QUALITY
+    output_compression: (
+        Annotated[int, Meta(ge=0, le=100), _field("the same, from 0 to 100, where 100 is the best; it counts more")]
+        | None
+    ) = None
     metadata: Annotated[bool, _field("embed the parameters into the files")] = True
+    video: VideoEncoding = VideoEncoding()
     storage: StorageConfig = StorageConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def encoding_quality(self) -> int:
+        return quality_of(self.output_quality) if self.output_compression is None else max(1, self.output_compression)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

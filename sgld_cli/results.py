@@ -10,6 +10,7 @@ import msgspec
 from sgld import __version__
 from sgld.config import EngineConfig
 from sgld.events import Completed
+from sgld.media.animations import write_animation
 from sgld.media.audio import write_audio
 from sgld.media.files import (
     Content,
@@ -21,15 +22,16 @@ from sgld.media.files import (
     write_atomically,
     write_unique,
 )
-from sgld.media.images import encode_image
-from sgld.media.videos import write_video
+from sgld.media.images import check_format, encode_image
+from sgld.media.videos import check_encoder, write_video
 from sgld.sampling_params import SamplingParams
 from sgld_cli.options import UsageError
 from sgld_cli.progress import Output
 from sgld_cli.settings import Settings, flat
 from sgld_cli.sources import ENGINE_METADATA, repeatable
 
-IMAGE_FORMATS = ("png", "jpeg", "webp")
+IMAGE_FORMATS = ("png", "jpeg", "webp", "avif")
+VIDEO_FORMATS = ("mp4", "gif", "webp")
 DEFAULT_FPS = 24.0
 """As in SGLang Diffusion."""
 
@@ -111,6 +113,8 @@ class Files:
         :raises InvalidRequest: the name can't be used.
         """
         name = self._config.output_file_name
+        if self._config.video.video_codec != "h264":
+            check_encoder(self._config.video.video_codec)
         if name is not None:
             self._check_name(name)
         if not self._config.save_output:
@@ -138,41 +142,48 @@ class Files:
             self._write(output, completed.seed, media_format, content, name)
             for content, name in zip(contents, names, strict=True)
         ]
-        frame_paths = self._write_frames(paths[0], completed) if media_format == "mp4" else ()
+        frame_paths = self._write_frames(paths[0], completed) if _is_film(completed) else ()
         return Written(tuple(map(str, paths)), frame_paths)
 
     def _check_name(self, name: str) -> None:
         media_format = format_of(name)
         resolve_output(self._folder, name)
         num_frames = self._settings.params[0].num_frames or 1
-        if num_frames > 1 and media_format in IMAGE_FORMATS:
-            raise UsageError(f"{num_frames} frames don't fit into {name}: a video ends in .mp4")
+        if num_frames > 1 and media_format in IMAGE_FORMATS and media_format not in VIDEO_FORMATS:
+            raise UsageError(f"{num_frames} frames don't fit into {name}: a video ends in .mp4, .gif or .webp")
+        if media_format == "avif":
+            check_format(media_format)
 
     def _format(self, completed: Completed) -> MediaFormat:
         """The format that the name asks for, if it holds such a result: what comes isn't known before it is there."""
         asked = format_of(self._config.output_file_name) if self._config.output_file_name else None
         if len(completed.frames) == 0:
             return asked if asked in ("wav", "flac") else "wav"
-        if completed.is_video and len(completed.frames) > 1:
-            return "mp4"
-        return asked if asked in IMAGE_FORMATS or asked == "mp4" else "png"
+        if _is_film(completed):
+            return asked if asked in VIDEO_FORMATS else "mp4"
+        return asked if asked in (*IMAGE_FORMATS, *VIDEO_FORMATS) else "png"
 
     def _contents(
         self, media_format: MediaFormat, completed: Completed, metadata: dict[str, Any] | None
     ) -> list[Content]:
         """What goes into the files of an output; there are several where it has several pictures."""
-        quality, audio, rate = self._config.output_quality, completed.audio, completed.sample_rate
+        quality, audio, rate = self._config.encoding_quality, completed.audio, completed.sample_rate
+        about: dict[str, Any] = {"metadata": metadata, "quality": quality}
+        film = {**about, "fps": completed.fps or DEFAULT_FPS}
         match media_format:
             case "mp4":
-                fps = completed.fps or DEFAULT_FPS
-                given: dict[str, Any] = {"fps": fps, "quality": quality, "audio": audio, "sample_rate": rate}
-                return [lambda path: write_video(path, completed.frames, metadata=metadata, **given)]
+                film |= {"encoding": self._config.video, "audio": audio, "sample_rate": rate}
+                return [lambda path: write_video(path, completed.frames, **film)]
             case "wav" | "flac":
                 assert audio is not None, "a result holds frames or sound"
                 assert rate is not None, "sound has a rate"
                 return [lambda path: write_audio(path, audio, rate, media_format, metadata=metadata)]
-            case "png" | "jpeg" | "webp":
-                return [encode_image(f, media_format, quality=quality, metadata=metadata) for f in completed.frames]
+            case "gif":
+                return [lambda path: write_animation(path, completed.frames, "gif", **film)]
+            case "webp" if _is_film(completed):
+                return [lambda path: write_animation(path, completed.frames, "webp", **film)]
+            case "png" | "jpeg" | "webp" | "avif":
+                return [encode_image(frame, media_format, **about) for frame in completed.frames]
             case _:
                 assert_never(media_format)
 
@@ -209,6 +220,10 @@ class Files:
             **{name: engine[name] for name in ENGINE_METADATA if engine[name] != default[name]},
             "params": {n: value for n, value in chosen.items() if value is not None and n in repeatable()},
         }
+
+
+def _is_film(completed: Completed) -> bool:
+    return completed.is_video and len(completed.frames) > 1
 
 
 def _folder(output_path: str) -> Path:

@@ -12,8 +12,9 @@ from typing import Literal
 
 from sgld.errors import InvalidRequest
 
-ImageFormat = Literal["png", "jpeg", "webp"]
-MediaFormat = Literal["png", "jpeg", "webp", "mp4", "wav", "flac"]
+ImageFormat = Literal["png", "jpeg", "webp", "avif"]
+VideoFormat = Literal["mp4", "gif", "webp"]
+MediaFormat = Literal["png", "jpeg", "webp", "avif", "gif", "mp4", "wav", "flac"]
 Content = bytes | Callable[[Path], None]
 """What a file shall contain, or a function that writes it to a path."""
 
@@ -22,6 +23,8 @@ FORMATS: dict[str, MediaFormat] = {
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
     ".webp": "webp",
+    ".avif": "avif",
+    ".gif": "gif",
     ".mp4": "mp4",
     ".wav": "wav",
     ".flac": "flac",
@@ -30,6 +33,8 @@ _EXTENSIONS: dict[MediaFormat, str] = {
     "png": ".png",
     "jpeg": ".jpg",
     "webp": ".webp",
+    "avif": ".avif",
+    "gif": ".gif",
     "mp4": ".mp4",
     "wav": ".wav",
     "flac": ".flac",
@@ -39,6 +44,8 @@ _MEDIA_TYPES: dict[MediaFormat, str] = {
     "png": "image/png",
     "jpeg": "image/jpeg",
     "webp": "image/webp",
+    "avif": "image/avif",
+    "gif": "image/gif",
     "mp4": "video/mp4",
     "wav": "audio/wav",
     "flac": "audio/flac",

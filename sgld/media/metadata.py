@@ -4,7 +4,8 @@ The caller gives a JSON object, `{"version": ..., "model_path": ..., "params": {
 kept whole. Where it is:
 
     PNG         iTXt chunk `sgld`; chunk `parameters` has the text that A1111, Civitai and others read
-    JPEG, WebP  EXIF UserComment
+    JPEG, WebP, AVIF  EXIF UserComment
+    GIF         comment
     MP4, FLAC, WAV  tag `comment`
 """
 
@@ -21,6 +22,7 @@ from sgld.errors import InvalidRequest
 _PNG_KEY = "sgld"
 _PNG_TEXT_KEY = "parameters"
 _MP4_KEY = "comment"
+_GIF_KEY = "comment"
 # EXIF names the encoding in the first eight bytes; "UNICODE" is UTF-16 in practice, big-endian as A1111 writes it.
 _UNICODE = b"UNICODE\0"
 # An EXIF block is one JPEG segment, whose length has 16 bits.
@@ -61,7 +63,7 @@ def png_chunks(metadata: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
 
 
 def exif_block(metadata: Mapping[str, Any]) -> bytes:
-    """The EXIF block of a JPEG or WebP file.
+    """The EXIF block of a JPEG, WebP or AVIF file.
 
     :raises InvalidRequest: the parameters don't fit.
     """
@@ -101,8 +103,14 @@ def _read_text(path: Path) -> str:
     """Our text in a file, or what is in its place; empty if nothing is."""
     try:
         with Image.open(path) as image:
-            # Pillow gives a subclass of str, which msgspec doesn't take.
-            return str(image.info.get(_PNG_KEY, "")) if image.format == "PNG" else _exif_comment(image)
+            match image.format:
+                case "PNG":
+                    # Pillow gives a subclass of str, which msgspec doesn't take.
+                    return str(image.info.get(_PNG_KEY, ""))
+                case "GIF":
+                    return bytes(image.info.get(_GIF_KEY, b"")).decode(errors="replace")
+                case _:
+                    return _exif_comment(image)
     except UnidentifiedImageError:
         return _video_comment(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

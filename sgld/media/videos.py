@@ -1,9 +1,10 @@
-"""Videos: MP4 with H.264 that plays everywhere."""
+"""Videos: MP4 with H.264 that plays everywhere, or with HEVC or AV1."""
 
+import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import av
 import numpy as np
@@ -11,14 +12,20 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from sgld.encoding import MAX_CRF, VideoCodec, VideoEncoding, X264Preset
+from sgld.errors import InvalidRequest
 from sgld.media.audio import Samples, add_track, check_samples, encode_track
 from sgld.media.files import write_atomically
 from sgld.media.metadata import mp4_tags
 
 # 81 frames of 832x480 on two cores: 1.2 s; preset medium 1.6 s.
-_PRESET = "veryfast"
+_PRESET: X264Preset = "veryfast"
+_ENCODERS: dict[VideoCodec, str] = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1"}
+# Of SVT-AV1, from 0 (slow) to 13; those above 9 leave artefacts.
+_AV1_PRESET = "9"
 # Exact for 24000/1001 and its like, and for rates given with three decimals.
 _MAX_FPS_DENOMINATOR = 1001
+_PLAIN = VideoEncoding()
 
 
 def write_video(
@@ -27,19 +34,21 @@ def write_video(
     *,
     fps: float,
     quality: int = 90,
+    encoding: VideoEncoding = _PLAIN,
     metadata: Mapping[str, Any] | None = None,
     audio: Samples | None = None,
     sample_rate: int | None = None,
 ) -> None:
     """Write an MP4 file, atomically; its index comes first, so that it plays while it is downloaded.
 
-    :param frames: (F, H, W, 3), uint8, RGB, or 4 channels, whose alpha is dropped. H.264 at 4:2:0
-        needs even sizes: the last row and column of odd ones are repeated once.
-    :param quality: 1 to 100, see `crf_of`.
+    :param frames: (F, H, W, 3), uint8, RGB, or 4 channels, whose alpha is dropped. Codecs at 4:2:0
+        need even sizes: the last row and column of odd ones are repeated once.
+    :param quality: 1 to 100, see `crf_of`; what `encoding` says counts more.
     :param metadata: the parameters to write into it, see `sgld.media.metadata`.
     :param audio: its sound, (channels, samples) of `sample_rate`, see `sgld.media.audio`.
     :raises ValueError: the frames or the sound have another shape or dtype, or there are none; the rate isn't positive.
     :raises OSError: the file can't be written; nothing of it is left.
+    :raises InvalidRequest: there is no such encoder.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
         raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
@@ -49,7 +58,9 @@ def write_video(
     if audio is not None:
         check_samples(audio, sample_rate or 0)
         sound = audio, sample_rate or 0
-    write_atomically(path, lambda temporary: _encode(temporary, frames[..., :3], rate, crf_of(quality), tags, sound))
+    encoder, options = encoder_options(encoding, quality)
+    check_encoder(encoding.video_codec)
+    write_atomically(path, lambda temporary: _encode(temporary, frames[..., :3], rate, encoder, options, tags, sound))
 
 
 class GrowingVideo:
@@ -103,6 +114,36 @@ def crf_of(quality: int) -> int:
     return round(45 - 0.3 * quality)
 
 
+def encoder_options(encoding: VideoEncoding, quality: int) -> tuple[str, dict[str, str]]:
+    """The name of the encoder that is meant, and its options."""
+    codec, crf = encoding.video_codec, encoding.video_crf
+    options: dict[str, str] = {"preset": encoding.x264_preset or _PRESET}
+    match codec:
+        case "h264":
+            pass
+        case "hevc":
+            # It tells of itself on stderr.
+            options["x265-params"] = "log-level=none"
+        case "av1":
+            # It tells of itself on stderr, too.
+            os.environ.setdefault("SVT_LOG", "1")
+            options = {"preset": _AV1_PRESET}
+        case _:
+            assert_never(codec)
+    # The scales of the codecs are stretched to look alike.
+    of_quality = round(crf_of(quality) * MAX_CRF[codec] / MAX_CRF["h264"])
+    return _ENCODERS[codec], {"crf": str(of_quality if crf is None else crf), **options}
+
+
+def check_encoder(codec: VideoCodec) -> None:
+    """:raises InvalidRequest: this PyAV has no encoder of a codec."""
+    try:
+        av.codec.Codec(_ENCODERS[codec], "w")
+    except av.codec.codec.UnknownCodecError:
+        message = f"There is no encoder for {codec}: the PyAV that is installed lacks {_ENCODERS[codec]}; choose h264."
+        raise InvalidRequest(message, "video_codec") from None
+
+
 def _rate(fps: float) -> Fraction:
     rate = Fraction(fps).limit_denominator(_MAX_FPS_DENOMINATOR)
     if rate <= 0:
@@ -114,15 +155,20 @@ def _encode(
     path: Path,
     frames: NDArray[np.uint8],
     rate: Fraction,
-    crf: int,
+    encoder: str,
+    options: dict[str, str],
     tags: Mapping[str, str],
     sound: tuple[Samples, int] | None,
 ) -> None:
     # faststart works only as an option of the container (on the stream it does nothing) and with a real path.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata.update(tags)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": _PRESET})
+        stream = container.add_stream(encoder, rate=rate, options=options)
+        assert isinstance(stream, VideoStream), f"{encoder} makes videos"
         _describe(stream, height=frames.shape[1], width=frames.shape[2])
+        if encoder == _ENCODERS["hevc"]:
+            # Without it Apple's players take it for something else.
+            stream.codec_context.codec_tag = "hvc1"
         if sound is not None:
             # All of it first: it is small, and the muxer puts packets into the order of their times.
             encode_track(container, add_track(container, *sound), *sound)

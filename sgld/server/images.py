@@ -15,7 +15,7 @@ from starlette.responses import Response
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.media.files import extension_of
-from sgld.media.images import encode_image, has_alpha
+from sgld.media.images import check_format, encode_image, has_alpha
 from sgld.server import results
 from sgld.server.auth import owner_of
 from sgld.server.bodies import data_url, read_form, read_json, unless_gone
@@ -159,6 +159,7 @@ async def _answer(request: Request, asked: ImageRequest, verb: _Verb) -> Respons
 
 async def _answer_in_our_words(request: Request, asked: ImageRequest, verb: _Verb) -> Response:
     services, owner = services_of(request), owner_of(request)
+    check_format(asked.options.format)
     check_limits(asked.params, services.config)
     await check_sources(asked.params, services.config)
     if idempotency_key(request) is not None or not asked.options.wait:

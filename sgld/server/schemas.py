@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from sgld.encoding import OutputQuality, quality_of
 from sgld.errors import InvalidRequest
 from sgld.media.files import ImageFormat
 from sgld.sampling_params import MAX_SEED, SamplingParams
@@ -41,7 +42,6 @@ LATER: dict[str, tuple[object, ...]] = {
     "video_reference": (),
     "video_url": (),
     "video_path": (),
-    "x264_preset": (),
 }
 # Objects inside which SGLang's clients send further fields.
 CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
@@ -57,7 +57,6 @@ _SAID_AS = {
     "num_previews": "partial_images",
     "num_frames": "seconds",
 }
-OUTPUT_QUALITY = {"default": 90, "maximum": 100, "high": 90, "medium": 75, "low": 50}
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 SIZE_PATTERN = "^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 PartialType = Literal["image_generation.partial_image", "image_edit.partial_image"]
@@ -85,13 +84,13 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="without effect: choose num_inference_steps"),
     ] = "auto"
     background: Literal["auto", "opaque"] = "auto"
-    output_format: Annotated[Literal["png", "jpeg", "jpg", "webp"], Meta(description="format of the file")] = "png"
+    output_format: Annotated[Literal["png", "jpeg", "jpg", "webp", "avif"], Meta(description="format of the file")] = (
+        "png"
+    )
     output_compression: (
-        Annotated[int, Meta(ge=0, le=100, description="quality of JPEG and WebP; 100 is the best")] | None
+        Annotated[int, Meta(ge=0, le=100, description="quality of JPEG, WebP and AVIF; 100 is the best")] | None
     ) = None
-    output_quality: Annotated[
-        Literal["default", "maximum", "high", "medium", "low"] | None, Meta(description="the same, in SGLang's words")
-    ] = None
+    output_quality: Annotated[OutputQuality | None, Meta(description="the same, in SGLang's words")] = None
     response_format: Annotated[Literal["b64_json", "url"], Meta(description="the picture itself, or where it is")] = (
         "b64_json"
     )
@@ -117,7 +116,7 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def encoding_quality(self) -> int:
         if self.output_compression is not None:
             return max(1, self.output_compression)
-        return OUTPUT_QUALITY[self.output_quality or "default"]
+        return quality_of(self.output_quality or "default")
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,11 +7,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from sgld.encoding import OutputQuality, VideoCodec, VideoEncoding, X264Preset, quality_of
 from sgld.errors import InvalidRequest
+from sgld.fields import FieldError
+from sgld.media.files import VideoFormat
+from sgld.media.videos import check_encoder
 from sgld.sampling_params import MAX_SEED, SamplingParams
 from sgld.server.job_store import Job, Status
 from sgld.server.schemas import (
-    OUTPUT_QUALITY,
     SAMPLING_FIELDS,
     SIZE_PATTERN,
     convert,
@@ -61,9 +64,15 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     output_compression: (
         Annotated[int, Meta(ge=0, le=100, description="quality of the file; 100 is the best")] | None
     ) = None
-    output_quality: Annotated[
-        Literal["default", "maximum", "high", "medium", "low"] | None, Meta(description="the same, in SGLang's words")
-    ] = None
+    output_quality: Annotated[OutputQuality | None, Meta(description="the same, in SGLang's words")] = None
+    output_format: Annotated[
+        VideoFormat, Meta(description="mp4, or for short videos without sound an animated gif or webp")
+    ] = "mp4"
+    video_codec: Annotated[VideoCodec, Meta(description="codec of MP4; h264 plays everywhere")] = "h264"
+    video_crf: (
+        Annotated[int, Meta(ge=0, le=63, description="constant rate factor of MP4, in the place of a quality")] | None
+    ) = None
+    x264_preset: Annotated[X264Preset | None, Meta(description="effort of the encoders of h264 and hevc")] = None
     partial_images: Annotated[int, Meta(ge=0, le=20, description="previews in its events")] = 3
     metadata: Annotated[bool, Meta(description="embed the parameters into the files")] = True
 
@@ -71,7 +80,12 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def encoding_quality(self) -> int:
         if self.output_compression is not None:
             return max(1, self.output_compression)
-        return OUTPUT_QUALITY[self.output_quality or "default"]
+        return quality_of(self.output_quality or "default")
+
+    @property
+    def encoding(self) -> VideoEncoding:
+        """:raises FieldError: the codec has no such setting."""
+        return VideoEncoding(video_codec=self.video_codec, video_crf=self.video_crf, x264_preset=self.x264_preset)
 
 
 class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +161,10 @@ def _video_request(
     fields = dict(known(given, VideoOptions, _SAMPLING))
     sampling = {name: fields.pop(name) for name in _SAMPLING & fields.keys()}
     options = convert(fields, VideoOptions, is_form)
+    try:
+        check_encoder(options.encoding.video_codec)
+    except FieldError as error:
+        raise InvalidRequest(str(error), error.field) from None
     if not sampling.get("prompt"):
         raise InvalidRequest("there is no prompt", "prompt")
     sampling |= size_of(options.size, sampling)

@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Completed
+from sgld.media.animations import write_animation
+from sgld.media.files import extension_of, media_type_of
 from sgld.media.thumbnails import small, spritesheet
 from sgld.media.videos import write_video
 from sgld.server import images, results
@@ -122,7 +124,7 @@ async def get_content(request: Request) -> Response:
     # SGLang's clients name an output by its number.
     if variant in _VARIANTS:
         ending, kind = _VARIANTS[variant]
-        key = key.removesuffix(".mp4") + ending
+        key = key.rpartition(".")[0] + ending
     elif variant != "video" and not variant.isdecimal():
         raise InvalidRequest(f"variant is {variant[:20]!r}; it must be video, {' or '.join(_VARIANTS)}", "variant")
     return await results.content(request, key, kind)
@@ -217,20 +219,25 @@ class VideoWork:
             await self._services.jobs.keep(live, [file for _, file in sorted(self._files.items())])
 
     async def _write(self, live: LiveRequest, completed: Completed) -> StoredFile:
-        frames, name = completed.frames, f"{live.id}/{completed.output_index}"
+        frames, name, options = completed.frames, f"{live.id}/{completed.output_index}", self.options
+        key, media_type = f"{name}{extension_of(options.output_format)}", media_type_of(options.output_format)
         fps = completed.fps or DEFAULT_FPS
-        model_path, quality = self._services.engine_config.model_path, self.options.encoding_quality
-        metadata = metadata_of(model_path, live.params, completed.seed) if self.options.metadata else None
-        sound: dict[str, Any] = {"audio": completed.audio, "sample_rate": completed.sample_rate}
+        model_path = self._services.engine_config.model_path
+        metadata = metadata_of(model_path, live.params, completed.seed) if options.metadata else None
+        about: dict[str, Any] = {"fps": fps, "quality": options.encoding_quality, "metadata": metadata}
         size_bytes = 0
 
         def encode(path: Path) -> None:
             nonlocal size_bytes
-            write_video(path, frames, fps=fps, quality=quality, metadata=metadata, **sound)
+            if options.output_format == "mp4":
+                sound: dict[str, Any] = {"audio": completed.audio, "sample_rate": completed.sample_rate}
+                write_video(path, frames, encoding=options.encoding, **sound, **about)
+            else:
+                write_animation(path, frames, options.output_format, **about)
             size_bytes = path.stat().st_size
 
         storage = self._services.jobs.storage
-        await storage.put(f"{name}.mp4", encode, "video/mp4")
+        await storage.put(key, encode, media_type)
         pictures = {"thumbnail": await run_sync(small, frames[0]), "spritesheet": await run_sync(spritesheet, frames)}
         for variant, picture in pictures.items():
             ending, kind = _VARIANTS[variant]
@@ -238,8 +245,8 @@ class VideoWork:
             await storage.put(f"{name}{ending}", picture, kind)
         num_frames, height, width, _ = frames.shape
         return StoredFile(
-            key=f"{name}.mp4",
-            media_type="video/mp4",
+            key=key,
+            media_type=media_type,
             width=width,
             height=height,
             seed=completed.seed,

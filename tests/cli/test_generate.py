@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sgld.config import EngineConfig
+from sgld.media.images import encode_image
 from sgld.media.metadata import read_metadata
 from sgld_cli.generate import Job
 from sgld_cli.progress import Lines
@@ -57,7 +58,16 @@ def test_several_prompts_and_outputs_are_numbered(sgld: Sgld, engines: Engines) 
 
 
 @pytest.mark.parametrize(
-    ("ending", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP"), ("PNG", "PNG")]
+    ("ending", "kind"),
+    [
+        ("png", "PNG"),
+        ("jpg", "JPEG"),
+        ("jpeg", "JPEG"),
+        ("webp", "WEBP"),
+        ("avif", "AVIF"),
+        ("gif", "GIF"),
+        ("PNG", "PNG"),
+    ],
 )
 def test_ending_of_the_name_chooses_the_format(ending: str, kind: str, sgld: Sgld) -> None:
     (path,) = sgld("generate", "--prompt", "a", "--output-file-name", f"sub/x.{ending}").out
@@ -72,6 +82,32 @@ def test_video_and_its_frames(sgld: Sgld, engines: Engines) -> None:
     assert all(Path(path).stat().st_size for path in done.out)
     assert engines.made[0].config.model_path == "sgld/tiny-video"
     assert read_metadata(Path("outputs/v.mp4"))["params"]["num_frames"] == 3
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "webp"])
+def test_short_videos_may_be_animated_pictures(ending: str, sgld: Sgld) -> None:
+    done = sgld("generate", "--prompt", "a", "--num-frames", "3", "--fps", "8", "--output-file-name", f"v.{ending}")
+    assert done.out == [f"outputs/v.{ending}"]
+    sgld("generate", "--from", done.out[0], "--seed", "7", "--output-file-name", f"again.{ending}")
+    params = read_metadata(Path(f"outputs/again.{ending}"))["params"]
+    assert (params["num_frames"], params["fps"], params["seed"]) == (3, 8, 7)
+
+
+def test_the_encoder_of_videos_can_be_chosen(sgld: Sgld) -> None:
+    encoder = ("--video-codec", "hevc", "--video-crf", "40", "--x264-preset", "fast", "--output-quality", "high")
+    done = sgld("generate", "--prompt", "a", "--num-frames", "3", "--output-file-name", "v.mp4", *encoder)
+    with av.open(done.out[0]) as container:
+        assert container.streams.video[0].codec_context.name == "hevc"
+
+
+@pytest.mark.parametrize(
+    ("flags", "quality"),
+    [((), 90), (("--output-quality", "low"), 50), (("--output-quality", "low", "--output-compression", "0"), 1)],
+)
+def test_quality_has_a_number_or_a_word(flags: tuple[str, ...], quality: int, sgld: Sgld) -> None:
+    done = sgld("generate", "--prompt", "a", "--output-file-name", "x.jpg", "--no-metadata", *flags)
+    expected = encode_image(np.full((16, 24, 3), 42, np.uint8), "jpeg", quality=quality)
+    assert Path(done.out[0]).read_bytes() == expected
 
 
 def test_video_has_its_sound(sgld: Sgld) -> None:
@@ -228,9 +264,11 @@ def test_output_folder_in_the_home_of_the_user(sgld: Sgld, tmp_path: Path, monke
         (("--prompt", "a", "--vae-path", "x", "--vae-path=y"), "--vae-path is given twice"),
         (("--prompt", "a", "--vae-weights-path", "x"), "--vae-weights-path is unknown"),
         (("--prompt", "a", "--perf-dump-path", "x"), "--perf-dump-path isn't supported yet"),
-        (("--prompt", "a", "--output-file-name", "x.gif"), "'x.gif'"),
+        (("--prompt", "a", "--output-file-name", "x.bmp"), "'x.bmp'"),
         (("--prompt", "a", "--output-file-name", "../x.png"), "'../x.png'"),
-        (("--prompt", "a", "--output-file-name", "x.png", "--num-frames", "2"), "a video ends in .mp4"),
+        (("--prompt", "a", "--output-file-name", "x.png", "--num-frames", "2"), "a video ends in .mp4, .gif or .webp"),
+        (("--prompt", "a", "--video-crf", "52"), "video_crf is 52: h264 has 0 to 51"),
+        (("--prompt", "a", "--output-quality", "good"), "--output-quality is 'good'"),
         (("--prompt", "a", "--image-path", "none.png"), "none.png"),
         (("--prompt-path", "none.txt"), "none.txt can't be read: No such file or directory"),
         (("--config", "none.yaml"), "none.yaml can't be read"),

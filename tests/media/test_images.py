@@ -25,7 +25,7 @@ def test_png_is_lossless() -> None:
     np.testing.assert_array_equal(decoded(encode_image(gradient(), "png")), gradient())
 
 
-@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+@pytest.mark.parametrize("image_format", ["jpeg", "webp", "avif"])
 def test_lossy_formats_are_close_and_quality_counts(image_format: ImageFormat) -> None:
     good, poor = (encode_image(gradient(), image_format, quality=quality) for quality in (95, 10))
     assert np.abs(decoded(good).astype(int) - gradient()).mean() < 4
@@ -37,6 +37,12 @@ def test_lossy_formats_are_close_and_quality_counts(image_format: ImageFormat) -
 def test_other_arrays_are_refused(frame: NDArray[np.uint8]) -> None:
     with pytest.raises(ValueError, match=r"\(H, W, 3\) of uint8"):
         encode_image(frame, "png")
+
+
+def test_a_format_that_pillow_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.features.check", lambda feature: False)
+    with pytest.raises(InvalidRequest, match="can't write AVIF; choose WebP or PNG"):
+        encode_image(gradient(), "avif")
 
 
 def test_picture_that_the_format_cannot_hold_is_refused() -> None:
@@ -102,7 +108,7 @@ def test_decompression_bomb_is_refused(tmp_path: Path) -> None:
         check_image(path)
 
 
-@pytest.mark.parametrize("image_format", ["png", "webp"])
+@pytest.mark.parametrize("image_format", ["png", "webp", "avif"])
 def test_transparency_is_kept(image_format: ImageFormat) -> None:
     frame = np.dstack([gradient(), np.full((48, 64), 128, np.uint8)])
     image = Image.open(BytesIO(encode_image(frame, image_format)))

@@ -29,7 +29,7 @@ METADATA: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp", "avif"])
 def test_image_keeps_its_parameters(tmp_path: Path, image_format: ImageFormat) -> None:
     path = tmp_path / "no-ending"
     path.write_bytes(encode_image(FRAME, image_format, metadata=METADATA))
@@ -42,7 +42,7 @@ def test_video_keeps_its_parameters(tmp_path: Path) -> None:
     assert read_metadata(path) == METADATA
 
 
-@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp", "avif"])
 def test_image_without_parameters_is_refused(tmp_path: Path, image_format: ImageFormat) -> None:
     path = tmp_path / "a"
     path.write_bytes(encode_image(FRAME, image_format))

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sgld.media.videos import crf_of, write_video
+from sgld.encoding import VideoCodec, VideoEncoding
+from sgld.errors import InvalidRequest
+from sgld.fields import FieldError
+from sgld.media import videos
+from sgld.media.metadata import read_metadata
+from sgld.media.videos import check_encoder, crf_of, encoder_options, write_video
 
 
 def moving_gradient(num_frames: int = 9, height: int = 64, width: int = 96) -> NDArray[np.uint8]:
@@ -96,6 +101,51 @@ def test_quality_makes_files_larger(tmp_path: Path) -> None:
         sizes.append((tmp_path / "a.mp4").stat().st_size)
     assert sizes == sorted(set(sizes))
     assert crf_of(90) == 18
+
+
+@pytest.mark.parametrize(("codec", "tag"), [("hevc", "hvc1"), ("av1", "av01")])
+def test_other_codecs_keep_frames_parameters_and_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], codec: VideoCodec, tag: str
+) -> None:
+    path, frames = tmp_path / "a.mp4", moving_gradient(5, 63, 96)
+    sound = np.zeros((2, 8000), np.float32)
+    encoding = VideoEncoding(video_codec=codec)
+    write_video(path, frames, fps=8, encoding=encoding, metadata={"a": 1}, audio=sound, sample_rate=16_000)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.codec_tag, context.width, context.height) == (tag, 96, 64)
+        assert len(container.streams.audio) == 1
+    assert np.abs(decode(path)[:, :63].astype(int) - frames).mean() < 3
+    assert read_metadata(path) == {"a": 1}
+    assert capfd.readouterr().err == ""
+
+
+def test_the_encoder_is_told_what_was_chosen() -> None:
+    assert encoder_options(VideoEncoding(), 90) == ("libx264", {"crf": "18", "preset": "veryfast"})
+    chosen = VideoEncoding(video_codec="hevc", video_crf=30, x264_preset="slow")
+    assert encoder_options(chosen, 90) == (
+        "libx265",
+        {"crf": "30", "preset": "slow", "x265-params": "log-level=none"},
+    )
+    assert encoder_options(VideoEncoding(video_codec="av1"), 90) == ("libsvtav1", {"crf": "22", "preset": "9"})
+    with pytest.raises(FieldError, match="h264 has 0 to 51"):
+        VideoEncoding(video_crf=52)
+    with pytest.raises(FieldError, match="it is for h264 and hevc"):
+        VideoEncoding(video_codec="av1", x264_preset="fast")
+
+
+def test_a_rate_factor_counts_more_than_a_quality(tmp_path: Path) -> None:
+    frames, sizes = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8), []
+    for crf in (10, 40):
+        write_video(tmp_path / "a.mp4", frames, fps=8, quality=50, encoding=VideoEncoding(video_crf=crf))
+        sizes.append((tmp_path / "a.mp4").stat().st_size)
+    assert sizes[0] > 2 * sizes[1]
+
+
+def test_an_encoder_that_isnt_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(videos._ENCODERS, "av1", "libnothing")
+    with pytest.raises(InvalidRequest, match="no encoder for av1: the PyAV that is installed lacks libnothing"):
+        check_encoder("av1")
 
 
 def test_other_arrays_and_rates_are_refused(tmp_path: Path) -> None:

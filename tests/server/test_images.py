@@ -40,6 +40,16 @@ async def test_a_picture_comes_in_openais_shape(tmp_path: Path) -> None:
     assert msgspec.json.decode(str(image.info["sgld"]))["params"]["prompt"] == "a cat"
 
 
+async def test_a_picture_may_be_avif(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        answer = (await server.post(prompt="a cat", size="32x16", output_format="avif")).json()
+        content = await server.http.get(f"/v1/images/{answer['id']}/content")
+
+    assert answer["output_format"] == "avif"
+    assert picture(answer["data"][0]["b64_json"]).format == "AVIF"
+    assert content.headers["content-type"] == "image/avif"
+
+
 async def test_several_pictures_have_seeds_that_count_up(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         data = (await server.post(prompt="a cat", n=3, seed=7)).json()["data"]

@@ -414,3 +414,28 @@ async def test_nothing_blocks_the_event_loop(tmp_path: Path) -> None:
             gone = await server.http.delete(f"/v1/videos/{video['id']}")
 
     assert [answer.status_code for answer in (content, listed, stream, gone)] == [200] * 4
+
+
+@pytest.mark.parametrize(("output_format", "kind"), [("gif", "GIF"), ("webp", "WEBP")])
+async def test_a_short_video_may_be_an_animated_picture(tmp_path: Path, output_format: str, kind: str) -> None:
+    async with running(tmp_path) as server:
+        video = await ended(server, await create(server, output_format=output_format))
+        content = await server.http.get(video["url"])
+        thumbnail = await server.http.get(f"/v1/videos/{video['id']}/content?variant=thumbnail")
+
+    assert content.headers["content-type"] == f"image/{output_format}"
+    assert Image.open(BytesIO(content.content)).format == kind
+    assert thumbnail.headers["content-type"] == "image/webp"
+
+
+async def test_the_encoder_can_be_chosen(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        video = await ended(server, await create(server, video_codec="hevc", video_crf=30, x264_preset="fast"))
+        content = (await server.http.get(video["url"])).content
+        bad = await server.http.post("/v1/videos", json={"prompt": "a", **FRAMES, "video_crf": 60})
+        sound = await server.http.post("/v1/videos", data={"prompt": "a", "video_codec": "av1", "x264_preset": "fast"})
+
+    with av.open(BytesIO(content)) as container:
+        assert container.streams.video[0].codec_context.name == "hevc"
+    assert (bad.status_code, error_of(bad)["param"]) == (400, "video_crf")
+    assert (sound.status_code, error_of(sound)["param"]) == (400, "x264_preset")

@@ -1,0 +1,69 @@
+"""Short videos as animated pictures: GIF and WebP, without sound."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, assert_never
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sgld.errors import InvalidRequest
+from sgld.media.files import write_atomically
+from sgld.media.metadata import exif_block, to_json
+
+AnimationFormat = Literal["gif", "webp"]
+# GIF counts in hundredths of a second, and browsers slow down frames of less than two.
+_TICKS_PER_S: dict[AnimationFormat, int] = {"gif": 100, "webp": 1000}
+_MAX_FPS: dict[AnimationFormat, float] = {"gif": 50.0, "webp": 100.0}
+
+
+def write_animation(
+    path: Path,
+    frames: NDArray[np.uint8],
+    animation_format: AnimationFormat,
+    *,
+    fps: float,
+    quality: int = 90,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an animated picture, atomically; it repeats for ever. Frames that are equal to the one before are joined.
+
+    :param frames: (F, H, W, 3), uint8, RGB, or 4 channels, whose alpha is dropped.
+    :param quality: 1 to 100, of WebP; GIF has 256 colours for each frame, whatever it is.
+    :param metadata: the parameters to write into it, see `sgld.media.metadata`.
+    :raises ValueError: the frames have another shape or dtype, or there are none.
+    :raises OSError: the file can't be written; nothing of it is left.
+    :raises InvalidRequest: the rate is more than such pictures have, or the format has none of this size.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
+        raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
+    if not 0 < fps <= _MAX_FPS[animation_format]:
+        most = _MAX_FPS[animation_format]
+        raise InvalidRequest(f"A {animation_format} has at most {most:g} frames per second, not {fps:g}.", "fps")
+    durations = durations_ms(len(frames), fps, _TICKS_PER_S[animation_format])
+    first, *rest = (Image.fromarray(np.ascontiguousarray(frame[..., :3])) for frame in frames)
+    about: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    match animation_format:
+        case "gif":
+            about |= {"comment": b"" if metadata is None else to_json(metadata).encode()}
+        case "webp":
+            about |= {"quality": quality, "exif": b"" if metadata is None else exif_block(metadata)}
+        case _:
+            assert_never(animation_format)
+    write_atomically(path, lambda temporary: _save(first, temporary, animation_format, about))
+
+
+def durations_ms(num_frames: int, fps: float, ticks_per_s: int) -> list[int]:
+    """How long each frame is shown: in ticks of the format, so that no error adds up."""
+    ends = [round(index * ticks_per_s / fps) for index in range(num_frames + 1)]
+    return [(end - start) * 1000 // ticks_per_s for start, end in pairwise(ends)]
+
+
+def _save(image: Image.Image, path: Path, animation_format: AnimationFormat, about: Mapping[str, Any]) -> None:
+    try:
+        image.save(path, animation_format.upper(), **about)
+    except (ValueError, RuntimeError) as error:  # Pillow's WebP raises the latter
+        message = f"A video of {image.width}x{image.height} can't be written as {animation_format}: {error}."
+        raise InvalidRequest(message) from error
