@@ -215,7 +215,7 @@ class Sgld(Policy):
     def ran(self, jobs: Sequence[Job], elapsed_s: float) -> None:
         assert self._batch is not None
         self._scheduler.ran(self._batch.call_ids, elapsed_s)
-        self._cost.observe(_cost_key(jobs[0], jobs[0].stage - 1), len(jobs), elapsed_s)
+        self._learn(jobs[0], len(jobs), elapsed_s)
         for job in jobs:
             name = str(job.number)
             if 1 < job.stage <= job.of.num_steps + 1:
@@ -225,6 +225,10 @@ class Sgld(Policy):
                 self._scheduler.remove(name, is_completed=True)
             else:
                 self._scheduler.pending(self._call(job))
+
+    def _learn(self, ran: Job, rows: int, elapsed_s: float) -> None:
+        """From a forward of a stage that is over."""
+        self._cost.observe(_cost_key(ran, ran.stage - 1), rows, elapsed_s)
 
     def _call(self, job: Job) -> CallInfo:
         kind: CallKind = "encode" if job.stage == 0 else "denoise" if job.is_denoising else "decode"

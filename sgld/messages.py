@@ -12,8 +12,8 @@ from sgld.sampling_params import SamplingParams
 CallKind = Literal["encode", "denoise", "decode"]
 TickMode = Literal["single", "merged", "proof"]
 """One forward for each call; one for all; or both, to compare them."""
-Variant = Literal["eager", "compiled", "graph"]
-"""How a forward ran: kernel by kernel, compiled, or replayed as a graph of the device. Each takes a time of its own."""
+Variant = Literal["eager", "compiled", "graph", "compiled graph"]
+"""How a forward ran: kernel by kernel, compiled, or replayed as a graph of either. Each takes a time of its own."""
 MAX_MESSAGE_BYTES = 64 * 1024
 
 

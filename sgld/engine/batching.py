@@ -20,6 +20,9 @@ def as_many_as_pay(
     So with k more urgent ones among n it joins if k·Δt < (n - k)·(t(1) - Δt). A second call of the first request has
     k = 0: it joins if that saves any time.
 
+    Devices work in tiles, and some numbers of rows run in a faster way than others: a call that doesn't pay by itself
+    stays in if with those after it the sum does.
+
     Where a time isn't known, nothing joins: it is tried in a small batch first.
 
     :param ordered: the requests with calls that wait, the most urgent first.
@@ -29,17 +32,19 @@ def as_many_as_pay(
     batch = [(head, head.calls[min(head.calls)])]
     first = batch[0][1]
     rows, before_s = first.rows, cost.predict(first.cost_key, first.rows)
+    gain_s, best_gain_s, best_size = 0.0, 0.0, 1
     for num_ahead, request, call in _candidates(ordered, first):
         after_s = cost.predict(first.cost_key, rows + call.rows)
         alone_s = cost.predict(call.cost_key, call.rows)
         if len(batch) == max_batch_size or before_s is None or after_s is None or alone_s is None:
             break
         delta_s = after_s - before_s
-        if num_ahead * delta_s >= (num_requests - num_ahead) * (alone_s - delta_s):
-            break
         batch.append((request, call))
         rows, before_s = rows + call.rows, after_s
-    return batch
+        gain_s += (num_requests - num_ahead) * (alone_s - delta_s) - num_ahead * delta_s
+        if gain_s > best_gain_s:
+            best_gain_s, best_size = gain_s, len(batch)
+    return batch[:best_size]
 
 
 def _candidates(ordered: Sequence[tuple[Level, Tracked]], first: CallInfo) -> Iterator[tuple[int, Tracked, CallInfo]]:

@@ -1,24 +1,18 @@
 """What a forward costs: t(key, rows), learned from every tick."""
 
-import bisect
 import math
 import re
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
-# One run at another number of rows says little: it may be slow because it is the first (allocation, autotuning).
-MIN_SAMPLES = 2
-MAX_SAMPLES = 15
+from sgld.engine.curve import MIN_SAMPLES, Curve
+from sgld.messages import Variant
+
 # Keys hold the length of a prompt, too, so a long-lived server meets ever new ones.
 MAX_KEYS = 512
-# A batch is never larger than so many times what was tried: its time and its memory can't be known.
-GROWTH = 2
-# Estimates that move by less aren't news: everything that is derived from them stays as it is.
-NEWS = 0.02
-
-LearnedTime = tuple[str, int, float]
-"""Cost key, rows, seconds."""
+LearnedTime = tuple[str, int, Variant, float]
+"""Cost key, rows, how it ran, seconds."""
 
 
 class Cost(Protocol):
@@ -39,10 +33,10 @@ class Cost(Protocol):
 
 
 class CostModel:
-    """The median of the last runs at each number of rows; between and beyond these, straight lines."""
+    """A curve for each key."""
 
     def __init__(self) -> None:
-        self._curves: OrderedDict[str, _Curve] = OrderedDict()
+        self._curves: OrderedDict[str, Curve] = OrderedDict()
         """The one that ran last is at the end."""
         self._guesses: dict[str, float | None] = {}
         self._version = 0
@@ -51,13 +45,13 @@ class CostModel:
     def version(self) -> int:
         return self._version
 
-    def observe(self, key: str, rows: int, elapsed_s: float) -> None:
+    def observe(self, key: str, rows: int, elapsed_s: float, variant: Variant = "eager") -> None:
         """Learn from one forward."""
-        curve = self._curves.setdefault(key, _Curve())
+        curve = self._curves.setdefault(key, Curve())
         self._curves.move_to_end(key)
         if len(self._curves) > MAX_KEYS:
             self._curves.popitem(last=False)
-        if curve.observe(rows, elapsed_s):
+        if curve.observe(rows, elapsed_s, variant):
             self._version += 1
             self._guesses.clear()
 
@@ -80,13 +74,22 @@ class CostModel:
 
     def recall(self, learned: Iterable[LearnedTime]) -> None:
         """Begin with what an earlier start learned; it is outvoted by the first runs that differ."""
-        for key, rows, elapsed_s in learned:
+        for key, rows, variant, elapsed_s in learned:
             for _ in range(MIN_SAMPLES):
-                self.observe(key, rows, elapsed_s)
+                self.observe(key, rows, elapsed_s, variant)
 
     def learned(self) -> list[LearnedTime]:
         """All that is known, for the next start."""
-        return [(key, rows, s) for key, curve in self._curves.items() for rows, s in curve.known]
+        return [(key, *time) for key, curve in self._curves.items() for time in curve.times()]
+
+    def current(self) -> list[LearnedTime]:
+        """What predictions are made of: each number of rows once, as it runs now or is about to."""
+        return [
+            (key, rows, variant, elapsed_s)
+            for key, curve in self._curves.items()
+            for rows, elapsed_s in curve.known
+            if (variant := curve.variant_of(rows)) is not None
+        ]
 
     def _by_size(self, key: str) -> float | None:
         method, own = key.partition("(")[0], num_positions(key)
@@ -97,52 +100,6 @@ class CostModel:
         )
         nearest = min(others, key=lambda other: abs(math.log(other[0] / own)), default=None)
         return nearest[1] * own / nearest[0] if nearest is not None else None
-
-
-class _Curve:
-    """Seconds over rows for the calls of one key."""
-
-    def __init__(self) -> None:
-        self.known: list[tuple[int, float]] = []
-        """By rows."""
-        self._samples: dict[int, deque[float]] = {}
-        self._cache: dict[int, float | None] = {}
-
-    def observe(self, rows: int, elapsed_s: float) -> bool:
-        """Learn from one run; whether that was news."""
-        samples = self._samples.setdefault(rows, deque(maxlen=MAX_SAMPLES))
-        samples.append(elapsed_s)
-        place = bisect.bisect_left(self.known, (rows,))
-        is_known = place < len(self.known) and self.known[place][0] == rows
-        if self.known and not is_known and len(samples) < MIN_SAMPLES:
-            return False
-        # The lower median: of two runs the faster one, as the first may have been slow for reasons of its own.
-        median = sorted(samples)[(len(samples) - 1) // 2]
-        if is_known and abs(median - self.known[place][1]) <= NEWS * self.known[place][1]:
-            return False
-        self.known[place : place + is_known] = [(rows, median)]
-        self._cache.clear()
-        return True
-
-    def at(self, rows: int) -> float | None:
-        if rows not in self._cache:
-            self._cache[rows] = self._at(rows)
-        return self._cache[rows]
-
-    def _at(self, rows: int) -> float | None:
-        if not self.known or rows > GROWTH * self.known[-1][0]:
-            return None
-        if len(self.known) == 1:
-            # More rows take at least as long: so they are tried. Fewer take no longer.
-            return self.known[0][1]
-        right = min(max(bisect.bisect_left(self.known, (rows,)), 1), len(self.known) - 1)
-        (low, low_s), (high, high_s) = self.known[right - 1 : right + 1]
-        slope = (high_s - low_s) / (high - low)
-        if rows > high:
-            return high_s + max(slope, 0.0) * (rows - high)
-        if rows < low:
-            return min(low_s, max(low_s - slope * (low - rows), low_s * rows / low))
-        return low_s + slope * (rows - low)
 
 
 class FlatCost:

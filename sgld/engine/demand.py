@@ -36,6 +36,7 @@ def demand_of(params: SamplingParams) -> Demand:
     guidance = (params.guidance_scale, params.guidance_scale_2, params.true_cfg_scale, params.negative_prompt is None)
     has_all = all(isinstance(part, int) for part in size)
     options = [*sorted(map(str, params.diffusers_kwargs)), *([repr(params.cache)] if params.cache else [])]
+    options += ["exact"] if params.exact else []
     return Demand(
         priority=params.priority,
         deadline_s=params.deadline_s,

@@ -160,7 +160,9 @@ class Engine:
             num_skipped_calls=self._tally.num_skipped_calls,
             calls=self._tally.calls,
             merging=dict(self._tally.merging),
-            costs=tuple(CostStatistics(key=k, num_rows=n, elapsed_s=s) for k, n, s in self._cost.learned()),
+            costs=tuple(
+                CostStatistics(key=k, num_rows=n, variant=v, elapsed_s=s) for k, n, v, s in self._cost.current()
+            ),
             replicas=tuple(replica.statistics(self._requests) for replica in self._replicas),
             adapters=self._loras.held,
         )
@@ -283,7 +285,7 @@ class Engine:
         """Begin with what earlier starts learned of the model; a rank that is started again changes nothing."""
         if self._learned_file is not None or model.identity is None:
             return
-        self._learned_file = LearnedFile(model)
+        self._learned_file = LearnedFile(model, self._config)
         learned = await to_thread.run_sync(self._learned_file.read)
         self._cost.recall(learned.times)
         self._profiles.recall(learned.profiles)
@@ -330,7 +332,7 @@ class Engine:
                 self._tally.ran(reply, replica.index)
                 replica.scheduler.ran(call_ids, elapsed_s)
                 if reply.is_timed:
-                    self._cost.observe(reply.cost_key, reply.rows, elapsed_s)
+                    self._cost.observe(reply.cost_key, reply.rows, elapsed_s, reply.variant)
             case LoraLoaded() | LoraFailed() | LorasHeld():
                 self._loras.heard(reply, replica.index)
             case Idle():

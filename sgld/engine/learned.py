@@ -1,4 +1,8 @@
-"""What the engine learned of times and requests, kept between starts: a small file for each device and model."""
+"""What the engine learned of times and requests, kept between starts.
+
+A small file for each device, model, and choice of options that forwards depend on. The times in it say how they ran,
+too: compiled or not, as a graph or not.
+"""
 
 import hashlib
 import logging
@@ -7,14 +11,14 @@ import os
 
 import msgspec
 
-from sgld.config import cache_root
+from sgld.config import EngineConfig, cache_root
 from sgld.engine.cost import LearnedTime
 from sgld.engine.demand import Profile
 from sgld.messages import ModelInfo
 
 logger = logging.getLogger(__name__)
 # Files of another format are left alone.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Learned(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,11 +32,13 @@ class Learned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LearnedFile:
-    """The file of a model on a device, which is named after its configurations, its precisions and the device."""
+    """The file of a model on a device, which is named after its configurations, its precisions, device and options."""
 
-    def __init__(self, model: ModelInfo) -> None:
+    def __init__(self, model: ModelInfo, config: EngineConfig) -> None:
         self._model = model
-        named = msgspec.json.encode((model.identity, model.device_name, sorted(model.precisions.items())))
+        named = msgspec.json.encode(
+            (model.identity, model.device_name, sorted(model.precisions.items()), *_options(config))
+        )
         self._path = cache_root() / "learned" / f"times-{hashlib.sha256(named).hexdigest()[:24]}.json"
 
     def read(self) -> Learned:
@@ -60,8 +66,23 @@ class LearnedFile:
             logger.warning("what was learned of times can't be kept: %s", error)
 
 
+def _options(config: EngineConfig) -> tuple[object, ...]:
+    """Those that decide how long forwards take."""
+    return (
+        config.enable_torch_compile,
+        config.vae_tiling,
+        config.vae_slicing,
+        config.num_cpu_threads,
+        config.backend,
+        msgspec.structs.replace(config.parallel, num_gpus=None, dp_size=1),
+        config.memory,
+        config.attention,
+        config.quantized,
+    )
+
+
 def _is_sound(learned: Learned) -> bool:
     """Whether the numbers are such as are written: a file may have been edited, or half of it be from elsewhere."""
-    has_times = all(rows > 0 and 0 < elapsed_s < math.inf for _, rows, elapsed_s in learned.times)
+    has_times = all(rows > 0 and 0 < elapsed_s < math.inf for _, rows, _, elapsed_s in learned.times)
     has_calls = all(number > 0 for profile in learned.profiles for _, number in profile.calls)
     return has_times and has_calls and all(p.work is None or 0 < p.work < math.inf for p in learned.profiles)

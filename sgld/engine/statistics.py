@@ -5,7 +5,7 @@ import msgspec
 from sgld.engine.trace import Trace
 from sgld.ipc.channel import ChannelStatistics
 from sgld.ipc.tensor_queue import TensorQueueStatistics
-from sgld.messages import CallInfo, CallKind, Judged, LorasHeld, Ran, Stepped
+from sgld.messages import CallInfo, CallKind, Judged, LorasHeld, Ran, Stepped, Variant
 from sgld.request import Request, RequestState
 
 
@@ -43,6 +43,7 @@ class CostStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     num_rows: int
+    variant: Variant = "eager"
     elapsed_s: float
 
 

@@ -132,9 +132,11 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
     for component, merging in sorted(statistics.merging.items()):
         modes.add_metric((component, merging.mode), 1)
     yield modes
-    costs = GaugeMetricFamily("sgld:forward_cost_seconds", "learned time of a forward", labels=("key", "rows"))
+    costs = GaugeMetricFamily(
+        "sgld:forward_cost_seconds", "learned time of a forward", labels=("key", "rows", "variant")
+    )
     for cost in statistics.costs[:_MAX_COSTS]:
-        costs.add_metric((cost.key, str(cost.num_rows)), cost.elapsed_s)
+        costs.add_metric((cost.key, str(cost.num_rows), cost.variant), cost.elapsed_s)
     yield costs
     held = statistics.adapters
     yield _gauge("sgld:lora_adapters", "LoRA adapters in memory", held.num_adapters)

@@ -140,7 +140,8 @@ class Call:
     def cost_key(self) -> str:
         """Calls with an equal one take the same time at the same number of rows."""
         shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in self.tensors)
-        return f"{self.component}.{self.method}({shapes})" + ("" if self.site is None else " first block")
+        kind = ("" if self.site is None else " first block") + (" exact" if self.is_exact else "")
+        return f"{self.component}.{self.method}({shapes}){kind}"
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows = (), *, by_row: bool = False) -> Any:
         """Invoke the component with these arguments in this thread, under the call's context.

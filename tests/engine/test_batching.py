@@ -68,6 +68,15 @@ def test_pair_of_another_request_is_weighed_as_one_request() -> None:
     assert len(chosen(LinearCost(fixed_s=0.6, row_s=0.4), one("a"), tracked("b", 1.0, calls=pair))) == 3
 
 
+def test_row_that_does_not_pay_joins_if_the_next_ones_pay_for_it() -> None:
+    """Three rows run in a slower way than four: three would be left out, and four never come about."""
+    cost = CostModel()
+    for rows, elapsed_s in ((1, 1.0), (2, 1.2), (3, 2.6), (4, 1.6)):
+        cost.recall([("c", rows, "eager", elapsed_s)])
+    assert len(chosen(cost, *(one(name) for name in "abcd"))) == 4
+    assert len(chosen(cost, *(one(name) for name in "abc"))) == 2
+
+
 def test_batch_is_limited() -> None:
     assert len(chosen(LinearCost(fixed_s=1.0, row_s=0.0), *(one(name) for name in "abcde"), max_batch_size=3)) == 3
 

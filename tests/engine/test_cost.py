@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgld.engine.cost import GROWTH, MAX_KEYS, MAX_SAMPLES, CostModel, num_positions
+from sgld.engine.cost import MAX_KEYS, CostModel, num_positions
+from sgld.engine.curve import GROWTH, MAX_SAMPLES
 
 SECONDS = st.floats(1e-6, 1e3)
 

@@ -4,11 +4,17 @@ import msgspec
 import pytest
 
 from engine.ranks import MODEL
+from sgld.config import EngineConfig, ParallelConfig
+from sgld.engine.cost import LearnedTime
 from sgld.engine.demand import Profile
 from sgld.engine.learned import Learned, LearnedFile
 
-TIMES = [("transformer.forward(64x8)", 1, 0.25), ("transformer.forward(64x8)", 2, 0.3)]
+TIMES: list[LearnedTime] = [
+    ("transformer.forward(64x8)", 1, "eager", 0.25),
+    ("transformer.forward(64x8)", 2, "graph", 0.3),
+]
 PROFILES = [Profile("a", 100.0, ((("denoise", "transformer.forward(64x8)", 1), 20),)), Profile("b", None, ())]
+CONFIG = EngineConfig()
 KEPT = msgspec.structs.replace(MODEL, identity="1234", device_name="NVIDIA H200")
 
 
@@ -19,8 +25,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read_back(folder: Path) -> None:
-    LearnedFile(KEPT).write(TIMES, PROFILES)
-    learned = LearnedFile(KEPT).read()
+    LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
+    learned = LearnedFile(KEPT, CONFIG).read()
     assert (list(learned.times), list(learned.profiles)) == (TIMES, PROFILES)
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
@@ -29,8 +35,15 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
     "change", [{"identity": "5"}, {"device_name": "another GPU"}, {"precisions": {"transformer": "float16"}}]
 )
 def test_other_models_and_devices_have_other_files(change: dict[str, object]) -> None:
-    LearnedFile(KEPT).write(TIMES, PROFILES)
-    assert LearnedFile(msgspec.structs.replace(KEPT, **change)).read() == Learned()
+    LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
+    assert LearnedFile(msgspec.structs.replace(KEPT, **change), CONFIG).read() == Learned()
+
+
+def test_options_that_forwards_depend_on_have_other_files() -> None:
+    LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
+    assert LearnedFile(KEPT, EngineConfig(enable_torch_compile=True)).read() == Learned()
+    for same in (EngineConfig(max_batch_size=3), EngineConfig(parallel=ParallelConfig(dp_size=2))):
+        assert LearnedFile(KEPT, same).read() != Learned()
 
 
 @pytest.mark.parametrize(
@@ -39,16 +52,16 @@ def test_other_models_and_devices_have_other_files(change: dict[str, object]) ->
         b"",
         b"{",
         b"[]",
-        b'{"format": 0, "times": [["c", 1, 0.5]]}',
-        b'{"format": 1, "times": [["c", 1, -0.5]]}',
-        b'{"format": 1, "times": [["c", 0, 0.5]]}',
-        b'{"format": 1, "times": [["c", "one", 0.5]]}',
-        b'{"format": 1, "profiles": [["a", 1.0, [[["denoise", "c", 1], -3]]]]}',
-        b'{"format": 1, "profiles": [["a", 0.0, []]]}',
+        b'{"format": 0, "times": [["c", 1, "eager", 0.5]]}',
+        b'{"format": 2, "times": [["c", 1, "eager", -0.5]]}',
+        b'{"format": 2, "times": [["c", 0, "eager", 0.5]]}',
+        b'{"format": 2, "times": [["c", "one", "eager", 0.5]]}',
+        b'{"format": 2, "profiles": [["a", 1.0, [[["denoise", "c", 1], -3]]]]}',
+        b'{"format": 2, "profiles": [["a", 0.0, []]]}',
     ],
 )
 def test_broken_and_foreign_files_are_like_none(folder: Path, content: bytes) -> None:
-    file = LearnedFile(KEPT)
+    file = LearnedFile(KEPT, CONFIG)
     file.write(TIMES, PROFILES)
     next(folder.iterdir()).write_bytes(content)
     assert file.read() == Learned()
@@ -58,6 +71,6 @@ def test_broken_and_foreign_files_are_like_none(folder: Path, content: bytes) ->
 
 def test_folder_that_cannot_be_written_to_is_no_error(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.write_text("a file is in its place")
-    LearnedFile(KEPT).write(TIMES, PROFILES)
+    LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
     assert "can't be kept" in caplog.text
-    assert LearnedFile(KEPT).read() == Learned()
+    assert LearnedFile(KEPT, CONFIG).read() == Learned()

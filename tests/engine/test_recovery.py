@@ -14,7 +14,7 @@ async def test_request_that_shared_the_last_forward_of_a_rank_is_not_lost_with_t
     requests = [SamplingParams(prompt=prompt) for prompt in ("good", "bad", "fine")]
     async with Engine(EngineConfig(), rank_factory=ranks) as engine:
         # What never ran would be tried alone.
-        engine._cost.recall([("c", 1, 1.0), ("c", 2, 1.0)])
+        engine._cost.recall([("c", 1, "eager", 1.0), ("c", 2, "eager", 1.0)])
         good, bad, fine = await ends_of(engine, *requests)
     assert isinstance(good, Completed)
     assert isinstance(fine, Completed)

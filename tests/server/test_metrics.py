@@ -75,7 +75,7 @@ async def test_what_the_engine_knows_is_told(tmp_path: Path) -> None:
         num_running=3,
         calls=(call,),
         merging={"transformer": MergeStatistics(mode="merge")},
-        costs=(CostStatistics(key="transformer(64)", num_rows=2, elapsed_s=0.5),),
+        costs=(CostStatistics(key="transformer(64)", num_rows=2, variant="graph", elapsed_s=0.5),),
     )
     async with running(tmp_path, engine) as server:
         found = await values(server)
@@ -89,7 +89,7 @@ async def test_what_the_engine_knows_is_told(tmp_path: Path) -> None:
     assert found[key("sglang:diffusion_stage_host_latency_seconds_sum", **ROLE, stage="transformer")] == 2.0
     assert found[key("sgld:reused_calls_total", **about)] == 4
     assert found[key("sgld:merge_mode", component="transformer", mode="merge")] == 1
-    assert found[key("sgld:forward_cost_seconds", key="transformer(64)", rows="2")] == 0.5
+    assert found[key("sgld:forward_cost_seconds", key="transformer(64)", rows="2", variant="graph")] == 0.5
 
 
 async def test_predictions_are_compared_with_what_came() -> None:
