@@ -107,7 +107,8 @@ class Curve:
         if row.variant is None or row.num_slow >= PATIENCE or _SPEED[variant] > _SPEED[row.variant]:
             row.variant = variant
             variants = [other.variant for other in self._rows.values() if other.variant is not None]
-            self._best = max(variants, key=_SPEED.__getitem__)
+            best: Variant = max(variants, key=_SPEED.__getitem__)
+            self._best = best
 
     def _points(self) -> Iterator[tuple[int, float]]:
         for rows, row in sorted(self._rows.items()):
