@@ -362,6 +362,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     allow_path: Annotated[tuple[str, ...], _field("folders whose files requests may name; by default none")] = ()
     allow_private_urls: Annotated[bool, _field("fetch pictures from private addresses, too")] = False
     allow_lora_download: Annotated[bool, _field("let clients name LoRA adapters on the hub")] = False
+    allow_filter_download: Annotated[
+        bool, _field("let clients name weights of interpolation and upscaling on the hub")
+    ] = False
     data_dir: Annotated[
         str | None, _field("folder of jobs and results, for one server at a time; default: $XDG_DATA_HOME/sgld")
     ] = None

@@ -4,13 +4,17 @@
 Pixels are numpy arrays, uint8, RGB or RGBA; sound is float32.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+Stage = Literal["denoise", "postprocess"]
+"""What steps are counted of: denoising, or interpolating and upscaling, frame by frame or tile by tile."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -33,11 +37,12 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
 
 
 class Progress(Event, frozen=True, kw_only=True, tag="progress"):
-    """Step `step` of `num_steps` is done (counted from 1)."""
+    """Step `step` of `num_steps` is done (counted from 1): of denoising, or of what frames go through after that."""
 
     step: int
     num_steps: int
     eta_s: float | None
+    stage: Stage = "denoise"
 
 
 class Restarted(Event, frozen=True, kw_only=True, tag="restarted"):
@@ -66,7 +71,7 @@ class Completed(Event, frozen=True, kw_only=True, tag="completed"):
     frames: "NDArray[np.uint8]"
     seed: int
     fps: float | None
-    """Frames per second: the client's choice, or what the model's author recommends."""
+    """Frames per second: the client's choice or what the model's author recommends, and those made in between."""
     elapsed_s: float
     """Seconds since the request arrived."""
     is_video: bool = False
@@ -75,6 +80,8 @@ class Completed(Event, frozen=True, kw_only=True, tag="completed"):
     """The sound, (channels, samples) in [-1, 1]."""
     sample_rate: int | None = None
     """Samples per second."""
+    postprocessing: tuple[str, ...] = ()
+    """What was done to the frames after the pipeline, and by what, for people."""
 
 
 class Failed(Event, frozen=True, kw_only=True, tag="failed"):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from sgld.events import Stage
 from sgld.sampling_params import SamplingParams
 
 CallKind = Literal["encode", "denoise", "decode"]
@@ -212,7 +213,7 @@ class Idle(Reply, frozen=True, tag="idle"):
 
 
 class Stepped(Reply, frozen=True, kw_only=True, tag="stepped"):
-    """A task finished denoising step `step` of `num_steps` (counted from 1).
+    """A task finished denoising step `step` of `num_steps` (counted from 1), or of what follows the pipeline that call.
 
     `num_skipped_calls`: how many calls of its denoiser its step cache skipped so far.
     """
@@ -220,6 +221,7 @@ class Stepped(Reply, frozen=True, kw_only=True, tag="stepped"):
     request_id: str
     step: int
     num_steps: int
+    stage: Stage = "denoise"
     num_skipped_calls: int = 0
 
 
@@ -251,9 +253,13 @@ class Heard(Reply, frozen=True, kw_only=True, tag="heard"):
 
 
 class Finished(Reply, frozen=True, kw_only=True, tag="finished"):
-    """The task returned; all its frames have been sent."""
+    """The task returned; all its frames have been sent.
+
+    `postprocessing`: what was done to them after the pipeline, and by what.
+    """
 
     request_id: str
+    postprocessing: tuple[str, ...] = ()
 
 
 class TaskFailed(Reply, frozen=True, kw_only=True, tag="task_failed"):

@@ -11,6 +11,15 @@ from sgld.fields import FieldError, check_fields
 DEFAULT_SEED = 42
 MAX_SEED = 2**63 - 1
 MAX_LORAS = 16
+DEFAULT_FPS = 24.0
+"""Where neither the client nor the model says; as in SGLang Diffusion."""
+LANCZOS = "lanczos"
+"""In the place of a path: enlarges without weights."""
+OPTICAL_FLOW = "optical-flow"
+"""In the place of a path: interpolates without weights."""
+RIFE_REPO = "elfgum/RIFE-4.22.lite"
+UPSCALING_REPO = "ai-forever/Real-ESRGAN"
+"""On the hub: what is meant where no path is given, as in SGLang Diffusion."""
 
 
 class LoraChoice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -155,6 +164,40 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ]
         | None
     ) = None
+    enable_frame_interpolation: Annotated[bool, Meta(description="make frames between the frames of a video")] = False
+    frame_interpolation_exp: Annotated[
+        int, Meta(ge=1, le=4, description="1 for twice the frames a second, 2 for four times, up to 4")
+    ] = 1
+    frame_interpolation_scale: Annotated[
+        float,
+        Meta(ge=0.25, le=4, description="motion is estimated at so many times the resolution; 0.5 for large frames"),
+    ] = 1.0
+    frame_interpolation_model_path: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=4096,
+                description="RIFE's weights (file, folder, hub id, owner/repo:file), or optical-flow, which needs none;"
+                " default: RIFE if the hub's cache has it, else optical-flow",
+            ),
+        ]
+        | None
+    ) = None
+    enable_upscaling: Annotated[bool, Meta(description="enlarge pictures or frames when they are done")] = False
+    upscaling_model_path: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=4096,
+                description="a network's weights (file, folder, hub id, owner/repo:file), or lanczos, which needs none;"
+                " default: Real-ESRGAN from the hub",
+            ),
+        ]
+        | None
+    ) = None
+    upscaling_scale: Annotated[int, Meta(ge=1, le=8, description="how many times larger each side becomes")] = 4
     num_previews: Annotated[
         int, Meta(ge=0, description="number of pictures sent while denoising goes on", extra={"is_flag": False})
     ] = 0
@@ -169,6 +212,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(str(error), error.field) from None
         if any(choice.nickname is None and choice.path is None for choice in self.lora or ()):
             raise InvalidRequest("each adapter in lora needs a nickname or a path", "lora")
+
+    @property
+    def frame_factor(self) -> int:
+        """How many frames there are for each of the pipeline's, up to the last one."""
+        return 2**self.frame_interpolation_exp if self.enable_frame_interpolation else 1
+
+    @property
+    def size_factor(self) -> int:
+        """How many times larger each side is than the pipeline's."""
+        return self.upscaling_scale if self.enable_upscaling else 1
+
+    def num_frames_of(self, num_frames: int) -> int:
+        """How many frames come out of so many of the pipeline's."""
+        return (num_frames - 1) * self.frame_factor + 1
 
     def output(self, index: int) -> Self:
         """The params of output `index` alone, with its own seed."""

@@ -166,7 +166,8 @@ class Job:
                 state.started_at = self._clock()
                 self._display.show(state.output, event)
             case Progress():
-                state.num_steps = event.num_steps
+                if event.stage == "denoise":
+                    state.num_steps = event.num_steps
                 self._display.show(state.output, event)
             case Queued() | Restarted():
                 self._display.show(state.output, event)
@@ -215,7 +216,8 @@ class Job:
                 self._display.result(place)
         took = duration(result.timings.elapsed_s)
         steps = f", {result.num_inference_steps} steps" if result.num_inference_steps else ""
-        self._display.note(f"{output.label}: seed {result.seed}, {result.size}{steps}, {took}")
+        done = "".join(f", {note}" for note in result.postprocessing)
+        self._display.note(f"{output.label}: seed {result.seed}, {result.size}{steps}{done}, {took}")
 
     def _fail(self, output: Output, code: str, message: str) -> None:
         self._display.end(output)

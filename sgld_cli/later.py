@@ -40,14 +40,6 @@ LATER: dict[str, Later] = {
     "video_path": Later("input videos"),
     "pipeline_config_path": Later("pipeline configurations"),
     "perf_dump_path": Later("a report of timings"),
-    # Post-processing
-    "enable_frame_interpolation": Later("frame interpolation", today=_OFF),
-    "frame_interpolation_exp": Later("frame interpolation"),
-    "frame_interpolation_scale": Later("frame interpolation"),
-    "frame_interpolation_model_path": Later("frame interpolation"),
-    "enable_upscaling": Later("upscaling", today=_OFF),
-    "upscaling_model_path": Later("upscaling"),
-    "upscaling_scale": Later("upscaling"),
 }
 
 COMPONENT_PATH = re.compile(r"(?P<component>[a-z][a-z0-9_]*?)_path")

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from sgld.events import Progress, Queued, Restarted, Started
+from sgld.events import Progress, Queued, Restarted, Stage, Started
 
 Shown = Queued | Started | Progress | Restarted
 Clock = Callable[[], float]
@@ -62,6 +62,11 @@ def open_display() -> Iterator[Display]:
         yield bars
 
 
+def counted(event: Progress) -> str:
+    """Which step is done, and of what."""
+    return f"{'step' if event.stage == 'denoise' else 'post-processing'} {event.step}/{event.num_steps}"
+
+
 def speed(event: Progress, elapsed_s: float) -> str:
     """Steps per second so far and the time that is left, as the engine predicts it or else at this speed."""
     rate = event.step / elapsed_s if elapsed_s > 0 else 0.0
@@ -100,6 +105,7 @@ class Lines:
         self._clock = clock
         self._started: dict[Output, float] = {}
         self._tenths: dict[Output, int] = {}
+        self._stages: dict[Output, Stage] = {}
 
     def show(self, output: Output, event: Shown) -> None:
         match event:
@@ -118,6 +124,7 @@ class Lines:
     def end(self, output: Output) -> None:
         self._started.pop(output, None)
         self._tenths.pop(output, None)
+        self._stages.pop(output, None)
 
     def result(self, line: str) -> None:
         print_result(line)
@@ -126,13 +133,15 @@ class Lines:
         print(line, file=self._stream, flush=True)
 
     def _step(self, output: Output, event: Progress) -> None:
+        if self._stages.get(output, "denoise") != event.stage:
+            self._stages[output], self._tenths[output], self._started[output] = event.stage, 0, self._clock()
         tenths = 10 * event.step // event.num_steps
         if tenths == self._tenths.get(output, 0):
             return
         self._tenths[output] = tenths
         now = self._clock()
         percent = 100 * event.step // event.num_steps
-        done = f"step {event.step}/{event.num_steps} ({percent} %)"
+        done = f"{counted(event)} ({percent} %)"
         self.note(f"{output.label}: {done}, {speed(event, now - self._started.get(output, now))}")
 
 
@@ -153,6 +162,7 @@ class Bars:
         self._clock = clock
         self._started: dict[Output, float] = {}
         self._tasks: dict[Output, TaskID] = {}
+        self._stages: dict[Output, Stage] = {}
 
     def show(self, output: Output, event: Shown) -> None:
         match event:
@@ -165,11 +175,14 @@ class Bars:
                 self._update(output, f"a rank was lost; attempt {attempt}")
             case Progress():
                 now = self._clock()
+                if self._stages.get(output, "denoise") != event.stage:
+                    self._stages[output], self._started[output] = event.stage, now
                 elapsed_s = now - self._started.get(output, now)
-                self._update(output, f"step {event.step}/{event.num_steps}, {speed(event, elapsed_s)}")
+                self._update(output, f"{counted(event)}, {speed(event, elapsed_s)}")
                 self.progress.update(self._tasks[output], completed=event.step, total=event.num_steps)
 
     def end(self, output: Output) -> None:
+        self._stages.pop(output, None)
         if output in self._tasks:
             self.progress.remove_task(self._tasks.pop(output))
 

@@ -24,7 +24,7 @@ from sgld.media.files import (
 )
 from sgld.media.images import check_format, encode_image
 from sgld.media.videos import check_encoder, write_video
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 from sgld_cli.options import UsageError
 from sgld_cli.progress import Output
 from sgld_cli.settings import Settings, flat
@@ -32,8 +32,6 @@ from sgld_cli.sources import ENGINE_METADATA, repeatable
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "avif")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
-DEFAULT_FPS = 24.0
-"""As in SGLang Diffusion."""
 
 
 class Timings(msgspec.Struct, frozen=True):
@@ -69,6 +67,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     size: str
     num_frames: int
     num_inference_steps: int | None
+    postprocessing: tuple[str, ...] = ()
+    """What was done to it after the pipeline, and by what."""
     timings: Timings
 
 
@@ -91,6 +91,7 @@ def result_of(
         size=size,
         num_frames=num_frames,
         num_inference_steps=num_steps or params.num_inference_steps,
+        postprocessing=completed.postprocessing,
         timings=timings,
     )
 
@@ -218,6 +219,7 @@ class Files:
             "version": __version__,
             "model_path": self._settings.engine.model_path,
             **{name: engine[name] for name in ENGINE_METADATA if engine[name] != default[name]},
+            **({"postprocessing": completed.postprocessing} if completed.postprocessing else {}),
             "params": {n: value for n, value in chosen.items() if value is not None and n in repeatable()},
         }
 

@@ -37,6 +37,8 @@ def demand_of(params: SamplingParams) -> Demand:
     has_all = all(isinstance(part, int) for part in size)
     options = [*sorted(map(str, params.diffusers_kwargs)), *([repr(params.cache)] if params.cache else [])]
     options += ["exact"] if params.exact else []
+    if (factors := (params.frame_factor, params.size_factor)) != (1, 1):
+        options.append(f"{factors} {params.frame_interpolation_model_path} {params.upscaling_model_path}")
     return Demand(
         priority=params.priority,
         deadline_s=params.deadline_s,

@@ -72,6 +72,7 @@ class Entry:
         self.sound: list[NDArray[np.float32]] = []
         """Pieces of the result, (channels, samples) each."""
         self.sample_rate: int | None = None
+        self.postprocessing: tuple[str, ...] = ()
         self._group = group
         self._num_delivered = 0
 

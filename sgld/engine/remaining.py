@@ -26,6 +26,8 @@ class Tracked:
     _made: Counter[CallClass] = field(default_factory=Counter)
     _num_steps: int = 0
     _num_steps_done: int = 0
+    _num_calls_left: int | None = None
+    """Of those that follow the pipeline; None while that goes on."""
     _version: int = -1
     """Of the costs that `remaining_s` was computed with; -1: it is to be computed again."""
 
@@ -60,10 +62,16 @@ class Tracked:
         self._num_steps_done = step
         self._version = -1
 
+    def processed(self, num_left: int) -> None:
+        """Its frames go through so many more calls."""
+        self._num_calls_left = num_left
+        self._version = -1
+
     def restart(self) -> None:
         """It begins again."""
         self.calls, self._made = {}, Counter()
         self._num_steps = self._num_steps_done = 0
+        self._num_calls_left = None
         self._version = -1
 
     def update(self, cost: Cost, profiles: Profiles) -> bool:
@@ -77,9 +85,12 @@ class Tracked:
     def _remaining_s(self, cost: Cost, profiles: Profiles) -> float | None:
         """Before denoising, and where the number of steps isn't known: what such requests take, less what was done.
 
-        From there on: the steps left at the cost of its own steps, and decoding.
+        From there on: the steps left at the cost of its own steps, and decoding. After the pipeline: the calls left.
         """
         waiting = [(call_class(call), 1) for call in self.calls.values()]
+        if self._num_calls_left is not None:
+            call_s = seconds_of(cost, waiting)
+            return None if call_s is None else self._num_calls_left * call_s
         if not self._num_steps:
             total_s, made_s = profiles.total_s(self.demand), seconds_of(cost, self._made.items())
             if total_s is None or made_s is None:
@@ -92,4 +103,6 @@ class Tracked:
         has_begun = any(made[0] == "denoise" for made, _ in waiting)
         step_s = steps_s / max(self._num_steps_done + has_begun, 1)
         num_steps_left = max(self._num_steps - self._num_steps_done, 0)
-        return num_steps_left * step_s + profiles.tail_s(self.demand)
+        decoded = [(made, number) for made, number in self._made.items() if made[0] == "decode"]
+        tail_s = profiles.tail_s(self.demand) - (seconds_of(cost, decoded) or 0.0)
+        return num_steps_left * step_s + max(tail_s, 0.0)

@@ -20,7 +20,7 @@ from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress,
 from sgld.ipc.tensor_queue import TensorReader
 from sgld.messages import Decoded, Finished, Heard, Previewed, Start, Stepped, TaskCancelled, TaskFailed, TensorRef
 from sgld.request import Request, RequestState
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 
 # A request that was running when so many ranks were lost is to blame.
 MAX_LOSSES = 2
@@ -140,13 +140,17 @@ class Requests:
         if entry is None:
             return None
         match reply:
-            case Stepped(step=step, num_steps=num_steps):
+            case Stepped(step=step, num_steps=num_steps, stage=stage):
                 scheduler = self._scheduler_of(entry)
-                scheduler.stepped(reply.request_id, step)
+                if stage == "denoise":
+                    scheduler.stepped(reply.request_id, step)
+                else:
+                    scheduler.processed(reply.request_id, num_steps - step)
                 self._tally.stepped(reply)
                 eta_s = scheduler.eta_s(reply.request_id, time.monotonic())
-                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s))
-            case Finished():
+                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s, stage=stage))
+            case Finished(postprocessing=postprocessing):
+                entry.postprocessing = postprocessing
                 self._leave(entry, RequestState.COMPLETED)
                 return entry
             case TaskFailed(code=code, message=message):
@@ -194,9 +198,15 @@ class Requests:
             audio=np.concatenate(entry.sound, axis=1) if entry.sound else None,
             sample_rate=entry.sample_rate,
             seed=params.seed,
-            fps=params.fps or self.fps,
+            fps=self._fps_of(params),
+            postprocessing=entry.postprocessing,
             elapsed_s=time.monotonic() - entry.request.arrived_at,
         )
+
+    def _fps_of(self, params: SamplingParams) -> float | None:
+        """Frames made in between don't make a video longer."""
+        fps = params.fps or self.fps
+        return fps if params.frame_factor == 1 else (fps or DEFAULT_FPS) * params.frame_factor
 
     def end(self, entry: Entry, state: RequestState, event: Terminal) -> None:
         """A request is over, and this is its last event."""

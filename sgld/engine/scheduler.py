@@ -120,6 +120,11 @@ class Scheduler:
         if request_id in self._running:
             self._running[request_id].stepped(step)
 
+    def processed(self, request_id: str, num_left: int) -> None:
+        """A running request has its frames, which go through so many more calls."""
+        if request_id in self._running:
+            self._running[request_id].processed(num_left)
+
     def ran(self, call_ids: Iterable[int], elapsed_s: float) -> None:
         """These calls ran in one forward."""
         self._tick_s = max(elapsed_s, _FORGET * self._tick_s)

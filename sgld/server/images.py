@@ -252,7 +252,7 @@ class ImageWork:
         if not len(completed.frames):
             raise PipelineFailed("the model made no picture; ask for what it makes")
         model_path = self._services.engine_config.model_path
-        metadata = metadata_of(model_path, live.params, completed.seed) if self._options.metadata else None
+        metadata = metadata_of(model_path, live.params, completed) if self._options.metadata else None
         self._pictures[completed.output_index] = [
             await self._picture(f"{live.id}/{completed.output_index}-{number}", frame, completed.seed, metadata)
             for number, frame in enumerate(completed.frames)

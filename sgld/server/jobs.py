@@ -67,9 +67,10 @@ class RunningJob:
         match event:
             case Queued(eta_s=eta_s):
                 self.eta_s = eta_s
-            case Progress(output_index=index, step=step, num_steps=num_steps, eta_s=eta_s):
+            case Progress(output_index=index, step=step, num_steps=num_steps, eta_s=eta_s, stage=stage):
                 self.eta_s = eta_s
-                self._done[index] = min(1.0, step / num_steps)
+                # What follows denoising is told with numbers of its own.
+                self._done[index] = min(1.0, step / num_steps) if stage == "denoise" else 1.0
             case Completed(output_index=index):
                 self._done[index] = 1.0
         percent = 100 * sum(self._done.values()) / self.live.params.num_outputs_per_prompt

@@ -11,11 +11,12 @@ from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
 from sgld.media.inputs import InputPolicy, references, scheme_of, shown
 from sgld.models.lora_files import is_hub_id, place
-from sgld.sampling_params import LoraChoice, SamplingParams
+from sgld.sampling_params import LANCZOS, OPTICAL_FLOW, RIFE_REPO, UPSCALING_REPO, LoraChoice, SamplingParams
 from sgld.server.errors import ApiError
 
 # Arguments of pipelines that hold a value for each step.
 _SCHEDULES = ("timesteps", "sigmas")
+_DEFAULT_REPOS = (RIFE_REPO, UPSCALING_REPO)
 
 
 def check_limits(params: SamplingParams, config: ServerConfig) -> None:
@@ -33,8 +34,10 @@ def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[st
     # The side that isn't given is up to the model, and about as long.
     sides = [side for side in (params.width, params.height) if side]
     if sides:
-        yield "width" if params.width else "height", "the number of pixels", sides[0] * sides[-1], config.max_pixels
-    yield "num_frames", "the number of frames", params.num_frames or 1, config.max_frames
+        num_pixels = sides[0] * sides[-1] * params.size_factor**2
+        yield "width" if params.width else "height", _what("pixels", params.size_factor), num_pixels, config.max_pixels
+    num_frames = params.num_frames_of(params.num_frames or 1)
+    yield "num_frames", _what("frames", params.frame_factor), num_frames, config.max_frames
     yield "num_inference_steps", "num_inference_steps", params.num_inference_steps or 1, config.max_steps
     yield "n", "the number of outputs", params.num_outputs_per_prompt, config.max_outputs
     yield "prompt", "the length of the prompt", len(params.prompt), config.max_prompt_chars
@@ -45,6 +48,10 @@ def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[st
         yield "diffusers_kwargs", f"the number of {name}", num_steps, config.max_steps
 
 
+def _what(counted: str, factor: int) -> str:
+    return f"the number of {counted}" + (", with what is made after the model's," if factor > 1 else "")
+
+
 def number_in(text: str, limit: int) -> int | None:
     """The number from 0 to below `limit` that a text of a client's is; None if it is none."""
     is_number = text.isascii() and text.isdecimal()
@@ -52,10 +59,11 @@ def number_in(text: str, limit: int) -> int | None:
 
 
 async def check_sources(params: SamplingParams, config: ServerConfig) -> None:
-    """Refuse files of this machine, unless the operator named a folder above them.
+    """Refuse files of this machine, unless the operator named a folder above them, and what needs a download.
 
     :raises InvalidRequest: names the file.
     """
+    await run_sync(_check_filters, params, config)
     policy = InputPolicy(allow_files=bool(config.allow_path))
     sources = [*params.image_path, *(reference.source for reference in references(params.diffusers_kwargs))]
     files = [source for source in sources if scheme_of(source, policy) == "file"]
@@ -85,6 +93,25 @@ def _check_adapter_paths(paths: list[str], config: ServerConfig) -> None:
             raise InvalidRequest(
                 f"the LoRA adapter {shown(path)} is in none of the folders that this server reads", "lora"
             )
+
+
+def _check_filters(params: SamplingParams, config: ServerConfig) -> None:
+    """The weights of interpolation and upscaling are those that are meant by default, or where the operator allows."""
+    for field in ("frame_interpolation_model_path", "upscaling_model_path"):
+        path: str | None = getattr(params, field)
+        repo = path.partition(":")[0] if path else ""
+        if path is None or path in (OPTICAL_FLOW, LANCZOS) or (place(path) is None and repo in _DEFAULT_REPOS):
+            continue
+        if "://" in path:
+            raise InvalidRequest(f"{field} is {shown(path)}: requests can't name addresses", field)
+        if place(path) is None and is_hub_id(repo):
+            if not config.allow_filter_download:
+                message = f"{field} is {shown(path)}, which isn't here, and clients may not have any downloaded"
+                raise InvalidRequest(f"{message} (--allow-filter-download)", field)
+            continue
+        found = place(path)
+        if found is None or not _is_allowed(found, config.allow_path):
+            raise InvalidRequest(f"{field} is {shown(path)}, in none of the folders that this server reads", field)
 
 
 def _is_allowed(file: Path, folders: tuple[str, ...]) -> bool:

@@ -30,13 +30,6 @@ LATER: dict[str, tuple[object, ...]] = {
     "task_type": (),
     "enable_teacache": (False,),
     "enable_cache_dit": (False,),
-    "enable_upscaling": (False,),
-    "upscaling_model_path": (),
-    "upscaling_scale": (),
-    "enable_frame_interpolation": (False,),
-    "frame_interpolation_exp": (),
-    "frame_interpolation_scale": (),
-    "frame_interpolation_model_path": (),
     "profile": (False,),
     "perf_dump_path": (),
     "video_reference": (),
@@ -47,7 +40,9 @@ LATER: dict[str, tuple[object, ...]] = {
 CONTAINERS = ("extra_body", "extra_json", "extra_args", "extra_params")
 # What the API says in other words, or the server decides.
 _OWN_WORDS = frozenset({"image_path", "num_previews", "num_outputs_per_prompt", "num_frames", "fps", "seed"})
-SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - _OWN_WORDS
+INTERPOLATION_FIELDS = frozenset(name for name in SamplingParams.__struct_fields__ if "frame_interpolation" in name)
+"""Of videos only."""
+SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) - _OWN_WORDS - INTERPOLATION_FIELDS
 _ALIASES = {"num_outputs": "n", "num_outputs_per_prompt": "n"}
 # Sampling params that follow from a field of another name.
 _SAID_AS = {

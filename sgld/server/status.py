@@ -16,6 +16,7 @@ from sgld.events import (
     Progress,
     Queued,
     Restarted,
+    Stage,
     Started,
 )
 from sgld.media.inputs import references
@@ -48,6 +49,8 @@ class OutputStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How many outputs wait before it."""
     step: int = 0
     num_steps: int | None = None
+    stage: Stage = "denoise"
+    """What the steps are of; while it is `postprocess`, denoising is done."""
     eta_s: float | None = None
     """Predicted seconds until it is completed, when this was said."""
     num_files: int = 0
@@ -59,6 +62,8 @@ class OutputStatus(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def progress(self) -> float:
         if self.status in ENDED:
+            return 1.0
+        if self.stage == "postprocess":
             return 1.0
         return min(1.0, self.step / self.num_steps) if self.num_steps else 0.0
 
@@ -180,10 +185,10 @@ def _output_after(output: OutputStatus, event: AnyEvent) -> OutputStatus:
             return replace(output, position=position, eta_s=eta_s)
         case Started():
             return replace(output, status="running", position=None)
-        case Progress(step=step, num_steps=num_steps, eta_s=eta_s):
-            return replace(output, step=step, num_steps=num_steps, eta_s=eta_s)
+        case Progress(step=step, num_steps=num_steps, eta_s=eta_s, stage=stage):
+            return replace(output, step=step, num_steps=num_steps, eta_s=eta_s, stage=stage)
         case Restarted():
-            return replace(output, status="queued", step=0, eta_s=None)
+            return replace(output, status="queued", step=0, stage="denoise", eta_s=None)
         case Preview() | Frames():
             return output
         case Completed():

@@ -24,6 +24,7 @@ from sgld.events import (
 )
 from sgld.media.thumbnails import small
 from sgld.media.videos import GrowingVideo
+from sgld.sampling_params import DEFAULT_FPS
 from sgld.server.auth import owner_of
 from sgld.server.bodies import unless_gone
 from sgld.server.errors import from_event, shutting_down
@@ -32,7 +33,6 @@ from sgld.server.limits import number_in
 from sgld.server.requests import LiveRequest
 from sgld.server.services import services_of
 from sgld.server.sse import HEADERS, EventStream, encode_event
-from sgld.server.video_schemas import DEFAULT_FPS
 from sgld.server.videos import KIND, VideoWork, get_content, output_index, video_job, video_of
 
 # More than a request has to tell.
@@ -69,7 +69,8 @@ async def stream(request: Request) -> Response:
             return await get_content(request)
         assert isinstance(running.work, VideoWork), f"{job.id} is no job for videos"
         served, quality = services.engine.model, running.work.options.encoding_quality
-        fps = job.asked.params.fps or (served.fps if served else None) or DEFAULT_FPS
+        params = job.asked.params
+        fps = (params.fps or (served.fps if served else None) or DEFAULT_FPS) * params.frame_factor
         pieces = film(running.live, index, fps=fps, quality=quality)
         # Until there is a frame, a failure has a status of its own.
         first = await anext(pieces)
@@ -99,8 +100,8 @@ def _told(event: AnyEvent) -> tuple[str, dict[str, Any]] | None:
             return "started", {}
         case Restarted(attempt=attempt):
             return "restarted", {"attempt": attempt}
-        case Progress(step=step, num_steps=num_steps, eta_s=eta_s):
-            return "progress", {"step": step, "num_steps": num_steps, "eta_s": eta_s}
+        case Progress(step=step, num_steps=num_steps, eta_s=eta_s, stage=stage):
+            return "progress", {"step": step, "num_steps": num_steps, "eta_s": eta_s, "stage": stage}
         case Preview(step=step, image=image):
             return "preview", {"step": step, "b64_webp": b64encode(small(image)).decode()}
         case Frames(index=index, frames=frames):

@@ -12,9 +12,10 @@ from sgld.errors import InvalidRequest
 from sgld.fields import FieldError
 from sgld.media.files import VideoFormat
 from sgld.media.videos import check_encoder
-from sgld.sampling_params import MAX_SEED, SamplingParams
+from sgld.sampling_params import DEFAULT_FPS, MAX_SEED, SamplingParams
 from sgld.server.job_store import Job, Status
 from sgld.server.schemas import (
+    INTERPOLATION_FIELDS,
     SAMPLING_FIELDS,
     SIZE_PATTERN,
     convert,
@@ -26,9 +27,7 @@ from sgld.server.schemas import (
     words_of,
 )
 
-DEFAULT_FPS = 24.0
-"""Where neither the client nor the model says."""
-_SAMPLING = SAMPLING_FIELDS | {"num_frames", "fps"}
+_SAMPLING = SAMPLING_FIELDS | {"num_frames", "fps"} | INTERPOLATION_FIELDS
 
 
 class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,5 +197,7 @@ def length_of(job: Job) -> str:
 def size_of_frames(job: Job) -> str:
     """The size of a job's videos, as far as it is known."""
     params = job.asked.params
-    width, height = (job.files[0].width, job.files[0].height) if job.files else (params.width, params.height)
-    return f"{width}x{height}" if width and height else "auto"
+    if job.files:
+        return f"{job.files[0].width}x{job.files[0].height}"
+    factor = params.size_factor
+    return f"{params.width * factor}x{params.height * factor}" if params.width and params.height else "auto"

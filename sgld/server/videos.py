@@ -15,6 +15,7 @@ from sgld.media.animations import write_animation
 from sgld.media.files import extension_of, media_type_of
 from sgld.media.thumbnails import small, spritesheet
 from sgld.media.videos import write_video
+from sgld.sampling_params import DEFAULT_FPS
 from sgld.server import images, results
 from sgld.server.auth import owner_of
 from sgld.server.bodies import media_type, read_form, read_json
@@ -28,7 +29,6 @@ from sgld.server.requests import LiveRequest
 from sgld.server.schemas import in_words
 from sgld.server.services import Services, services_of
 from sgld.server.video_schemas import (
-    DEFAULT_FPS,
     Video,
     VideoError,
     VideoList,
@@ -223,7 +223,7 @@ class VideoWork:
         key, media_type = f"{name}{extension_of(options.output_format)}", media_type_of(options.output_format)
         fps = completed.fps or DEFAULT_FPS
         model_path = self._services.engine_config.model_path
-        metadata = metadata_of(model_path, live.params, completed.seed) if options.metadata else None
+        metadata = metadata_of(model_path, live.params, completed) if options.metadata else None
         about: dict[str, Any] = {"fps": fps, "quality": options.encoding_quality, "metadata": metadata}
         size_bytes = 0
 

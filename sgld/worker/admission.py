@@ -1,27 +1,31 @@
-"""Requests on their way to their task: they may have to wait for adapters, while others go on."""
+"""Requests on their way to their task: they may have to wait for adapters and filters, while others go on."""
 
 from collections.abc import Callable, Mapping
 
 from sgld.errors import InvalidRequest
+from sgld.models.filters import Filter
 from sgld.sampling_params import SamplingParams
 from sgld.worker.adapters import Adapters, Loaded, source_of
+from sgld.worker.filters import Filters
 from sgld.worker.slots import Applied
 
 
 class Admission:
-    """Starts requests once their adapters are there, in the order in which they came as far as that goes.
+    """Starts requests once what they need is there, in the order in which they came as far as that goes.
 
-    :param start: gets a request with what changes the components for it.
+    :param start: gets a request with what changes the components for it, and its filters.
     :param failed: told of one that can't be started.
     """
 
     def __init__(
         self,
         adapters: Adapters,
-        start: Callable[[str, SamplingParams, Mapping[str, Applied]], None],
+        filters: Filters,
+        start: Callable[[str, SamplingParams, Mapping[str, Applied], tuple[Filter, ...]], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self._adapters = adapters
+        self._filters = filters
         self._start = start
         self._failed = failed
         self._waiting: dict[str, SamplingParams] = {}
@@ -54,13 +58,16 @@ class Admission:
 
     def _try(self, request_id: str, params: SamplingParams, can_install: bool) -> None:
         try:
+            filters = self._filters.of(params)
+            if filters is None:
+                return
             applied = self._adapters.use(request_id, params.lora or (), can_install=can_install)
         except Exception as error:  # noqa: BLE001 - the boundary of the request: what it can't begin with fails it alone
             self._end(request_id, error)
             return
         if applied is not None:
             del self._waiting[request_id]
-            self._start(request_id, params, applied)
+            self._start(request_id, params, applied, filters)
 
     def _end(self, request_id: str, error: BaseException) -> None:
         del self._waiting[request_id]

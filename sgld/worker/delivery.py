@@ -9,11 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from sgld.errors import PipelineFailed
+from sgld.models.filters import Filter
 from sgld.sampling_params import SamplingParams
 from sgld.worker.calls import enter_around, real_of
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
+from sgld.worker.postprocess import Postprocessing
 from sgld.worker.preview import Previewer
+from sgld.worker.residency import Residency
 from sgld.worker.results import Results
 from sgld.worker.steps import count_steps, shift_noise
 from sgld.worker.streaming import can_stream, streamed
@@ -34,6 +37,8 @@ class Delivery:
         previewer: Previewer,
         params: SamplingParams,
         num_threads: int,
+        filters: tuple[Filter, ...] = (),
+        residency: Residency | None = None,
     ) -> None:
         self._results = results
         self._request_id = request_id
@@ -45,6 +50,15 @@ class Delivery:
         self._video_processor: Any = None
         self._sample_rate: int | None = None
         self._streamed: list[torch.Tensor] = []
+        self._params = params
+        self._filters = filters
+        self._residency = residency or Residency()
+        self._postprocessing: Postprocessing | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the frames after the pipeline."""
+        return self._postprocessing.notes if self._postprocessing is not None else ()
 
     def prepare(self, task: Task, bound: Any) -> None:
         """In the task's thread, before its pipeline runs."""
@@ -54,6 +68,9 @@ class Delivery:
             torch.cuda.set_device(self._model.device)
         if self._flow_shift is not None:
             shift_noise(bound, self._flow_shift)
+        if self._filters:
+            device = self._model.device
+            self._postprocessing = Postprocessing(task, self._params, self._filters, device, self._residency)
         self._sample_rate = sample_rate_of(bound)
         count_steps(task, bound)
         vae = getattr(bound, "vae", None)
@@ -62,7 +79,7 @@ class Delivery:
         real = real_of(vae)
         self._previewer.watch(task, bound, real, self._num_previews, self._preview)
         self._video_processor = getattr(bound, "video_processor", None)
-        if can_stream(real) and self._video_processor is not None:
+        if can_stream(real) and self._video_processor is not None and not self._filters:
             enter_around(vae, "decode", lambda: self._streaming(real))
 
     def finish(self, result: Any) -> None:
@@ -70,13 +87,22 @@ class Delivery:
         outputs = outputs_of(result)
         if outputs.audio is not None:
             self._send_audio(outputs.audio)
-        if outputs.pixels is not None:
+        if outputs.pixels is not None and self._postprocessing is not None:
+            self._send_processed(outputs.pixels, self._postprocessing)
+        elif outputs.pixels is not None:
             self._send_rest(outputs.pixels)
 
     def _send_audio(self, samples: NDArray[np.float32]) -> None:
         if self._sample_rate is None:
             raise PipelineFailed("the pipeline returned sound, but neither it nor its models tell the sample rate")
         self._results.audio(self._request_id, samples, self._sample_rate)
+
+    def _send_processed(self, pixels: Pixels, postprocessing: Postprocessing) -> None:
+        """Each frame leaves as soon as it is done, so that there are few of them."""
+        is_video = pixels.is_video
+        done = postprocessing.frames(pixels.frames, is_video=is_video, max_bytes=self._results.max_frame_bytes)
+        for index, frame in enumerate(done):
+            self._results.frames(self._request_id, index, frame, is_video=is_video)
 
     def _send_rest(self, pixels: Pixels) -> None:
         sent = torch.cat(self._streamed) if self._streamed else pixels.frames[:0]

@@ -34,6 +34,7 @@ from sgld.messages import (
     TaskFailed,
     UnloadLora,
 )
+from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
 from sgld.sampling_params import SamplingParams
 from sgld.worker.adapters import Adapters, Loaded, Source
@@ -42,6 +43,7 @@ from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.compilation import alive_while_compiling
 from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
+from sgld.worker.filters import Filters
 from sgld.worker.memory import Memory
 from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
@@ -93,8 +95,10 @@ class Rank:
         self._told = Judged(modes={}, reasons={})
         self._told_loras = LorasHeld()
         self._told_alive_at = 0.0
+        self._deliveries: dict[str, Delivery] = {}
         self._adapters = _adapters(model, config.adapters)
-        self._admission = Admission(self._adapters, self._start, self._not_started)
+        self._filters = Filters(model.device)
+        self._admission = Admission(self._adapters, self._filters, self._start, self._not_started)
         if is_gpu:
             tensors.pin()
 
@@ -114,7 +118,7 @@ class Rank:
             while True:
                 self._look_at_adapters()
                 # No deadline: a rank without requests has nothing to do, unless it waits for its own thread.
-                match self._channel.receive(LOOK_S if self._adapters.is_loading else None):
+                match self._channel.receive(LOOK_S if self._is_loading else None):
                     case Start(request_id=request_id, params=params):
                         self._admission.add(request_id, params)
                     case Run(call_ids=call_ids, num_ticks=num_ticks):
@@ -141,11 +145,17 @@ class Rank:
         finally:
             self._session.close()
             self._adapters.close()
+            self._filters.close()
             self._results.close()
 
     def _is_interrupted(self) -> bool:
         """Whether something came up that ends a standing order."""
-        return self._adapters.has_news or self._channel.is_readable()
+        return self._adapters.has_news or self._filters.has_news or self._channel.is_readable()
+
+    @property
+    def _is_loading(self) -> bool:
+        """Whether requests may wait for a thread of the rank's own."""
+        return self._adapters.is_loading or self._filters.is_loading
 
     def _look_at_adapters(self) -> None:
         """Start requests whose adapters are there, and tell what was read."""
@@ -155,9 +165,9 @@ class Rank:
         if held != self._told_loras:
             self._told_loras = held
             self._channel.send(held)
-        if self._adapters.is_loading and time.monotonic() > self._told_alive_at + ALIVE_S:
+        if self._is_loading and time.monotonic() > self._told_alive_at + ALIVE_S:
             self._told_alive_at = time.monotonic()
-            self._channel.send(Alive(stage="loading adapters"))
+            self._channel.send(Alive(stage="loading what requests wait for"))
 
     def _tell_loaded(self, loaded: Loaded) -> None:
         (path, alpha), result = loaded.source, loaded.result
@@ -199,7 +209,9 @@ class Rank:
     def _not_started(self, request_id: str, error: BaseException) -> None:
         self._failed(request_id, translated(error, has_made_calls=False))
 
-    def _start(self, request_id: str, params: SamplingParams, applied: Mapping[str, Applied]) -> None:
+    def _start(
+        self, request_id: str, params: SamplingParams, applied: Mapping[str, Applied], filters: tuple[Filter, ...]
+    ) -> None:
         try:
             if self._model.is_whole and params.cache is not None:
                 raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
@@ -213,7 +225,8 @@ class Rank:
         steps = num_steps(pipeline, kwargs)
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
-        output = Delivery(self._results, request_id, self._model, self._previewer, params, num_threads)
+        about = self._results, request_id, self._model, self._previewer, params, num_threads
+        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime.residency)
         self._session.start(
             Job(
                 request_id,
@@ -238,12 +251,13 @@ class Rank:
     def _ended(self, task: Task, outcome: Outcome) -> None:
         request_id = task.request_id
         self._adapters.release(request_id)
+        delivery = self._deliveries.pop(request_id)
         if is_cancelled(outcome):
             self._results.message(TaskCancelled(request_id=request_id))
         elif isinstance(outcome, Raised):
             self._failed(request_id, translated(outcome.error, has_made_calls=task.num_calls > 0))
         else:
-            self._results.message(Finished(request_id=request_id))
+            self._results.message(Finished(request_id=request_id, postprocessing=delivery.notes))
 
     def _failed(self, request_id: str, error: SgldError) -> None:
         message = str(error)[:MAX_ERROR_CHARS]

@@ -46,6 +46,11 @@ class Results:
         self._thread = threading.Thread(target=self._send_all, name="results", daemon=True)
         self._thread.start()
 
+    @property
+    def max_frame_bytes(self) -> int:
+        """Of the largest frame that can be sent."""
+        return self._tensors.max_bytes
+
     def preview(self, request_id: str, step: int, picture: NDArray[np.uint8]) -> None:
         """Send a preview, (H, W, 3), uint8."""
         self._put(_Parcel(picture, lambda ref: Previewed(request_id=request_id, step=step, pixels=ref)))

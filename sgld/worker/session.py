@@ -360,7 +360,13 @@ class Session:
         is_of_tick = bool(self._news)
         skips = task.skips.num
         self._news.append(
-            Stepped(request_id=task.request_id, step=task.step, num_steps=task.num_steps, num_skipped_calls=skips)
+            Stepped(
+                request_id=task.request_id,
+                step=task.step,
+                num_steps=task.num_steps,
+                stage=task.stage,
+                num_skipped_calls=skips,
+            )
         )
         if not is_of_tick:
             self._tell()  # nothing ran for this step: the tick may be long

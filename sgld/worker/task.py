@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from sgld.errors import Cancelled
+from sgld.events import Stage
 from sgld.messages import CallKind
 from sgld.worker.calls import Call
 from sgld.worker.randomness import OwnRandom
@@ -65,6 +66,8 @@ class Task:
         self.is_exact = is_exact
         self.step = 0
         self.num_steps = num_steps
+        self.stage: Stage = "denoise"
+        """Of what it counts the steps."""
         self.has_progress_bar = False
         """The pipeline made one, and tells its steps by it."""
         self.num_calls = 0
@@ -218,6 +221,11 @@ class Task:
         self.step, self.num_steps = step, num_steps
         self._on_step(self)
         self.pause("denoise" if step < num_steps else "decode")
+
+    def processed(self, num_done: int, num_calls: int) -> None:
+        """In the task's thread: so many calls are done of those that follow the pipeline."""
+        self.stage, self.step, self.num_steps = "postprocess", num_done, num_calls
+        self._on_step(self)
 
     def pause(self, kind: CallKind) -> None:
         """In the task's thread: where it runs whole, stop until the stretch that follows is its turn.

@@ -9,7 +9,7 @@ import anyio
 import msgspec
 import pytest
 
-from sgld.server.schemas import IGNORED, SAMPLING_FIELDS, ImageOptions
+from sgld.server.schemas import IGNORED, INTERPOLATION_FIELDS, SAMPLING_FIELDS, ImageOptions
 from sgld.server.video_schemas import VideoOptions
 
 from .fakes import running
@@ -49,6 +49,6 @@ async def test_programs_run(tmp_path: Path, program: str) -> None:
 
 def test_every_field_is_there() -> None:
     options = {*ImageOptions.__struct_fields__, *VideoOptions.__struct_fields__}
-    fields = {*options, *SAMPLING_FIELDS, *IGNORED, "num_frames", "fps"}
+    fields = {*options, *SAMPLING_FIELDS, *INTERPOLATION_FIELDS, *IGNORED, "num_frames", "fps"}
 
     assert [name for name in sorted(fields) if f"`{name}`" not in PAGE] == []

@@ -21,6 +21,7 @@ from sgld.testing import run_together
 from sgld.worker.adapters import Adapters, Source
 from sgld.worker.admission import Admission
 from sgld.worker.executor import Executor
+from sgld.worker.filters import Filters
 from sgld.worker.session import Job, News, Session
 from sgld.worker.slots import Applied
 from sgld.worker.task import Outcome, Value
@@ -161,9 +162,9 @@ class Desk:
         )
         self.started: dict[str, dict[str, Applied]] = {}
         self.failed: dict[str, BaseException] = {}
-        self.admission = Admission(self.adapters, self._start, self.failed.__setitem__)
+        self.admission = Admission(self.adapters, Filters(torch.device("cpu")), self._start, self.failed.__setitem__)
 
-    def _start(self, request_id: str, _params: SamplingParams, applied: Any) -> None:
+    def _start(self, request_id: str, _params: SamplingParams, applied: Any, _filters: Any) -> None:
         self.started[request_id] = dict(applied)
 
     def add(self, request_id: str, *choices: LoraChoice) -> None:

@@ -218,7 +218,8 @@ function runningView(request) {
     bar.value = now.progress;
     const active = now.outputs.filter((o) => o.status === "running");
     const done = Math.max(0, ...active.map((o) => o.step)), total = Math.max(0, ...active.map((o) => o.num_steps ?? 0));
-    setText(step, total ? (done < total ? `step ${done} of ${total}` : "decoding") : "starting");
+    const isLater = active.some((o) => o.stage === "postprocess"), word = isLater ? "post-processing" : "step";
+    setText(step, total ? (done < total || isLater ? `${word} ${done} of ${total}` : "decoding") : "starting");
     setText(left, eta(now));
   }
   return { element, update };
