@@ -1,0 +1,96 @@
+"""`sgld serve` in processes of its own, for benches that ask over HTTP."""
+
+import asyncio
+import base64
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+ROOT = Path(__file__).parents[1]
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it listens, and when its process was started, by time.monotonic()."""
+
+    url: str
+    started_at: float
+
+    def client(self) -> httpx2.AsyncClient:
+        limits = httpx2.Limits(max_connections=None)
+        return httpx2.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False)
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, flags: Sequence[str], environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Server]:
+    """Start it; its jobs and its log are kept in the folder. It is told to leave in the end."""
+    everything = ("-m", "sgld_cli", "serve", "--port", "0", "--data-dir", str(folder / "data"), *flags)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / "serve.log"
+    with log_path.open("w") as log:
+        started_at = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *everything,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+        )
+        try:
+            url = await _address(process, log_path)
+            yield Server(url, started_at)
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+
+async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
+    while True:
+        found = re.search(r"https?://[^\s]+:\d+", log.read_text())
+        if found:
+            return found[0]
+        if process.returncode is not None:
+            raise RuntimeError(f"sgld serve ended with code {process.returncode}: {log.read_text()[-2000:]}")
+        await asyncio.sleep(_POLL_S)
+
+
+async def ready_s(server: Server, http: httpx2.AsyncClient) -> float:
+    """Seconds from the start of the process until its model is loaded."""
+    while True:
+        answer = await http.get("/health")
+        if answer.status_code == 200:
+            return time.monotonic() - server.started_at
+        if answer.status_code != 503:
+            answer.raise_for_status()
+        await asyncio.sleep(_POLL_S)
+
+
+def image_body(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling params as a body of /v1/images/generations."""
+    others = {key: value for key, value in request.items() if key not in ("height", "width")}
+    return {**others, "size": f"{request['width']}x{request['height']}", "response_format": "b64_json"}
+
+
+async def picture(http: httpx2.AsyncClient, request: Mapping[str, Any]) -> bytes:
+    """Ask for a picture and wait for it.
+
+    :raises httpx2.HTTPStatusError: it was refused, or failed.
+    """
+    answer = await http.post("/v1/images/generations", json=image_body(request))
+    if answer.status_code != 200:
+        raise httpx2.HTTPStatusError(answer.text[:500], request=answer.request, response=answer)
+    return base64.b64decode(answer.json()["data"][0]["b64_json"])

@@ -1,0 +1,308 @@
+"""One side of bench/compare.py, in a process of its own: measures rows of one model one way, a JSON line for each.
+
+The sides: `eager` and `compiled` are plain diffusers, the latter by its documented recipe of regional compilation
+(`compile_repeated_blocks(fullgraph=True)`); `max-autotune` is diffusers' recipe of whole compilation
+(`torch.compile(mode="max-autotune", fullgraph=True)` in the channels-last format); `sgld` is an Engine with its rank
+process; `http` is `sgld serve` and a client.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import anyio
+import numpy as np
+from numpy.typing import NDArray
+from real_models import MODELS
+from rows import NUM_STAGGERED, ROWS, STAGGER_S, Measured, Row, tiny
+from served import picture, ready_s, serving
+
+SIDES = ("eager", "compiled", "max-autotune", "sgld", "http")
+# Of the staggered requests a plain pipeline runs so many, which have as many steps in the mean as all.
+_SOME_STAGGERED = (0, 5, 10, 15)
+
+
+class Plain:
+    """The pipeline as diffusers runs it."""
+
+    def __init__(self, model: str, folder: Path, device: str, side: str) -> None:
+        import torch
+        from diffusers import DiffusionPipeline
+
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self._torch, self._device = torch, device
+        start = time.perf_counter()
+        self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.load_s = time.perf_counter() - start
+        denoiser = getattr(self.pipeline, MODELS[model].denoiser)
+        if side == "compiled":
+            denoiser.compile_repeated_blocks(fullgraph=True)
+        elif side == "max-autotune":
+            denoiser.to(memory_format=torch.channels_last)
+            denoiser.compile(mode="max-autotune", fullgraph=True)
+
+    def run(self, request: dict[str, Any]) -> tuple[float, float, NDArray[np.uint8]]:
+        """Seconds of a request, milliseconds of its steps, and its frames."""
+        torch = self._torch
+        ends: list[Any] = []
+
+        def note(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            ends.append(self._mark())
+            return {}
+
+        kwargs = {name: value for name, value in request.items() if name != "seed"}
+        generator = torch.Generator().manual_seed(request["seed"])
+        start = time.perf_counter()
+        output = self.pipeline(**kwargs, generator=generator, callback_on_step_end=note)[0]
+        self._wait()
+        elapsed_s = time.perf_counter() - start
+        between = self._between_ms(ends[0], ends[-1]) / (len(ends) - 1)
+        return elapsed_s, between, _as_frames(output)
+
+    def launch_us(self) -> float:
+        """What one small operation costs to launch; the device is done with each sooner."""
+        x = self._torch.ones(1, device=self._device)
+        for _ in range(100):
+            x.add_(1)
+        self._wait()
+        num, rounds = 500, []
+        for _ in range(5):
+            start = time.perf_counter()
+            for _ in range(num):
+                x.add_(1)
+            rounds.append(1e6 * (time.perf_counter() - start) / num)
+            self._wait()
+        return statistics.median(rounds)
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            self._torch.cuda.synchronize()
+
+    def _mark(self) -> Any:
+        """A moment of the device; nobody waits for it."""
+        if self._device != "cuda":
+            return time.perf_counter()
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between_ms(self, before: Any, after: Any) -> float:
+        return before.elapsed_time(after) if self._device == "cuda" else 1e3 * (after - before)
+
+
+def plain_rows(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[Measured]:
+    """Measure with plain diffusers, one request after the other."""
+    import torch
+
+    torch.set_grad_enabled(False)
+    plain = Plain(args.model, args.folder, args.device, args.side)
+    launch_us = plain.launch_us()
+    call = MODELS[args.model].call
+    for row in rows:
+        measured = Measured(row.name, args.side, launch_us=launch_us, notes={"load_s": plain.load_s})
+        measured.first_s, _, frames = plain.run(row.request(0, call))
+        keep(args, row, args.side, frames)
+        chosen = _SOME_STAGGERED if row.kind == "staggered" else range(1, args.repeats + 1)
+        for index in chosen:
+            elapsed_s, step_ms, _ = plain.run(row.request(index, call))
+            measured.warm_s.append(elapsed_s)
+            measured.step_ms.append(step_ms)
+        if row.kind == "staggered":
+            measured.notes["num_measured"] = len(chosen)
+            measured.warm_s = [statistics.fmean(measured.warm_s)]
+        yield measured
+
+
+class Ours:
+    """The engine, with its rank in a process of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    async def run(self, request: dict[str, Any]) -> tuple[float, float, NDArray[np.uint8]]:
+        """Seconds of a request, milliseconds of its steps, and its frames."""
+        from sgld.events import Completed, Failed, Progress
+        from sgld.sampling_params import SamplingParams
+
+        ends: list[float] = []
+        start = time.perf_counter()
+        async for event in self._engine.generate(SamplingParams(**request)):
+            match event:
+                case Progress():
+                    ends.append(time.perf_counter())
+                case Failed(message=message):
+                    raise RuntimeError(message)
+                case Completed(frames=frames):
+                    elapsed_s = time.perf_counter() - start
+                    between = 1e3 * (ends[-1] - ends[0]) / max(len(ends) - 1, 1)
+                    return elapsed_s, between, frames
+        raise RuntimeError("the request ended without a result")
+
+    async def staggered(self, row: Row, call: Any) -> float:
+        """Seconds from the first request's arrival to the last one's end."""
+        start = time.perf_counter()
+
+        async def later(index: int) -> None:
+            await anyio.sleep(index * STAGGER_S)
+            await self.run(row.request(index, call))
+
+        async with anyio.create_task_group() as group:
+            for index in range(NUM_STAGGERED):
+                group.start_soon(later, index)
+        return time.perf_counter() - start
+
+
+async def our_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Measure with the engine: first requests of all rows, then requests for a while, then each row."""
+    from sgld.engine.engine import Engine
+
+    call = MODELS[args.model].call
+    start = time.perf_counter()
+    async with Engine(engine_config(args)) as engine:
+        info = await engine.ready()
+        notes = {"load_s": time.perf_counter() - start}
+        say("decisions", info.decisions)
+        ours = Ours(engine)
+        found = {}
+        for row in rows:
+            found[row.name] = Measured(row.name, args.side, notes=dict(notes))
+            if row.kind == "single":
+                found[row.name].first_s, _, frames = await ours.run(row.request(0, call))
+                keep(args, row, "sgld-first", frames)
+        await settle(ours, rows, args, call)
+        for row in rows:
+            measured = found[row.name]
+            if row.kind == "staggered":
+                measured.first_s = await ours.staggered(row, call) / NUM_STAGGERED
+                measured.warm_s = [await ours.staggered(row, call) / NUM_STAGGERED for _ in range(2)]
+            else:
+                for index in range(1, args.repeats + 1):
+                    elapsed_s, step_ms, _ = await ours.run(row.request(index, call))
+                    measured.warm_s.append(elapsed_s)
+                    measured.step_ms.append(step_ms)
+                keep(args, row, "sgld", (await ours.run(row.request(0, call)))[2])
+                exact_s, _, frames = await ours.run(row.request(0, call) | {"exact": True})
+                measured.notes["exact_s"] = exact_s
+                keep(args, row, "sgld-exact", frames)
+            say("measured", asdict(measured))
+
+
+async def settle(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, call: Any) -> None:
+    """Requests that aren't measured, while things are compiled and captured in the background."""
+    until = time.perf_counter() + args.settle_s
+    while time.perf_counter() < until:
+        for row in rows:
+            if row.kind == "single":
+                elapsed_s, step_ms, _ = await ours.run(row.request(1, call))
+                say("settling", {"row": row.name, "s": round(elapsed_s, 3), "step_ms": round(step_ms, 2)})
+
+
+async def http_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Measure over HTTP, with a server that starts on a cold cache, and with one that starts on a warm one."""
+    call = MODELS[args.model].call
+    flags = ["--model-path", str(args.folder), "--device", args.device, *_flags(args)]
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        caches = {name: str(root / name) for name in ("SGLANG_DIFFUSION_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")}
+        caches["TRITON_CACHE_DIR"] = str(root / "triton")
+        for start, count in (("cold", 0), ("warm", args.repeats)):
+            async with serving(root / start, flags, caches) as server, server.client() as http:
+                ready = await ready_s(server, http)
+                answered = []
+                for row in rows:
+                    begin = time.monotonic()
+                    await picture(http, row.request(0, call))
+                    answered.append(time.monotonic() - begin)
+                first = {"ready_s": ready, "first_answers_s": answered}
+                say("start", {"model": args.model, "cache": start, "rows": [row.name for row in rows], **first})
+                if count == 0:
+                    await asyncio.sleep(args.settle_s)  # what was begun is compiled, and kept
+                for row in rows if count else ():
+                    measured = Measured(row.name, args.side, first_s=answered[rows.index(row)], notes={"load_s": ready})
+                    for index in range(count + 2):
+                        begin = time.perf_counter()
+                        content = await picture(http, row.request(index + 1, call))
+                        # The first two are for what is captured after some uses.
+                        measured.warm_s += [time.perf_counter() - begin] if index >= 2 else []
+                    keep(args, row, "http", _as_frames([_decoded(content)]))
+                    say("measured", asdict(measured))
+
+
+def engine_config(args: argparse.Namespace) -> Any:
+    """What `sgld serve` would make of the flags."""
+    from sgld.config import EngineConfig
+    from sgld_cli.settings import accept, fill, merge
+
+    given = {"model_path": str(args.folder), "device": args.device, **json.loads(args.options)}
+    values = {name: setting.value for name, setting in merge([accept(given, "flag")]).items()}
+    return fill(EngineConfig, values)
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in json.loads(args.options).items())
+    return [part for flag, value in pairs for part in (flag, str(value).lower() if value in (True, False) else str(value))]
+
+
+def keep(args: argparse.Namespace, row: Row, name: str, frames: NDArray[np.uint8]) -> None:
+    """Pictures of request 0, to be compared."""
+    np.save(args.pictures / f"{row.name}.{name}.npy", frames)
+
+
+def _as_frames(output: Any) -> NDArray[np.uint8]:
+    """(F, H, W, 3), of pictures, or of one video as floats."""
+    first = output[0]
+    if isinstance(first, np.ndarray):
+        return (255 * first).round().astype(np.uint8)
+    return np.stack([np.asarray(picture) for picture in output])
+
+
+def _decoded(content: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content)).convert("RGB")
+
+
+def say(kind: str, value: Any) -> None:
+    """One line for the process that compares."""
+    print(json.dumps({kind: value}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("folder", type=Path, help="the model")
+    parser.add_argument("pictures", type=Path, help="folder for the first picture of each row")
+    parser.add_argument("rows", nargs="+", choices=list(ROWS))
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--settle-s", type=float, default=0.0)
+    parser.add_argument("--options", default="{}", help="JSON: options of sgld")
+    parser.add_argument("--tiny", action="store_true", help="small pictures and few steps")
+    args = parser.parse_args()
+    rows = [tiny(ROWS[name]) if args.tiny else ROWS[name] for name in args.rows]
+    if args.side == "sgld":
+        anyio.run(our_rows, rows, args)
+    elif args.side == "http":
+        anyio.run(http_rows, rows, args)
+    else:
+        for measured in plain_rows(rows, args):
+            say("measured", asdict(measured))
+
+
+if __name__ == "__main__":
+    main()
