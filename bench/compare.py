@@ -4,19 +4,17 @@
 
 Models of real size with random weights are made (bench/real_models.py), then each side measures in a process of its
 own (bench/sides.py says what the sides are). First requests are told apart; of the others the median counts, each with
-a prompt and a seed of its own. Times are those of whole requests up to pictures or frames in memory; of HTTP requests up
-to the PNG at the client. The report is written whenever something is known. `--tiny --device cpu` tries it out.
+a prompt and a seed of its own. Times are those of whole requests up to pictures or frames in memory; of HTTP requests
+up to the PNG at the client. The report is written whenever something is known. `--tiny --device cpu` tries it out.
 """
 
 import argparse
 import contextlib
 import json
-import math
 import os
 import queue
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,13 +26,12 @@ from typing import Any
 
 import numpy as np
 import reports
+from compared import PAIRS, text
 from real_models import MODELS
-from rows import CHOSEN, NUM_STAGGERED, ROWS, Row
+from rows import CHOSEN, ROWS, Row
 from sides import SIDES
 
 HERE = Path(__file__).parent
-# Pairs whose pictures are compared: what is measured, and what it is measured against.
-_PAIRS = (("compiled", "eager"), ("sgld-exact", "eager"), ("sgld", "eager"), ("sgld", "sgld-exact"))
 _LEAVE_S = 30.0
 # The models in this order, each in turns; the folder of one is gone before the next is made.
 _ORDER = ("flux", "sdxl", "wan", "qwen-image", "z-image", "sd3.5-medium")
@@ -48,7 +45,7 @@ class Comparison:
         self._environment = dict(os.environ)
         self._began = time.monotonic()
         self.report: dict[str, Any] = {
-            "command": " ".join(["python", "bench/compare.py", *sys.argv[1:]]).replace(f" --out {args.out}", ""),
+            "command": reports.command(),
             **reports.where(args.device),
             "options": json.loads(args.options),
             "models": [],
@@ -127,7 +124,7 @@ class Comparison:
     def _compare_pictures(self, folder: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             found = {file.name.split(".npy")[0].rpartition(".")[2]: file for file in folder.glob(f"{row.name}.*.npy")}
-            for one, other in _PAIRS:
+            for one, other in PAIRS:
                 if {one, other} <= found.keys():
                     error = relative_error(np.load(found[one]), np.load(found[other]))
                     self.report["pictures"].setdefault(row.name, {})[f"{one} to {other}"] = round(error, 5)
@@ -149,113 +146,6 @@ def relative_error(one: Any, other: Any) -> float:
     """In the L2 norm, of pixels in [-1, 1]."""
     a, b = (value.astype(np.float32) / 127.5 - 1 for value in (one, other))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def text(report: dict[str, Any]) -> str:
-    """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines = ["# How much faster is sgld than plain diffusers?", "", f"`{report['command']}`", ""]
-    lines += [f"{report['machine']}; {versions}. Options of sgld: {report['options'] or 'none'}."]
-    lines += ["Medians of whole requests after the first, in seconds; ratios are how many times faster sgld is.", ""]
-    lines += [*_table(report), ""]
-    if any(m["side"] == "http" for m in report["measured"]):
-        lines += ["## Over HTTP", "", *_http_table(report), ""]
-    if report["starts"]:
-        lines += ["## From the start of `sgld serve`", "", *_starts(report), ""]
-    if report["pictures"]:
-        lines += ["## How far pictures are from one another", "", *_pictures(report), ""]
-    if report["models"]:
-        lines += ["## The models", "", *_models(report), ""]
-    if report["problems"]:
-        lines += ["## What went wrong", "", *(f"- {problem.splitlines()[0]}" for problem in report["problems"]), ""]
-    return "\n".join(lines)
-
-
-def _found(report: dict[str, Any], row: str) -> dict[str, dict[str, Any]]:
-    return {m["side"]: m for m in report["measured"] if m["row"] == row}
-
-
-def _table(report: dict[str, Any]) -> list[str]:
-    head = ["work", "launch, µs", "eager", "compiled", "sgld", "sgld, first", "against eager", "wanted"]
-    head += ["of a step", "wanted", "against compiled", "wanted"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in ROWS.values():
-        sides = _found(report, row.name)
-        if row.kind == "http" or not sides:
-            continue
-        eager, compiled, ours = (sides.get(side) for side in ("eager", "compiled", "sgld"))
-        cells = [_work(row), _number(eager, "launch_us", 1), _seconds(eager), _seconds(compiled), _seconds(ours)]
-        cells += [_number(ours, "first_s", 2), _ratio(eager, ours, "warm_s"), _wanted(row.least)]
-        cells += [_ratio(eager, ours, "step_ms"), _wanted(row.least_denoise)]
-        cells += [_ratio(compiled, ours, "warm_s"), _wanted(row.least_compiled)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _work(row: Row) -> str:
-    size = "x".join(str(row.size[name]) for name in ("num_frames", "height", "width") if name in row.size)
-    if row.kind == "staggered":
-        return f"{row.model} {size}, {NUM_STAGGERED} staggered requests, 20 to 30 steps; seconds of one"
-    return f"{row.model} {size}, {row.num_steps} steps"
-
-
-def _seconds(measured: dict[str, Any] | None) -> str:
-    return f"{statistics.median(measured['warm_s']):.3f}" if measured else ""
-
-
-def _number(measured: dict[str, Any] | None, name: str, digits: int) -> str:
-    return f"{measured[name]:.{digits}f}" if measured and measured[name] is not None else ""
-
-
-def ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> float:
-    """How many times faster, by medians; NaN where one of them isn't known."""
-    if base is None or ours is None or not base[name] or not ours[name]:
-        return math.nan
-    return float(statistics.median(base[name]) / statistics.median(ours[name]))
-
-
-def _ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> str:
-    value = ratio(base, ours, name)
-    return "" if math.isnan(value) else f"{value:.2f}x"
-
-
-def _wanted(least: float | None) -> str:
-    return f"{least:g}x" if least else ""
-
-
-def _http_table(report: dict[str, Any]) -> list[str]:
-    lines = ["| work | s | on an H200, wanted |", "|---|---|---|"]
-    for row in ROWS.values():
-        ours = _found(report, row.name).get("http")
-        if ours:
-            lines.append(f"| {_work(row)} | {_seconds(ours)} | {row.within_s} |")
-    return lines
-
-
-def _starts(report: dict[str, Any]) -> list[str]:
-    lines = ["| model | cache | ready after, s | first answers after that, s |", "|---|---|---|---|"]
-    for start in report["starts"]:
-        answers = ", ".join(f"{row} {s:.1f}" for row, s in zip(start["rows"], start["first_answers_s"], strict=True))
-        lines.append(f"| {start['model']} | {start['cache']} | {start['ready_s']:.1f} | {answers} |")
-    return lines
-
-
-def _pictures(report: dict[str, Any]) -> list[str]:
-    names = [f"{one} to {other}" for one, other in _PAIRS]
-    lines = ["Relative errors in the L2 norm of pixels; compiled to eager is what rounding in bf16 does by itself.", ""]
-    lines += ["| work | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name, errors in report["pictures"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{errors[n]:.4f}" if n in errors else "" for n in names) + " |")
-    return lines
-
-
-def _models(report: dict[str, Any]) -> list[str]:
-    lines = ["| model | GB | made in, s | looked at in, s | saved in, s |", "|---|---|---|---|---|"]
-    for made in report["models"]:
-        sizes = ", ".join(f"{name} {size:g}" for name, size in made["gb"].items())
-        times = " | ".join(f"{made[name]:.1f}" for name in ("build_s", "look_s", "save_s"))
-        lines.append(f"| {made['model']} | {sizes} | {times} |")
-    return lines
 
 
 def main() -> None:

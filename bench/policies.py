@@ -45,8 +45,20 @@ class Class:
     def tick_s(self, stage: int, rows: int) -> float:
         """Seconds of a forward. Stage 0 encodes, the last one decodes, each other one is a step."""
         if stage == 0:
-            return ENCODE_S
-        return step_s(self.side, rows) if stage <= self.num_steps else DECODE_S * (self.side / 512) ** 2
+            return self.encode_s
+        return self.step_s(rows) if stage <= self.num_steps else self.decode_s
+
+    def step_s(self, rows: int) -> float:
+        """Seconds of a step of so many requests."""
+        return step_s(self.side, rows)
+
+    @property
+    def encode_s(self) -> float:
+        return ENCODE_S
+
+    @property
+    def decode_s(self) -> float:
+        return DECODE_S * (self.side / 512) ** 2
 
 
 MIXES = {
@@ -88,7 +100,7 @@ class Job:
 
     @property
     def remaining_s(self) -> float:
-        return self.num_steps_left * step_s(self.of.side, 1) + DECODE_S * (self.of.side / 512) ** 2
+        return self.num_steps_left * self.of.step_s(1) + self.of.decode_s
 
     @property
     def deadline_at(self) -> float:
@@ -171,8 +183,8 @@ class Oracle(Merging):
             if not batch:
                 batch = [job]
             elif can_share(batch[0], job) and len(batch) < MAX_BATCH_SIZE:
-                delta_s = step_s(job.of.side, len(batch) + 1) - step_s(job.of.side, len(batch))
-                if num_ahead * delta_s >= (len(order) - num_ahead) * (step_s(job.of.side, 1) - delta_s):
+                delta_s = job.of.step_s(len(batch) + 1) - job.of.step_s(len(batch))
+                if num_ahead * delta_s >= (len(order) - num_ahead) * (job.of.step_s(1) - delta_s):
                     break
                 batch.append(job)
         # Who has encoded can join.

@@ -75,13 +75,19 @@ class Point:
     """Of the real scheduler: the mean of admission and choice."""
 
 
-def point(mix: str, load: float, name: str, num_requests: int, num_runs: int) -> Point:
-    """Simulate; each run begins with an empty queue, and with a scheduler that knows nothing."""
+def point(
+    mix: str, load: float, name: str, num_requests: int, num_runs: int, *, classes: Sequence[Class] | None = None
+) -> Point:
+    """Simulate a mix, or these classes under its name.
+
+    Each run begins with an empty queue, and with a scheduler that knows nothing.
+    """
     jobs: list[Job] = []
     decisions_s: list[float] = []
+    classes = classes or MIXES[mix]
     for seed in range(num_runs):
         policy = POLICIES[name]()
-        some = arrivals(MIXES[mix], load, num_requests, seed)
+        some = arrivals(classes, load, num_requests, seed)
         simulate(policy, some)
         jobs += some
         decisions_s += policy.decision_s if isinstance(policy, Sgld) else []
@@ -92,7 +98,7 @@ def point(mix: str, load: float, name: str, num_requests: int, num_runs: int) ->
         mean_s=statistics.fmean(job.latency_s for job in jobs),
         p95_s=p95([job.latency_s for job in jobs]),
         slo=statistics.fmean(job.ends_at <= job.deadline_at for job in jobs),
-        p95_by_class={of.name: p95([job.latency_s for job in jobs if job.of is of]) for of in MIXES[mix]},
+        p95_by_class={of.name: p95([job.latency_s for job in jobs if job.of is of]) for of in classes},
         decision_us=1e6 * statistics.fmean(decisions_s) if decisions_s else None,
     )
 

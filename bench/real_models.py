@@ -3,7 +3,7 @@
     python bench/real_models.py FOLDER flux sdxl [--tiny] [--device cuda]
 
 Each becomes a folder that `sgld serve` and plain diffusers load. The weights are drawn on the GPU in bf16, by the
-layers' own initialisation; the tokenizers know the words of `PROMPTS`. A picture or clip of two steps shows that no
+layers' own initialisation; the tokenizers know the words of `prompt`. A picture or clip of two steps shows that no
 value is lost in bf16. With `--tiny` the same pipelines have next to no layers, so that benches can be tried on a CPU.
 """
 
@@ -27,6 +27,7 @@ PROMPTS = [
     f"a photograph of a {colour} {thing} on a hill by the {water}, in the soft light of the morning, with fine detail"
     for colour, thing, water in product(("red", "green", "blue"), ("house", "boat", "horse", "tree"), ("sea", "lake"))
 ]
+_NUM_NUMBERS = 1000
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
 _SHARD_BYTES = 2 * 1024**3
 _NUM_WRITERS = 12
@@ -43,14 +44,18 @@ class Part:
     config: Config = field(default_factory=dict)
     tiny: Config = field(default_factory=dict)
 
-    def build(self, *, is_tiny: bool) -> Any:
+    def build(self, device: str, *, is_tiny: bool) -> Any:
+        """Models are made on the device; noise schedulers compute with numpy."""
         config = {**self.config, **(self.tiny if is_tiny else {})}
         if self.cls == "tokenizer":
             return _tokenizer(**config)
-        if hasattr(diffusers, self.cls):
+        if self.cls.endswith("Scheduler"):
             return getattr(diffusers, self.cls)(**config)
-        cls = getattr(transformers, self.cls)
-        return cls(cls.config_class(**config))
+        with torch.device(device):
+            if hasattr(diffusers, self.cls):
+                return getattr(diffusers, self.cls)(**config)
+            cls = getattr(transformers, self.cls)
+            return cls(cls.config_class(**config))
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,7 @@ class Model:
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
         try:
-            with torch.device(device):
-                parts = {name: part.build(is_tiny=is_tiny) for name, part in self.parts.items()}
+            parts = {name: part.build(device, is_tiny=is_tiny) for name, part in self.parts.items()}
         finally:
             torch.set_default_dtype(before)
         for part in parts.values():
@@ -89,12 +93,12 @@ class Model:
 def _clip(config: Config, cls: str = "CLIPTextModel") -> Part:
     ids = {"vocab_size": 49408, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     tiny = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return Part(cls, {**ids, **config}, {**tiny, "projection_dim": 32, "vocab_size": 128})
+    return Part(cls, {**ids, **config}, {**tiny, "projection_dim": 32, "vocab_size": 1100})
 
 
 def _t5(cls: str = "T5EncoderModel", vocab_size: int = 32128) -> Part:
     config = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": vocab_size}
-    tiny = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 128}
+    tiny = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "vocab_size": 1100}
     return Part(cls, {**config, "feed_forward_proj": "gated-gelu"}, tiny)
 
 
@@ -120,9 +124,19 @@ def _video_vae(cls: str) -> Part:
     return Part(cls, {}, {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1})
 
 
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 _CLIP_L |= {"projection_dim": 768, "hidden_act": "quick_gelu"}
-_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+_CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+}
 _CLIP_G |= {"projection_dim": 1280, "hidden_act": "gelu"}
 _FLUX_VAE = _vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
 _SHIFTS = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
@@ -306,7 +320,7 @@ MODELS = {
                     "num_attention_heads": 2,
                     "num_key_value_heads": 2,
                     "head_dim": 16,
-                    "vocab_size": 128,
+                    "vocab_size": 1100,
                 },
             ),
             "tokenizer": _tokens(512),
@@ -382,9 +396,15 @@ MODELS = {
 }
 
 
+def prompt(index: int) -> str:
+    """Each has tokens of its own, as many as the others: what encoders said of one is no answer for another."""
+    return f"{PROMPTS[index % len(PROMPTS)]}, number {index % _NUM_NUMBERS}"
+
+
 def _tokenizer(max_length: int) -> Any:
     """Words of `PROMPTS`, ended by </s>."""
-    words = sorted({word for prompt in PROMPTS for word in prompt.replace(",", " ,").split()})
+    words = sorted({word for text in PROMPTS for word in text.replace(",", " ,").split()} | {"number"})
+    words += [str(number) for number in range(_NUM_NUMBERS)]
     vocabulary = {word: index for index, word in enumerate([*_SPECIAL, *words])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -415,7 +435,8 @@ def save(pipeline: Any, folder: Path) -> None:
             part.save_pretrained(folder / name)
             continue
         is_ours = isinstance(part, diffusers.ModelMixin)
-        (part.save_config if is_ours else part.config.save_pretrained)(folder / name)
+        write_config: Any = part.save_config if is_ours else part.config.save_pretrained  # type: ignore[union-attr]
+        write_config(folder / name)
         jobs += _shards(part, folder / name, "diffusion_pytorch_model" if is_ours else "model")
     with ThreadPoolExecutor(_NUM_WRITERS) as pool:
         list(pool.map(lambda job: _write(*job), jobs))
@@ -479,7 +500,7 @@ def look(name: str, pipeline: Any, *, is_tiny: bool) -> str:
 
     with torch.no_grad():
         output = pipeline(
-            PROMPTS[0], **size, **model.call, num_inference_steps=2, output_type="pt", callback_on_step_end=note
+            prompt(0), **size, **model.call, num_inference_steps=2, output_type="pt", callback_on_step_end=note
         )
     pixels, last = output[0].float(), latents[-1].float()
     spreads = (float(last.std()), float(pixels.std()))

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ def where(device: str) -> dict[str, Any]:
         "machine": f"{name}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
+
+
+def command() -> str:
+    """How this report was asked for, without the place that it is written to."""
+    words = [f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return " ".join(["python", *words])
 
 
 def write(out: Path, report: dict[str, Any], text: str) -> None:

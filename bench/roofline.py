@@ -27,6 +27,7 @@ from rows import ROWS, Row, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 _ROWS = ("flux-256", "flux-512", "flux-1024", "wan-17f-256", "wan-81f-480p", "sdxl-512", "sdxl-1024")
+ROOF_SIDE = 8192
 _REPEATS = 7
 
 
@@ -34,18 +35,18 @@ class _Called(Exception):
     """The first call is there: the rest of the pipeline isn't needed."""
 
 
-def roof_tflops(device: str, side: int = 8192) -> float:
+def roof_tflops(device: str, side: int) -> float:
     """What a product of square matrices reaches in bf16; TFLOP/s."""
     a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / seconds(lambda: a @ b, device) / 1e12
+    return 2.0 * side * side * side / seconds(lambda: a @ b, device) / 1e12
 
 
 def seconds(run: Callable[[], Any], device: str, repeats: int = _REPEATS) -> float:
     """The median of some runs, on the device's clock; the first two don't count."""
-    taken = []
+    taken: list[float] = []
     for _ in range(repeats + 2):
         if device == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before, after = moment(), moment()
             before.record()
             run()
             after.record()
@@ -55,7 +56,12 @@ def seconds(run: Callable[[], Any], device: str, repeats: int = _REPEATS) -> flo
             start = time.perf_counter()
             run()
             taken.append(time.perf_counter() - start)
-    return statistics.median(taken[2:])
+    return float(statistics.median(taken[2:]))
+
+
+def moment() -> Any:
+    """A moment of the device, to be recorded."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def step_tflop(pipeline: Any, denoiser: torch.nn.Module, request: dict[str, Any]) -> float:
@@ -98,7 +104,7 @@ class _exchanged:  # noqa: N801 - used as a function
         self._module, self._forward = module, forward
 
     def __enter__(self) -> None:
-        self._module.forward = self._forward  # type: ignore[method-assign]
+        self._module.forward = self._forward
 
     def __exit__(self, *_: object) -> None:
         del self._module.forward
@@ -110,7 +116,7 @@ def _kwargs(request: dict[str, Any], num_steps: int) -> dict[str, Any]:
 
 def graph_of(run: Callable[[], Any]) -> Callable[[], None]:
     """The same kernels, launched together."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()
@@ -178,9 +184,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md, after each row")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    roof = roof_tflops(args.device, 256 if args.tiny else 8192)
-    command = " ".join(["python", "bench/roofline.py", *sys.argv[1:]]).partition(" --out")[0]
-    report = {"command": command, **reports.where(args.device), "roof_tflops": roof, "rows": []}
+    roof = roof_tflops(args.device, 256 if args.tiny else ROOF_SIDE)
+    report = {"command": reports.command(), **reports.where(args.device), "roof_tflops": roof, "rows": []}
     chosen: Sequence[Row] = [tiny(ROWS[name]) if args.tiny else ROWS[name] for name in args.rows]
     for model in dict.fromkeys(row.model for row in chosen):
         pipeline = MODELS[model].build(is_tiny=args.tiny, device=args.device)

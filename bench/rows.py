@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from real_models import PROMPTS
+from real_models import prompt
 
 Kind = Literal["single", "staggered", "http"]
 NUM_STAGGERED = 16
@@ -36,12 +36,12 @@ class Row:
 
     def steps_of(self, index: int) -> int:
         """20 to 30 where requests are staggered."""
-        return 20 + index * 10 // (NUM_STAGGERED - 1) if self.kind == "staggered" else self.num_steps
+        return 20 + index % NUM_STAGGERED * 10 // (NUM_STAGGERED - 1) if self.kind == "staggered" else self.num_steps
 
     def request(self, index: int, call: Mapping[str, Any]) -> dict[str, Any]:
         """Sampling params of the index-th request: each has a prompt and a seed of its own."""
         steps = {"num_inference_steps": self.steps_of(index)}
-        return {"prompt": PROMPTS[index % len(PROMPTS)], "seed": index, **self.size, **steps, **call}
+        return {"prompt": prompt(index), "seed": index, **self.size, **steps, **call}
 
 
 def _square(side: int) -> dict[str, int]:

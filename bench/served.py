@@ -6,12 +6,13 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 
@@ -35,12 +36,10 @@ class Server:
 async def serving(
     folder: Path, flags: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[Server]:
-    """Start it; its jobs and its log are kept in the folder. It is told to leave in the end."""
+    """Start it; its jobs are kept in the folder. It is told to leave in the end."""
     everything = ("-m", "sgld_cli", "serve", "--port", "0", "--data-dir", str(folder / "data"), *flags)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    folder.mkdir(parents=True, exist_ok=True)
-    log_path = folder / "serve.log"
-    with log_path.open("w") as log:
+    with tempfile.TemporaryFile("a+") as log:
         started_at = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -50,21 +49,22 @@ async def serving(
             env={**os.environ, **(environment or {}), "PYTHONPATH": path},
         )
         try:
-            url = await _address(process, log_path)
-            yield Server(url, started_at)
+            yield Server(await _address(process, log), started_at)
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
             await process.wait()
 
 
-async def _address(process: asyncio.subprocess.Process, log: Path) -> str:
+async def _address(process: asyncio.subprocess.Process, log: IO[str]) -> str:
     while True:
-        found = re.search(r"https?://[^\s]+:\d+", log.read_text())
+        log.seek(0)
+        said = log.read()
+        found = re.search(r"https?://[^\s]+:\d+", said)
         if found:
             return found[0]
         if process.returncode is not None:
-            raise RuntimeError(f"sgld serve ended with code {process.returncode}: {log.read_text()[-2000:]}")
+            raise RuntimeError(f"sgld serve ended with code {process.returncode}: {said[-2000:]}")
         await asyncio.sleep(_POLL_S)
 
 

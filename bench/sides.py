@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,32 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import anyio
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from real_models import MODELS
+from roofline import ROOF_SIDE, moment, roof_tflops, step_tflop
 from rows import NUM_STAGGERED, ROWS, STAGGER_S, Measured, Row, tiny
 from served import picture, ready_s, serving
 
 SIDES = ("eager", "compiled", "max-autotune", "sgld", "http")
 # Of the staggered requests a plain pipeline runs so many, which have as many steps in the mean as all.
 _SOME_STAGGERED = (0, 5, 10, 15)
+# Where the prompts and seeds of requests begin that others aren't compared with.
+_STAGGERED, _SETTLING = 100, 500
 
 
 class Plain:
     """The pipeline as diffusers runs it."""
 
     def __init__(self, model: str, folder: Path, device: str, side: str) -> None:
-        import torch
-        from diffusers import DiffusionPipeline
-
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self._torch, self._device = torch, device
+        self._device = device
         start = time.perf_counter()
         self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.load_s = time.perf_counter() - start
-        denoiser = getattr(self.pipeline, MODELS[model].denoiser)
+        self.denoiser = denoiser = getattr(self.pipeline, MODELS[model].denoiser)
         if side == "compiled":
             denoiser.compile_repeated_blocks(fullgraph=True)
         elif side == "max-autotune":
@@ -57,7 +60,6 @@ class Plain:
 
     def run(self, request: dict[str, Any]) -> tuple[float, float, NDArray[np.uint8]]:
         """Seconds of a request, milliseconds of its steps, and its frames."""
-        torch = self._torch
         ends: list[Any] = []
 
         def note(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class Plain:
 
     def launch_us(self) -> float:
         """What one small operation costs to launch; the device is done with each sooner."""
-        x = self._torch.ones(1, device=self._device)
+        x = torch.ones(1, device=self._device)
         for _ in range(100):
             x.add_(1)
         self._wait()
@@ -90,40 +92,46 @@ class Plain:
 
     def _wait(self) -> None:
         if self._device == "cuda":
-            self._torch.cuda.synchronize()
+            torch.cuda.synchronize()
 
     def _mark(self) -> Any:
         """A moment of the device; nobody waits for it."""
         if self._device != "cuda":
             return time.perf_counter()
-        event = self._torch.cuda.Event(enable_timing=True)
+        event = moment()
         event.record()
         return event
 
     def _between_ms(self, before: Any, after: Any) -> float:
-        return before.elapsed_time(after) if self._device == "cuda" else 1e3 * (after - before)
+        return float(before.elapsed_time(after) if self._device == "cuda" else 1e3 * (after - before))
 
 
 def plain_rows(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[Measured]:
     """Measure with plain diffusers, one request after the other."""
-    import torch
-
     torch.set_grad_enabled(False)
     plain = Plain(args.model, args.folder, args.device, args.side)
-    launch_us = plain.launch_us()
     call = MODELS[args.model].call
+    notes: dict[str, Any] = {"load_s": plain.load_s}
+    launch_us = plain.launch_us()
+    if args.side == "eager":
+        notes["roof_tflops"] = roof_tflops(args.device, 256 if args.tiny else ROOF_SIDE)
     for row in rows:
-        measured = Measured(row.name, args.side, launch_us=launch_us, notes={"load_s": plain.load_s})
+        measured = Measured(row.name, args.side, launch_us=launch_us, notes=dict(notes))
+        if row.kind == "staggered":
+            plain.run(row.request(0, call) | {"num_inference_steps": 2})
+            some = [plain.run(row.request(index, call))[0] for index in _SOME_STAGGERED]
+            measured.warm_s = [statistics.fmean(some)]
+            measured.notes["num_measured"] = len(some)
+            yield measured
+            continue
         measured.first_s, _, frames = plain.run(row.request(0, call))
         keep(args, row, args.side, frames)
-        chosen = _SOME_STAGGERED if row.kind == "staggered" else range(1, args.repeats + 1)
-        for index in chosen:
+        for index in range(1, args.repeats + 1):
             elapsed_s, step_ms, _ = plain.run(row.request(index, call))
             measured.warm_s.append(elapsed_s)
             measured.step_ms.append(step_ms)
-        if row.kind == "staggered":
-            measured.notes["num_measured"] = len(chosen)
-            measured.warm_s = [statistics.fmean(measured.warm_s)]
+        if args.side == "eager":
+            measured.notes["step_tflop"] = step_tflop(plain.pipeline, plain.denoiser, row.request(0, call))
         yield measured
 
 
@@ -152,18 +160,18 @@ class Ours:
                     return elapsed_s, between, frames
         raise RuntimeError("the request ended without a result")
 
-    async def staggered(self, row: Row, call: Any) -> float:
-        """Seconds from the first request's arrival to the last one's end."""
+    async def staggered(self, row: Row, call: Any, first: int) -> float:
+        """Seconds of a request, from the first one's arrival to the last one's end; `first` is its index."""
         start = time.perf_counter()
 
         async def later(index: int) -> None:
             await anyio.sleep(index * STAGGER_S)
-            await self.run(row.request(index, call))
+            await self.run(row.request(first + index, call))
 
         async with anyio.create_task_group() as group:
             for index in range(NUM_STAGGERED):
                 group.start_soon(later, index)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / NUM_STAGGERED
 
 
 async def our_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
@@ -187,8 +195,9 @@ async def our_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
         for row in rows:
             measured = found[row.name]
             if row.kind == "staggered":
-                measured.first_s = await ours.staggered(row, call) / NUM_STAGGERED
-                measured.warm_s = [await ours.staggered(row, call) / NUM_STAGGERED for _ in range(2)]
+                measured.first_s, *measured.warm_s = [
+                    await ours.staggered(row, call, _STAGGERED * turn) for turn in range(1, 4)
+                ]
             else:
                 for index in range(1, args.repeats + 1):
                     elapsed_s, step_ms, _ = await ours.run(row.request(index, call))
@@ -203,11 +212,11 @@ async def our_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
 
 async def settle(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, call: Any) -> None:
     """Requests that aren't measured, while things are compiled and captured in the background."""
-    until = time.perf_counter() + args.settle_s
+    until, indices = time.perf_counter() + args.settle_s, count(_SETTLING)
     while time.perf_counter() < until:
         for row in rows:
             if row.kind == "single":
-                elapsed_s, step_ms, _ = await ours.run(row.request(1, call))
+                elapsed_s, step_ms, _ = await ours.run(row.request(next(indices), call))
                 say("settling", {"row": row.name, "s": round(elapsed_s, 3), "step_ms": round(step_ms, 2)})
 
 
@@ -254,7 +263,9 @@ def engine_config(args: argparse.Namespace) -> Any:
 
 def _flags(args: argparse.Namespace) -> list[str]:
     pairs = ((f"--{name.replace('_', '-')}", value) for name, value in json.loads(args.options).items())
-    return [part for flag, value in pairs for part in (flag, str(value).lower() if value in (True, False) else str(value))]
+    return [
+        part for flag, value in pairs for part in (flag, str(value).lower() if value in (True, False) else str(value))
+    ]
 
 
 def keep(args: argparse.Namespace, row: Row, name: str, frames: NDArray[np.uint8]) -> None:

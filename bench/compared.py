@@ -1,0 +1,147 @@
+"""What bench/compare.py measured, as text."""
+
+import math
+import statistics
+from typing import Any
+
+from rows import NUM_STAGGERED, ROWS, Row
+
+# Pairs whose pictures are compared: what is measured, and what it is measured against.
+PAIRS = (("compiled", "eager"), ("sgld-exact", "eager"), ("sgld", "eager"), ("sgld", "sgld-exact"))
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = ["# How much faster is sgld than plain diffusers?", "", f"`{report['command']}`", ""]
+    lines += [f"{report['machine']}; {versions}. Options of sgld: {report['options'] or 'none'}."]
+    lines += ["Medians of whole requests after the first, in seconds; ratios are how many times faster sgld is.", ""]
+    lines += [*_table(report), ""]
+    if any("step_tflop" in m["notes"] for m in report["measured"]):
+        lines += ["## How much of the device's arithmetic a step reaches", "", *_roofline(report), ""]
+    if any(m["side"] == "http" for m in report["measured"]):
+        lines += ["## Over HTTP", "", *_http_table(report), ""]
+    if report["starts"]:
+        lines += ["## From the start of `sgld serve`", "", *_starts(report), ""]
+    if report["pictures"]:
+        lines += ["## How far pictures are from one another", "", *_pictures(report), ""]
+    if report["models"]:
+        lines += ["## The models", "", *_models(report), ""]
+    if report["problems"]:
+        lines += ["## What went wrong", "", *(f"- {_short(problem)}" for problem in report["problems"]), ""]
+    return "\n".join(lines)
+
+
+def _short(problem: str) -> str:
+    """Who had it, and the last line of what it said."""
+    return f"{problem.partition(':')[0]}: {(problem.strip().splitlines() or [''])[-1][:300]}"
+
+
+def _found(report: dict[str, Any], row: str) -> dict[str, dict[str, Any]]:
+    return {m["side"]: m for m in report["measured"] if m["row"] == row}
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    head = ["work", "launch, µs", "eager", "compiled", "sgld", "sgld, first", "against eager", "wanted"]
+    head += ["of a step", "wanted", "against compiled", "wanted"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in ROWS.values():
+        sides = _found(report, row.name)
+        if row.kind == "http" or not sides:
+            continue
+        eager, compiled, ours = (sides.get(side) for side in ("eager", "compiled", "sgld"))
+        cells = [_work(row), _number(eager, "launch_us", 1), _seconds(eager), _seconds(compiled), _seconds(ours)]
+        cells += [_number(ours, "first_s", 2), _ratio(eager, ours, "warm_s"), _wanted(row.least)]
+        cells += [_ratio(eager, ours, "step_ms"), _wanted(row.least_denoise)]
+        cells += [_ratio(compiled, ours, "warm_s"), _wanted(row.least_compiled)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _work(row: Row) -> str:
+    size = "x".join(str(row.size[name]) for name in ("num_frames", "height", "width") if name in row.size)
+    if row.kind == "staggered":
+        return f"{row.model} {size}, {NUM_STAGGERED} staggered requests, 20 to 30 steps; seconds of one"
+    return f"{row.model} {size}, {row.num_steps} steps"
+
+
+def _seconds(measured: dict[str, Any] | None) -> str:
+    return f"{statistics.median(measured['warm_s']):.3f}" if measured else ""
+
+
+def _number(measured: dict[str, Any] | None, name: str, digits: int) -> str:
+    return f"{measured[name]:.{digits}f}" if measured and measured[name] is not None else ""
+
+
+def ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> float:
+    """How many times faster, by medians; NaN where one of them isn't known."""
+    if base is None or ours is None or not base[name] or not ours[name]:
+        return math.nan
+    return float(statistics.median(base[name]) / statistics.median(ours[name]))
+
+
+def _ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> str:
+    value = ratio(base, ours, name)
+    return "" if math.isnan(value) else f"{value:.2f}x"
+
+
+def _wanted(least: float | None) -> str:
+    return f"{least:g}x" if least else ""
+
+
+def _http_table(report: dict[str, Any]) -> list[str]:
+    lines = ["| work | s | on an H200, wanted |", "|---|---|---|"]
+    for row in ROWS.values():
+        ours = _found(report, row.name).get("http")
+        if ours:
+            lines.append(f"| {_work(row)} | {_seconds(ours)} | {row.within_s} |")
+    return lines
+
+
+def _roofline(report: dict[str, Any]) -> list[str]:
+    roofs = [m["notes"]["roof_tflops"] for m in report["measured"] if "roof_tflops" in m["notes"]]
+    lines = [
+        f"Of an 8192³ product in bf16, {statistics.median(roofs):.0f} TFLOP/s: whole steps, denoiser and all else.",
+        "",
+    ]
+    lines += ["| work | TFLOP of a step | eager | compiled | sgld |", "|---|---|---|---|---|"]
+    for row in ROWS.values():
+        sides = _found(report, row.name)
+        tflop = sides.get("eager", {}).get("notes", {}).get("step_tflop")
+        if tflop:
+            cells = [_share(sides.get(side), tflop, statistics.median(roofs)) for side in ("eager", "compiled", "sgld")]
+            lines.append(f"| {_work(row)} | {tflop:.1f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _share(measured: dict[str, Any] | None, tflop: float, roof: float) -> str:
+    if not measured or not measured["step_ms"]:
+        return ""
+    step_ms = statistics.median(measured["step_ms"])
+    return f"{step_ms:.1f} ms, {1e3 * tflop / step_ms / roof:.0%}"
+
+
+def _starts(report: dict[str, Any]) -> list[str]:
+    lines = ["| model | cache | ready after, s | first answers after that, s |", "|---|---|---|---|"]
+    for start in report["starts"]:
+        answers = ", ".join(f"{row} {s:.1f}" for row, s in zip(start["rows"], start["first_answers_s"], strict=True))
+        lines.append(f"| {start['model']} | {start['cache']} | {start['ready_s']:.1f} | {answers} |")
+    return lines
+
+
+def _pictures(report: dict[str, Any]) -> list[str]:
+    names = [f"{one} to {other}" for one, other in PAIRS]
+    lines = ["Relative errors in the L2 norm of pixels; compiled to eager is what rounding in bf16 does by itself.", ""]
+    lines += ["| work | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name, errors in report["pictures"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{errors[n]:.4f}" if n in errors else "" for n in names) + " |")
+    return lines
+
+
+def _models(report: dict[str, Any]) -> list[str]:
+    lines = ["| model | GB | made in, s | looked at in, s | saved in, s |", "|---|---|---|---|---|"]
+    for made in report["models"]:
+        sizes = ", ".join(f"{name} {size:g}" for name, size in made["gb"].items())
+        times = " | ".join(f"{made[name]:.1f}" for name in ("build_s", "look_s", "save_s"))
+        lines.append(f"| {made['model']} | {sizes} | {times} |")
+    return lines

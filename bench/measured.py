@@ -1,0 +1,94 @@
+"""Times that a server learned, as the simulation of bench/queueing.py wants them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from policies import Class
+
+from sgld.engine.cost import CostModel
+from sgld.engine.demand import Profile
+from sgld.engine.learned import Learned
+from sgld.messages import CallKind
+
+
+@dataclass(frozen=True)
+class Measured(Class):
+    """A class whose times were measured: seconds to encode, of a step by requests in it, and to decode."""
+
+    steps_s: tuple[float, ...] = ()
+    text_s: float = 0.0
+    pixels_s: float = 0.0
+
+    def step_s(self, rows: int) -> float:
+        """Beyond what was measured each request costs as much as the last one did."""
+        known = self.steps_s
+        return known[rows - 1] if rows <= len(known) else known[-1] * rows / len(known)
+
+    @property
+    def encode_s(self) -> float:
+        return self.text_s
+
+    @property
+    def decode_s(self) -> float:
+        return self.pixels_s
+
+
+def read(cache: Path) -> Learned:
+    """What the server kept that had this folder for what it learns.
+
+    :raises FileNotFoundError: it kept nothing.
+    """
+    files = sorted(cache.glob("learned/times-*.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise FileNotFoundError(f"no times were learned in {cache}")
+    return msgspec.json.decode(files[-1].read_bytes(), type=Learned)
+
+
+def classes(learned: Learned, mix: Sequence[Class], max_rows: int) -> list[Measured]:
+    """The mix with these times.
+
+    :raises LookupError: a request of some class never ended, or a call of it was never timed.
+    """
+    cost = CostModel()
+    cost.recall(learned.times)
+    return [_measured(of, _profile(of, learned.profiles), cost, max_rows) for of in mix]
+
+
+def _measured(of: Class, profile: Profile, cost: CostModel, max_rows: int) -> Measured:
+    def seconds(kind: CallKind, requests: int = 1) -> float:
+        """Of all calls of a kind, that so many requests make together."""
+        total = 0.0
+        for (its_kind, key, rows), number in profile.calls:
+            if its_kind == kind:
+                elapsed_s = cost.estimate(key, rows * requests)
+                if elapsed_s is None:
+                    raise LookupError(f"{key} with {rows * requests} rows was never timed")
+                total += number * elapsed_s
+        return total
+
+    steps = [seconds("denoise", requests) / of.num_steps for requests in range(1, max_rows + 1)]
+    return Measured(of.side, of.num_steps, of.share, tuple(steps), seconds("encode"), seconds("decode"))
+
+
+def _profile(of: Class, profiles: Sequence[Profile]) -> Profile:
+    start = re.escape(f"({of.side}, {of.side}, 1, {of.num_steps},")
+    found = [profile for profile in profiles if re.match(start, profile.like)]
+    if not found:
+        raise LookupError(f"no request with {of.num_steps} steps at {of.name} was completed")
+    return found[-1]
+
+
+def as_rows(mix: Sequence[Measured]) -> list[Mapping[str, object]]:
+    """The times as plain values, in milliseconds."""
+    return [
+        {
+            "class": of.name,
+            "encode_ms": round(1e3 * of.encode_s, 2),
+            "decode_ms": round(1e3 * of.decode_s, 2),
+            "step_ms": [round(1e3 * s, 2) for s in of.steps_s],
+        }
+        for of in mix
+    ]

@@ -1,0 +1,81 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import relative_error
+from compared import ratio, text
+from rows import CHOSEN, NUM_STAGGERED, ROWS
+
+
+def measured(row: str, side: str, warm_s: list[float], step_ms: list[float]) -> dict[str, Any]:
+    notes = {"step_tflop": 60.0, "roof_tflops": 800.0} if side == "eager" else {}
+    return {
+        "row": row,
+        "side": side,
+        "first_s": 1.0,
+        "warm_s": warm_s,
+        "step_ms": step_ms,
+        "launch_us": 10.0,
+        "notes": notes,
+    }
+
+
+def report() -> dict[str, Any]:
+    """A run in which sgld is twice as fast."""
+    return {
+        "command": "python bench/compare.py",
+        "machine": "H200, Python 3.12",
+        "versions": {"torch": "2"},
+        "options": {},
+        "starts": [],
+        "models": [],
+        "problems": ["flux, http: code 1: Traceback\nKeyError: 'x'"],
+        "measured": [
+            measured("flux-1024", "eager", [5.0, 4.0, 9.0], [150.0]),
+            measured("flux-1024", "sgld", [2.0, 2.5, 2.6], [75.0]),
+            measured("flux-1024-http", "http", [2.7], []),
+        ],
+        "pictures": {"flux-1024": {"sgld to sgld-exact": 0.01}},
+    }
+
+
+def test_ratios_are_of_medians_and_stand_beside_what_was_wanted() -> None:
+    lines = text(report()).splitlines()
+
+    row = next(line for line in lines if line.startswith("| flux 1024x1024, 28 steps | 10.0"))
+    assert [cell.strip() for cell in row.split("|")[3:]] == (
+        ["5.000", "", "2.500", "1.00", "2.00x", "1.25x", "2.00x", "1.3x", "", "1x", ""]
+    )
+
+
+def test_shares_of_the_roof_are_those_of_steps() -> None:
+    assert "| flux 1024x1024, 28 steps | 60.0 | 150.0 ms, 50% |  | 75.0 ms, 100% |" in text(report())
+
+
+def test_problems_are_told_by_their_last_line() -> None:
+    assert "- flux, http: KeyError: 'x'" in text(report())
+
+
+def test_a_side_that_is_missing_has_no_ratio() -> None:
+    assert np.isnan(ratio(None, measured("flux-256", "sgld", [1.0], []), "warm_s"))
+
+
+def test_staggered_requests_have_25_steps_in_the_mean() -> None:
+    row = ROWS["sdxl-512-staggered"]
+
+    steps = [row.steps_of(index) for index in range(NUM_STAGGERED)]
+
+    assert (min(steps), max(steps)) == (20, 30)
+    assert sum(steps) / len(steps) == pytest.approx(row.num_steps, abs=0.5)
+
+
+def test_each_row_that_was_to_reach_something_is_measured_by_default() -> None:
+    assert {"sdxl-1024", "flux-256-http", "wan-81f-480p"} <= set(CHOSEN)
+    assert "z-image-512" not in CHOSEN
+
+
+def test_the_error_of_pictures_is_relative_to_their_values() -> None:
+    picture = np.full((1, 2, 2, 3), 255, np.uint8)
+
+    assert relative_error(picture, picture) == 0
+    assert relative_error(np.zeros_like(picture), picture) == pytest.approx(2.0)

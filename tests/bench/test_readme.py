@@ -1,0 +1,7 @@
+import readme
+
+
+def test_the_page_and_its_plots_are_those_of_the_results() -> None:
+    """`python bench/readme.py` makes them."""
+    for name, content in readme.made().items():
+        assert (readme.HERE / name).read_text() == content, name
