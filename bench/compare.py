@@ -9,7 +9,6 @@ up to the PNG at the client. The report is written whenever something is known. 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import queue
@@ -21,8 +20,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import reports
@@ -42,7 +43,6 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._environment = dict(os.environ)
         self._began = time.monotonic()
         self.report: dict[str, Any] = {
             "command": reports.command(),
@@ -60,62 +60,78 @@ class Comparison:
     def model(self, name: str, rows: Sequence[Row]) -> None:
         """Make the model, measure its rows, and remove it."""
         root = self._args.models / name
-        made = [str(HERE / "real_models.py"), str(self._args.models), name, "--device", self._args.device]
-        with tempfile.TemporaryDirectory() as temporary:
-            try:
-                for line in self._lines(made, "make", name, self._args.limit_s):
-                    self.report["models"].append(line)
-                for side in self._args.sides:
-                    self._side(side, name, root, Path(temporary), rows)
-                    self._compare_pictures(Path(temporary), rows)
-                    self.write()
-            finally:
-                shutil.rmtree(root, ignore_errors=True)
+        with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+            stack.callback(shutil.rmtree, root, ignore_errors=True)
+            pictures = Path(temporary)
+            # They import what they need while the model is made.
+            waiting = [
+                (side, stack.enter_context(self._process(["sides.py", side, name, str(root), temporary, *more])))
+                for side in self._args.sides
+                if (more := self._rows_of(side, name, rows))
+            ]
+            maker = stack.enter_context(self._process(["real_models.py", str(self._args.models), name]))
+            for line in self._lines(maker, "make", name):
+                self.report["models"].append(line)
+            for side, process in waiting:
+                for line in self._lines(process, side, name):
+                    self._add(name, line)
+                self._compare_pictures(pictures, rows)
+                self.write()
 
-    def _side(self, side: str, name: str, root: Path, pictures: Path, rows: Sequence[Row]) -> None:
+    def _rows_of(self, side: str, name: str, rows: Sequence[Row]) -> list[str]:
+        """What a side measures, and how; nothing where it measures none."""
         chosen = [row.name for row in rows if (row.kind == "http") == (side == "http")]
         if not chosen or (side == "max-autotune" and name != "sdxl"):
-            return
-        args = [str(HERE / "sides.py"), side, name, str(root), str(pictures), *chosen, "--device", self._args.device]
-        args += ["--repeats", str(self._args.repeats), "--settle-s", str(self._args.settle_s)]
-        args += ["--options", self._args.options]
-        for line in self._lines(args, side, name, self._args.limit_s):
-            for kind, value in line.items():
-                if kind == "decisions":
-                    self.report["decisions"][name] = value
-                else:
-                    self.report[{"measured": "measured", "start": "starts", "settling": "settling"}[kind]].append(value)
-            self.write()
+            return []
+        settings = {"repeats": self._args.repeats, "settle-s": self._args.settle_s, "options": self._args.options}
+        return [*chosen, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
 
-    def _lines(self, args: Sequence[str], what: str, name: str, limit_s: float) -> Iterator[Any]:
-        """What a process of its own says, a JSON value for each line; it is ended when it is late."""
-        with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("w+") as log:
-            environment = {**self._environment, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+    def _add(self, name: str, line: dict[str, Any]) -> None:
+        for kind, value in line.items():
+            if kind == "decisions":
+                self.report["decisions"][name] = value
+            else:
+                self.report[{"measured": "measured", "start": "starts", "settling": "settling"}[kind]].append(value)
+        self.write()
+
+    @contextmanager
+    def _process(self, args: Sequence[str]) -> Iterator["Process"]:
+        """One that waits for a line on its stdin, with caches of its own; it is ended with its children."""
+        extra = ["--device", self._args.device, *(["--tiny"] if self._args.tiny else [])]
+        command = [sys.executable, "-W", "ignore", str(HERE / args[0]), *args[1:], *extra]
+        with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("a+") as log:
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
             environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "SGLANG_DIFFUSION_CACHE_ROOT": f"{caches}/sgld"}
-            extra = ["--tiny"] if self._args.tiny else []
-            command = [sys.executable, "-W", "ignore", *args, *extra]
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,
             )
-            lines: queue.Queue[str | None] = queue.Queue()
-            threading.Thread(target=_forward, args=(process, lines), daemon=True).start()
-            deadline = time.monotonic() + limit_s
             try:
-                while (line := lines.get(timeout=max(deadline - time.monotonic(), 0.001))) is not None:
-                    print(f"{time.monotonic() - self._began:6.1f} s {name} {what}: {line.strip()[:400]}", flush=True)
-                    if line.startswith("{"):
-                        yield json.loads(line)
-                process.wait(_LEAVE_S)
-            except queue.Empty:
-                self._problem(name, what, f"not done after {limit_s:.0f} s")
+                yield Process(process, log)
             finally:
-                # With its children, among which may be a server.
-                with contextlib.suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            if process.returncode:
-                log.seek(0)
-                self._problem(name, what, f"code {process.returncode}: {log.read()[-1500:]}")
+
+    def _lines(self, process: "Process", what: str, name: str) -> Iterator[Any]:
+        """What it says when it is told to begin, a JSON value for each line, until its time is up."""
+        deadline = time.monotonic() + self._args.limit_s
+        try:
+            for line in process.lines(deadline):
+                print(f"{time.monotonic() - self._began:6.1f} s {name} {what}: {line.strip()[:400]}", flush=True)
+                if line.startswith("{"):
+                    yield json.loads(line)
+            code = process.popen.wait(_LEAVE_S)
+        except (queue.Empty, subprocess.TimeoutExpired):
+            self._problem(name, what, f"not done after {self._args.limit_s:.0f} s")
+        else:
+            if code:
+                self._problem(name, what, f"code {code}: {process.said()}")
 
     def _problem(self, name: str, what: str, text: str) -> None:
         self.report["problems"].append(f"{name}, {what}: {text}")
@@ -135,11 +151,36 @@ class Comparison:
             reports.write(self._args.out, self.report, text(self.report))
 
 
-def _forward(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line)
-    lines.put(None)
+@dataclass
+class Process:
+    """A process, and where it complains."""
+
+    popen: "subprocess.Popen[str]"
+    log: IO[str]
+
+    def lines(self, deadline: float) -> Iterator[str]:
+        """Let it begin; the lines that it writes.
+
+        :raises queue.Empty: there is no further one at the deadline, and it hasn't ended.
+        """
+        assert self.popen.stdin is not None
+        with suppress(BrokenPipeError):
+            self.popen.stdin.write("\n")
+            self.popen.stdin.close()
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._forward, args=(lines,), daemon=True).start()
+        while (line := lines.get(timeout=max(deadline - time.monotonic(), 0.001))) is not None:
+            yield line
+
+    def said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()[-1500:]
+
+    def _forward(self, lines: "queue.Queue[str | None]") -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            lines.put(line)
+        lines.put(None)
 
 
 def relative_error(one: Any, other: Any) -> float:

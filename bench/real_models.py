@@ -29,8 +29,9 @@ PROMPTS = [
 ]
 _NUM_NUMBERS = 1000
 _SPECIAL = ["<pad>", "</s>", "<unk>"]
-_SHARD_BYTES = 2 * 1024**3
+_SHARD_BYTES = 1024**3
 _NUM_WRITERS = 12
+_BUFFER_BYTES = 64 * 1024**2
 _ALIGNMENT = 64
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 Config = Mapping[str, Any]
@@ -466,7 +467,7 @@ def _shards(module: torch.nn.Module, folder: Path, name: str) -> list[tuple[Path
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file, copied from the device straight into the mapped file: no lock of the interpreter is held."""
+    """A safetensors file; the interpreter's lock isn't held meanwhile."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, tensor in tensors.items():
@@ -474,14 +475,16 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    mapped = torch.from_file(str(path), shared=True, size=8 + len(text) + end, dtype=torch.uint8)
-    head = len(text).to_bytes(8, "little") + text
-    mapped[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    at = len(head)
-    for tensor in tensors.values():
-        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-        mapped[at : at + flat.numel()].copy_(flat)
-        at += flat.numel()
+    # Where they come from a GPU, through pinned memory: threads that copy into pageable memory wait for each other.
+    is_pinned = next(iter(tensors.values())).is_cuda
+    buffer = torch.empty(_BUFFER_BYTES, dtype=torch.uint8, pin_memory=is_pinned)
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for chunk in torch.split(tensor.detach().contiguous().flatten().view(torch.uint8), _BUFFER_BYTES):
+                part = buffer[: chunk.numel()]
+                part.copy_(chunk)
+                file.write(part.numpy().data)
 
 
 def look(name: str, pipeline: Any, *, is_tiny: bool) -> str:

@@ -3,7 +3,7 @@
 The sides: `eager` and `compiled` are plain diffusers, the latter by its documented recipe of regional compilation
 (`compile_repeated_blocks(fullgraph=True)`); `max-autotune` is diffusers' recipe of whole compilation
 (`torch.compile(mode="max-autotune", fullgraph=True)` in the channels-last format); `sgld` is an Engine with its rank
-process; `http` is `sgld serve` and a client.
+process; `http` is `sgld serve` and a client. It begins when it reads a line on stdin.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a rank chooses that itself, unless torch is there before it
 
 import anyio
 import numpy as np
@@ -48,7 +49,7 @@ class Plain:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self._device = device
         start = time.perf_counter()
-        self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+        self.pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.load_s = time.perf_counter() - start
         self.denoiser = denoiser = getattr(self.pipeline, MODELS[model].denoiser)
@@ -305,6 +306,8 @@ def main() -> None:
     parser.add_argument("--options", default="{}", help="JSON: options of sgld")
     parser.add_argument("--tiny", action="store_true", help="small pictures and few steps")
     args = parser.parse_args()
+    # All is imported; what takes the device begins when it is free.
+    sys.stdin.readline()
     rows = [tiny(ROWS[name]) if args.tiny else ROWS[name] for name in args.rows]
     if args.side == "sgld":
         anyio.run(our_rows, rows, args)
