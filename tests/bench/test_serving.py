@@ -7,6 +7,7 @@ from measured import Measured
 from policies import Class
 from serving import MIXES, Asked
 
+from sgld.engine.cost import LearnedTime
 from sgld.engine.demand import CallClass, Profile
 from sgld.engine.learned import Learned
 
@@ -22,7 +23,12 @@ def learned() -> Learned:
         (("decode", DECODE, 1), 1),
     )
     like = repr((512, 512, 1, 20, None, None, None, True, 0, []))
-    times = ((STEP, 1, 0.1), (STEP, 2, 0.15), (ENCODE, 1, 0.01), (DECODE, 1, 0.05))
+    times: tuple[LearnedTime, ...] = (
+        (STEP, 1, "graph", 0.1),
+        (STEP, 2, "graph", 0.15),
+        (ENCODE, 1, "eager", 0.01),
+        (DECODE, 1, "eager", 0.05),
+    )
     return Learned(times=times, profiles=(Profile(like, None, calls),))
 
 
