@@ -56,6 +56,7 @@ class Upscaler(nn.Module):
     :param run: what the network does, where that isn't a call: (1, 3, H, W) in [0, 1], sides multiples of `multiple`.
     :param radius: how many pixels around one count for it.
     :param bytes_per_pixel: what the network allocates for one of the picture, about, with numbers of one byte.
+    :param is_half_enough: fp16 on a GPU is nearly the same: networks of Real-ESRGAN are used so by their authors.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Upscaler(nn.Module):
         multiple: int,
         bytes_per_pixel: int,
         run: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        is_half_enough: bool = True,
     ) -> None:
         super().__init__()
         self.network = network
@@ -76,11 +78,16 @@ class Upscaler(nn.Module):
         self.radius = radius
         self.multiple = multiple
         self.num_weights = sum(weight.numel() for weight in network.parameters())
-        self.dtype = next((weight.dtype for weight in network.parameters()), torch.float32)
         self.bytes_per_pixel = bytes_per_pixel
+        self.is_half_enough = is_half_enough
         self.edge: int | None = None
         """The sides of tiles, once that is decided."""
         self._run = run or network
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the network computes."""
+        return next((weight.dtype for weight in self.network.parameters()), torch.float32)
 
     def decode(self, picture: torch.Tensor, canvas: Canvas, index: int) -> torch.Tensor | None:
         """Enlarge tile `index` of a picture, (1, H, W, 3 or 4), uint8; with the last one the whole picture is there."""
@@ -132,7 +139,9 @@ def load_filter(source: FilterSource, device: torch.device) -> Filter:
     """
     load = _interpolator if source.kind == "interpolation" else _upscaler
     with torch.no_grad():
-        filter_ = load(source.path, device)
+        filter_ = load(source.path)
+    if isinstance(filter_, Upscaler) and device.type == "cuda" and filter_.is_half_enough:
+        filter_.half()
     return filter_.requires_grad_(False).eval().to(device)
 
 
@@ -147,7 +156,7 @@ def _native(scale: int) -> int:
     return next((native for native in _NATIVE_SCALES if native >= scale), _NATIVE_SCALES[-1])
 
 
-def _interpolator(path: str, _device: torch.device) -> Interpolator:
+def _interpolator(path: str) -> Interpolator:
     """RIFE from a path; where none is given, from the hub's cache, or else optical flow."""
     file = cached(RIFE_REPO, _RIFE_FILE) if not path else None
     if path == OPTICAL_FLOW or (not path and file is None):
@@ -159,7 +168,7 @@ def _interpolator(path: str, _device: torch.device) -> Interpolator:
         raise _refused("interpolation", path, error) from None
 
 
-def _upscaler(path: str, device: torch.device) -> Upscaler | Lanczos:
+def _upscaler(path: str) -> Upscaler | Lanczos:
     if path == LANCZOS:
         return Lanczos()
     try:
@@ -211,6 +220,7 @@ def _of_spandrel(state: dict[str, torch.Tensor]) -> Upscaler:
         multiple=1,
         bytes_per_pixel=4 * 64 * found.scale**2,
         run=found,
+        is_half_enough=found.supports_half,
     )
 
 

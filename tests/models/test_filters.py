@@ -95,8 +95,8 @@ def test_without_weights_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPat
 
 
 def test_spandrel_runs_what_it_knows(tmp_path: Path) -> None:
-    spandrel = pytest.importorskip("spandrel", exc_type=ImportError)
-    model = spandrel.architectures.SPAN.SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2)
+    span = pytest.importorskip("spandrel.architectures.SPAN", exc_type=ImportError)
+    model = span.SPAN(num_in_ch=3, num_out_ch=3, feature_channels=48, upscale=2)
     save_file(model.state_dict(), tmp_path / "span.safetensors")
     upscaler = load_filter(source("upscaling", tmp_path / "span.safetensors"), CPU)
     assert isinstance(upscaler, Upscaler)
