@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from sgld.engine.frames import FrameStore
 from sgld.events import AnyEvent, Preview, Progress
 from sgld.request import TRANSITIONS, Request, RequestState
 
@@ -66,8 +67,8 @@ class Entry:
         self.state = RequestState.QUEUED
         self.attempt = 1
         self.num_losses = 0
-        self.frames: list[NDArray[np.uint8]] = []
-        """Pieces of the result, (F, H, W, 3 or 4) each."""
+        self.frames = FrameStore()
+        """Of the result, (F, H, W, 3 or 4)."""
         self.is_video = False
         self.sound: list[NDArray[np.float32]] = []
         """Pieces of the result, (channels, samples) each."""
@@ -81,7 +82,7 @@ class Entry:
         assert state in TRANSITIONS[self.state], f"{self.request.id}: {self.state} to {state}"
         self.state = state
         if state is RequestState.QUEUED:
-            self.frames, self.sound = [], []
+            self.frames, self.sound = FrameStore(), []
 
     def put(self, event: AnyEvent) -> None:
         """Send an event to the consumer."""
@@ -92,15 +93,11 @@ class Entry:
         return kind(request_id=self._group, output_index=self.request.output_index, **fields)
 
     def keep(self, index: int, pixels: "NDArray[np.uint8]") -> "tuple[int, NDArray[np.uint8]] | None":
-        """Keep frames from `index` on in the place of what was sent for them before.
+        """Keep a copy of frames from `index` on in the place of what was sent for them before; in any thread.
 
         :return: the index and frames among them that weren't delivered yet.
         """
-        while (excess := sum(map(len, self.frames)) - index) > 0:
-            last = self.frames.pop()
-            if len(last) > excess:
-                self.frames.append(last[:-excess])
-        self.frames.append(pixels)
+        kept = self.frames.put(index, pixels)
         first = max(index, self._num_delivered)
-        self._num_delivered = max(self._num_delivered, index + len(pixels))
-        return (first, pixels[first - index :]) if first < index + len(pixels) else None
+        self._num_delivered = max(self._num_delivered, index + len(kept))
+        return (first, kept[first - index :]) if first < index + len(kept) else None

@@ -114,22 +114,31 @@ class Requests:
         They are copied out of the tensor queue: the consumer may keep them, the rank needs the slots.
         """
         ref = reply.samples if isinstance(reply, Heard) else reply.pixels
-        if reply.request_id not in self._entries:
+        if (entry := self._entries.get(reply.request_id)) is None:
             tensors.release(ref)
             return
+        if isinstance(reply, Decoded):
+            await self._take_frames(entry, reply, tensors)
+            return
         copied = await _off_the_loop(prod(ref.shape), lambda: _copied(tensors, ref))
-        if (entry := self._entries.get(reply.request_id)) is None:
+        if reply.request_id not in self._entries:
             return
         match reply:
             case Previewed(step=step):
                 entry.put(entry.event(Preview, step=step, image=copied))
-            case Decoded(index=index, is_video=is_video):
-                entry.is_video = is_video
-                if (new := entry.keep(index, copied)) is not None and is_video:
-                    entry.put(entry.event(Frames, index=new[0], frames=new[1]))
             case Heard(sample_rate=sample_rate):
                 entry.sample_rate = sample_rate
                 entry.sound.append(copied.view(np.float32).T)
+
+    async def _take_frames(self, entry: Entry, reply: Decoded, tensors: TensorReader) -> None:
+        def keep() -> tuple[int, NDArray[np.uint8]] | None:
+            with tensors.borrowed(reply.pixels) as view:
+                return entry.keep(reply.index, view)
+
+        entry.is_video = reply.is_video
+        new = await _off_the_loop(prod(reply.pixels.shape), keep)
+        if new is not None and reply.is_video and reply.request_id in self._entries:
+            entry.put(entry.event(Frames, index=new[0], frames=new[1]))
 
     def report(self, reply: Report) -> Entry | None:
         """The rank says something else of a request; it may have ended meanwhile.
@@ -163,7 +172,7 @@ class Requests:
 
     async def tell_completed(self, entry: Entry) -> None:
         """Tell the last event of a request, with all its frames in one; also while the engine closes."""
-        num_bytes = sum(piece.nbytes for piece in entry.frames)
+        num_bytes = entry.frames.num_bytes_in_memory
         with anyio.CancelScope(shield=True):
             entry.put(await _off_the_loop(num_bytes, lambda: self._completed(entry)))
 
@@ -193,7 +202,7 @@ class Requests:
         params = entry.request.params
         return entry.event(
             Completed,
-            frames=np.concatenate(entry.frames) if entry.frames else np.empty((0, 0, 0, 3), np.uint8),
+            frames=entry.frames.joined(),
             is_video=entry.is_video,
             audio=np.concatenate(entry.sound, axis=1) if entry.sound else None,
             sample_rate=entry.sample_rate,

@@ -67,7 +67,8 @@ async def test_a_long_clip_holds_up_nobody() -> None:
     """97 MB, put together while others have their turn."""
     requests, [entry] = requests_of("a")
     requests.admit(0)
-    entry.frames = [np.zeros((27, 720, 832, 3), np.uint8) for _ in range(2)]
+    for index in (0, 27):
+        entry.keep(index, np.zeros((27, 720, 832, 3), np.uint8))
     assert requests.report(Finished(request_id=entry.request.id)) is entry
     num_turns = 0
 
