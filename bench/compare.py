@@ -34,6 +34,8 @@ from sides import SIDES
 
 HERE = Path(__file__).parent
 _LEAVE_S = 30.0
+# What sides say, and the list of the report that it is put into.
+_LISTS = {"measured": "measured", "start": "starts", "settling": "settling", "ticks": "ticks"}
 # The models in this order, each in turns; the folder of one is gone before the next is made.
 _ORDER = ("flux", "sdxl", "wan", "qwen-image", "z-image", "sd3.5-medium")
 
@@ -54,6 +56,7 @@ class Comparison:
             "decisions": {},
             "pictures": {},
             "settling": [],
+            "ticks": [],
             "problems": [],
         }
 
@@ -91,7 +94,7 @@ class Comparison:
             if kind == "decisions":
                 self.report["decisions"][name] = value
             else:
-                self.report[{"measured": "measured", "start": "starts", "settling": "settling"}[kind]].append(value)
+                self.report[_LISTS[kind]].append(value)
         self.write()
 
     @contextmanager

@@ -104,14 +104,20 @@ def _roofline(report: dict[str, Any]) -> list[str]:
         f"Of an 8192³ product in bf16, {statistics.median(roofs):.0f} TFLOP/s: whole steps, denoiser and all else.",
         "",
     ]
-    lines += ["| work | TFLOP of a step | eager | compiled | sgld |", "|---|---|---|---|---|"]
+    lines += ["| work | TFLOP of a step | eager | compiled | sgld | of it outside of forwards | these ran |"]
+    lines += ["|---" * 7 + "|"]
     for row in ROWS.values():
         sides = _found(report, row.name)
         tflop = sides.get("eager", {}).get("notes", {}).get("step_tflop")
         if tflop:
             cells = [_share(sides.get(side), tflop, statistics.median(roofs)) for side in ("eager", "compiled", "sgld")]
+            cells += next((_ran(ticks) for ticks in report["ticks"] if ticks["row"] == row.name), ["", ""])
             lines.append(f"| {_work(row)} | {tflop:.1f} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _ran(ticks: dict[str, Any]) -> list[str]:
+    return [f"{ticks['lost']:.1%}", ", ".join(f"{name or 'forward'} {n}" for name, n in ticks["variants"].items())]
 
 
 def _share(measured: dict[str, Any] | None, tflop: float, roof: float) -> str:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -26,6 +27,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a rank chooses that itself, unless torch is there before it
 
 import anyio
+import msgspec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -141,15 +143,18 @@ class Ours:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self.last_id = ""
 
     async def run(self, request: dict[str, Any]) -> tuple[float, float, NDArray[np.uint8]]:
         """Seconds of a request, milliseconds of its steps, and its frames."""
+        from sgld.engine.requests import output_id
         from sgld.events import Completed, Failed, Progress
         from sgld.sampling_params import SamplingParams
 
         ends: list[float] = []
         start = time.perf_counter()
         async for event in self._engine.generate(SamplingParams(**request)):
+            self.last_id = output_id(event.request_id, event.output_index)
             match event:
                 case Progress():
                     ends.append(time.perf_counter())
@@ -179,36 +184,61 @@ async def our_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Measure with the engine: first requests of all rows, then requests for a while, then each row."""
     from sgld.engine.engine import Engine
 
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        start = time.perf_counter()
+        async with Engine(msgspec.structs.replace(engine_config(args), trace=str(trace))) as engine:
+            info = await engine.ready()
+            load_s = time.perf_counter() - start
+            say("decisions", info.decisions)
+            measured_ids = await _measure(Ours(engine), rows, args, load_s)
+        ticks = [event for event in json.loads(trace.read_text()) if "cost_key" in event.get("args", {})]
+    for name, ids in measured_ids.items():
+        say("ticks", {"row": name, **busy(ticks, ids, MODELS[args.model].denoiser)})
+
+
+async def _measure(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, load_s: float) -> dict[str, list[str]]:
+    """:return: the ids of single requests that were measured, by row."""
     call = MODELS[args.model].call
-    start = time.perf_counter()
-    async with Engine(engine_config(args)) as engine:
-        info = await engine.ready()
-        notes = {"load_s": time.perf_counter() - start}
-        say("decisions", info.decisions)
-        ours = Ours(engine)
-        found = {}
-        for row in rows:
-            found[row.name] = Measured(row.name, args.side, notes=dict(notes))
-            if row.kind == "single":
-                found[row.name].first_s, _, frames = await ours.run(row.request(0, call))
-                keep(args, row, "sgld-first", frames)
-        await settle(ours, rows, args, call)
-        for row in rows:
-            measured = found[row.name]
-            if row.kind == "staggered":
-                measured.first_s, *measured.warm_s = [
-                    await ours.staggered(row, call, _STAGGERED * turn) for turn in range(1, 4)
-                ]
-            else:
-                for index in range(1, args.repeats + 1):
-                    elapsed_s, step_ms, _ = await ours.run(row.request(index, call))
-                    measured.warm_s.append(elapsed_s)
-                    measured.step_ms.append(step_ms)
-                keep(args, row, "sgld", (await ours.run(row.request(0, call)))[2])
-                exact_s, _, frames = await ours.run(row.request(0, call) | {"exact": True})
-                measured.notes["exact_s"] = exact_s
-                keep(args, row, "sgld-exact", frames)
+    first_s: dict[str, float] = {}
+    for row in rows:
+        if row.kind == "single":
+            first_s[row.name], _, frames = await ours.run(row.request(0, call))
+            keep(args, row, "sgld-first", frames)
+    await settle(ours, rows, args, call)
+    ids: dict[str, list[str]] = {}
+    for row in rows:
+        measured = Measured(row.name, args.side, first_s.get(row.name), notes={"load_s": load_s})
+        if row.kind == "staggered":
+            measured.first_s, *measured.warm_s = [
+                await ours.staggered(row, call, _STAGGERED * turn) for turn in range(1, 4)
+            ]
             say("measured", asdict(measured))
+            continue
+        for index in range(1, args.repeats + 1):
+            elapsed_s, step_ms, _ = await ours.run(row.request(index, call))
+            measured.warm_s.append(elapsed_s)
+            measured.step_ms.append(step_ms)
+            ids.setdefault(row.name, []).append(ours.last_id)
+        keep(args, row, "sgld", (await ours.run(row.request(0, call)))[2])
+        measured.notes["exact_s"], _, frames = await ours.run(row.request(0, call) | {"exact": True})
+        keep(args, row, "sgld-exact", frames)
+        say("measured", asdict(measured))
+    return ids
+
+
+def busy(ticks: Sequence[dict[str, Any]], ids: Sequence[str], denoiser: str) -> dict[str, Any]:
+    """Of a trace: what of the time between the denoiser's first forward and its last isn't in one, and how they ran.
+
+    Of the median request; times are those of the device.
+    """
+    shares, ran = [], Counter[str]()
+    for request_id in ids:
+        own = [t for t in ticks if request_id in t["args"]["requests"] and t["args"]["cost_key"].startswith(denoiser)]
+        span_us = max(t["ts"] + t["dur"] for t in own) - min(t["ts"] for t in own)
+        shares.append(1 - sum(t["dur"] for t in own) / span_us)
+        ran.update(t["args"].get("variant", "") for t in own)
+    return {"lost": statistics.median(shares), "variants": dict(ran)}
 
 
 async def settle(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, call: Any) -> None:

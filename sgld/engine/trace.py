@@ -58,6 +58,7 @@ class Trace:
             "tick": self._num_ticks,
             "mode": reply.mode,
             "rows": reply.rows,
+            "variant": reply.variant,
             "calls": [call.id for call in calls],
             "requests": [call.request_id for call in calls],
             "steps": [call.step_index for call in calls],

@@ -5,6 +5,7 @@ import pytest
 from compare import relative_error
 from compared import ratio, text
 from rows import CHOSEN, NUM_STAGGERED, ROWS
+from sides import busy
 
 
 def measured(row: str, side: str, warm_s: list[float], step_ms: list[float]) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def report() -> dict[str, Any]:
             measured("flux-1024", "sgld", [2.0, 2.5, 2.6], [75.0]),
             measured("flux-1024-http", "http", [2.7], []),
         ],
+        "ticks": [{"row": "flux-1024", "lost": 0.02, "variants": {"graph": 84}}],
         "pictures": {"flux-1024": {"sgld to sgld-exact": 0.01}},
     }
 
@@ -49,7 +51,16 @@ def test_ratios_are_of_medians_and_stand_beside_what_was_wanted() -> None:
 
 
 def test_shares_of_the_roof_are_those_of_steps() -> None:
-    assert "| flux 1024x1024, 28 steps | 60.0 | 150.0 ms, 50% |  | 75.0 ms, 100% |" in text(report())
+    assert "| flux 1024x1024, 28 steps | 60.0 | 150.0 ms, 50% |  | 75.0 ms, 100% | 2.0% | graph 84 |" in text(report())
+
+
+def test_time_outside_of_forwards_is_that_between_the_first_and_the_last() -> None:
+    args = {"requests": ["a"], "cost_key": "transformer.forward(1)", "variant": "graph"}
+    other = {"requests": ["a"], "cost_key": "vae.decode(1)"}
+    ticks = [{"ts": 0, "dur": 40, "args": args}, {"ts": 50, "dur": 50, "args": args}]
+    ticks += [{"ts": 500, "dur": 9, "args": other}, {"ts": 90, "dur": 9, "args": args | {"requests": ["b"]}}]
+
+    assert busy(ticks, ["a"], "transformer") == {"lost": pytest.approx(0.1), "variants": {"graph": 2}}
 
 
 def test_problems_are_told_by_their_last_line() -> None:
