@@ -30,6 +30,7 @@ import reports
 from compared import PAIRS, text
 from real_models import MODELS
 from rows import CHOSEN, ROWS, Row
+from served import CACHES
 from sides import SIDES
 
 HERE = Path(__file__).parent
@@ -67,12 +68,15 @@ class Comparison:
             stack.callback(shutil.rmtree, root, ignore_errors=True)
             pictures = Path(temporary)
             # They import what they need while the model is made.
-            waiting = [
-                (side, stack.enter_context(self._process(["sides.py", side, name, str(root), temporary, *more])))
-                for side in self._args.sides
-                if (more := self._rows_of(side, name, rows))
-            ]
-            maker = stack.enter_context(self._process(["real_models.py", str(self._args.models), name]))
+            waiting = []
+            for side in self._args.sides:
+                if more := self._rows_of(side, name, rows):
+                    command = ["sides.py", side, name, str(root), temporary, *more]
+                    # A server finds what the engine kept.
+                    caches = pictures / ("ours" if side in ("sgld", "http") else side)
+                    waiting.append((side, stack.enter_context(self._process(command, caches))))
+            command = ["real_models.py", str(self._args.models), name]
+            maker = stack.enter_context(self._process(command, pictures / "make"))
             for line in self._lines(maker, "make", name):
                 self.report["models"].append(line)
             for side, process in waiting:
@@ -98,13 +102,12 @@ class Comparison:
         self.write()
 
     @contextmanager
-    def _process(self, args: Sequence[str]) -> Iterator["Process"]:
-        """One that waits for a line on its stdin, with caches of its own; it is ended with its children."""
+    def _process(self, args: Sequence[str], caches: Path) -> Iterator["Process"]:
+        """One that waits for a line on its stdin; it is ended with its children."""
         extra = ["--device", self._args.device, *(["--tiny"] if self._args.tiny else [])]
         command = [sys.executable, "-W", "ignore", str(HERE / args[0]), *args[1:], *extra]
-        with tempfile.TemporaryDirectory() as caches, tempfile.TemporaryFile("a+") as log:
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-            environment |= {"TRITON_CACHE_DIR": f"{caches}/triton", "SGLANG_DIFFUSION_CACHE_ROOT": f"{caches}/sgld"}
+        environment = {**os.environ, **{variable: str(caches / variable.lower()) for variable in CACHES}}
+        with tempfile.TemporaryFile("a+") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -198,7 +201,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["eager", "compiled", "sgld", "http"])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--settle-s", type=float, default=30.0, help="requests of sgld that aren't measured, seconds")
+    parser.add_argument(
+        "--settle-s", type=float, default=100.0, help="of sgld, at most, for what is compiled and captured"
+    )
     parser.add_argument("--limit-s", type=float, default=600.0, help="seconds that a side may take for a model")
     parser.add_argument("--options", default="{}", help="JSON: options of sgld, as of its config file")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/sgld-bench"), help="where models are made")

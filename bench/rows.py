@@ -26,7 +26,7 @@ class Row:
 
     name: str
     model: str
-    size: Mapping[str, int]
+    size: Mapping[str, int] = field(hash=False)
     num_steps: int
     kind: Kind = "single"
     least: float | None = None

@@ -18,6 +18,8 @@ import httpx2
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 0.05
+CACHES = ("SGLANG_DIFFUSION_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+"""Variables that name folders of what is kept between starts."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ def _clip(frames: int, height: int, width: int) -> dict[str, int]:
 # To try the script: as mix C, small and with few steps.
 _TINY = (Class(32, 4, 0.15), Class(48, 4, 0.25), Class(64, 5, 0.45), Class(96, 7, 0.15))
 PICTURES: Mapping[str, Sequence[Class]] = {**policies.MIXES, "tiny": _TINY}
+
+
+def mix_of(name: str, share: float) -> tuple[Kind, ...]:
+    """A mix by its name, whose requests have this share of their steps."""
+    return tuple(replace(kind, num_steps=max(round(share * kind.num_steps), 2)) for kind in MIXES[name])
+
+
 MIXES = {
     **{name: _pictures(mix) for name, mix in PICTURES.items()},
     "video": (
@@ -183,19 +190,18 @@ def percentile(ordered: Sequence[float], percent: int) -> float:
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
 
-def simulated(asked: Sequence[Asked], mix: Sequence[Measured]) -> list[float]:
-    """Latencies of the same arrivals in the simulation."""
+def simulated(asked: Sequence[Asked], mix: Sequence[Measured], alone: Mapping[str, float]) -> list[float]:
+    """Latencies of the same arrivals in the simulation; and what a lone request takes beside forwards."""
     by_name = {of.name: of for of in mix}
     jobs = [policies.Job(number, by_name[one.kind], one.arrives_at) for number, one in enumerate(asked)]
     queueing.simulate(policies.POLICIES["sgld"](), jobs)
-    return [job.latency_s for job in jobs]
+    return [job.latency_s + max(alone[job.of.name] - job.of.alone_s, 0) for job in jobs]
 
 
-def against_simulation(asked: Sequence[Asked], mix: Sequence[Measured]) -> dict[str, Any]:
+def against_simulation(asked: Sequence[Asked], mix: Sequence[Measured], alone: Mapping[str, float]) -> dict[str, Any]:
     """How far what was measured is from the simulation, request by request and in the mean."""
-    pairs = [
-        (one.latency_s, expected) for one, expected in zip(asked, simulated(asked, mix), strict=True) if one.is_done
-    ]
+    expected_s = simulated(asked, mix, alone)
+    pairs = [(one.latency_s, expected) for one, expected in zip(asked, expected_s, strict=True) if one.is_done]
     differences = sorted(abs(seen - expected) / expected for seen, expected in pairs)
     means = [statistics.fmean(part) for part in zip(*pairs, strict=True)]
     return {
@@ -217,7 +223,7 @@ def claim(mix: Sequence[Measured], num_requests: int) -> list[dict[str, Any]]:
 
 async def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Measure and replay; what the server learns is kept in the folder."""
-    kinds = MIXES[args.mix]
+    kinds = mix_of(args.mix, args.steps)
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(_client(args, folder))
         await _warm_up(http, kinds, args.warm_up_s)
@@ -230,6 +236,7 @@ async def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "load": args.load,
             "rate_per_s": rate,
             "minutes": args.minutes,
+            "steps": args.steps,
             "alone_s": alone,
             "summary": summary(asked, alone),
             "server": (await http.get("/server_info")).json()["model"],
@@ -254,9 +261,11 @@ async def _client(args: argparse.Namespace, folder: Path) -> AsyncIterator[httpx
 
 def with_simulation(report: dict[str, Any], cache: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The same arrivals, simulated with the times that the server learned; and many more."""
-    mix = measured.classes(measured.read(cache), PICTURES[args.mix], policies.MAX_BATCH_SIZE)
+    steps = [kind.num_steps for kind in mix_of(args.mix, args.steps)]
+    classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[args.mix], steps, strict=True)]
+    mix = measured.classes(measured.read(cache), classes, policies.MAX_BATCH_SIZE)
     asked = [Asked(**one) for one in report["asked"]]
-    found = {"simulation": against_simulation(asked, mix), "times": measured.as_rows(mix)}
+    found = {"simulation": against_simulation(asked, mix, report["alone_s"]), "times": measured.as_rows(mix)}
     return {**report, **found, "claim": claim(mix, args.requests)}
 
 
@@ -273,7 +282,9 @@ def text(report: dict[str, Any]) -> str:
     """The report for people."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [f"# Mix {report['mix']} at load {report['load']:g}", "", f"`{report['command']}`", ""]
-    lines += [f"{report['machine']}; {versions}. {report['rate_per_s']:.3f} requests a second, Poisson, seconds.", ""]
+    steps = "" if report["steps"] == 1 else f" Requests have {report['steps']:.0%} of their steps."
+    rate = f"{report['rate_per_s']:.3f} requests a second, Poisson, for {report['minutes']:g} minutes"
+    lines += [f"{report['machine']}; {versions}. {rate}.{steps} Seconds.", ""]
     lines += [
         "| requests | number | alone | mean | p50 | p95 | p99 | in time | goodput, 1/s | 429 |",
         "|---" * 10 + "|",
@@ -317,6 +328,9 @@ def main() -> None:
     parser.add_argument("--url", help="a server that runs")
     parser.add_argument("--mix", choices=list(MIXES), default="C")
     parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument(
+        "--steps", type=float, default=1.0, help="share of each request's steps, to try it in less time"
+    )
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--warm-up-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=8)

@@ -7,7 +7,6 @@ process; `http` is `sgld serve` and a client. It begins when it reads a line on 
 """
 
 import argparse
-import asyncio
 import io
 import json
 import os
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -27,6 +26,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a rank chooses that itself, unless torch is there before it
 
 import anyio
+import httpx2
 import msgspec
 import numpy as np
 import torch
@@ -35,13 +35,16 @@ from numpy.typing import NDArray
 from real_models import MODELS
 from roofline import ROOF_SIDE, moment, roof_tflops, step_tflop
 from rows import NUM_STAGGERED, ROWS, STAGGER_S, Measured, Row, tiny
-from served import picture, ready_s, serving
+from served import CACHES, Server, picture, ready_s, serving
 
 SIDES = ("eager", "compiled", "max-autotune", "sgld", "http")
 # Of the staggered requests a plain pipeline runs so many, which have as many steps in the mean as all.
 _SOME_STAGGERED = (0, 5, 10, 15)
 # Where the prompts and seeds of requests begin that others aren't compared with.
 _STAGGERED, _SETTLING = 100, 500
+_FEW_STEPS = {"num_inference_steps": 10}
+# Rounds that took as long as one another, within so much.
+_NUM_STEADY, _STEADY = 3, 1.05
 
 
 class Plain:
@@ -166,6 +169,11 @@ class Ours:
                     return elapsed_s, between, frames
         raise RuntimeError("the request ended without a result")
 
+    @property
+    def decisions(self) -> str:
+        """What the engine says of its components by now."""
+        return json.dumps(self._engine.model.decisions)
+
     async def staggered(self, row: Row, call: Any, first: int) -> float:
         """Seconds of a request, from the first one's arrival to the last one's end; `first` is its index."""
         start = time.perf_counter()
@@ -205,7 +213,14 @@ async def _measure(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, lo
         if row.kind == "single":
             first_s[row.name], _, frames = await ours.run(row.request(0, call))
             keep(args, row, "sgld-first", frames)
-    await settle(ours, rows, args, call)
+
+    async def one(request: dict[str, Any]) -> float:
+        return (await ours.run(request))[1]
+
+    async def said() -> str:
+        return ours.decisions
+
+    await Settling(rows, call, args.settle_s).run(one, said)
     ids: dict[str, list[str]] = {}
     for row in rows:
         measured = Measured(row.name, args.side, first_s.get(row.name), notes={"load_s": load_s})
@@ -241,45 +256,84 @@ def busy(ticks: Sequence[dict[str, Any]], ids: Sequence[str], denoiser: str) -> 
     return {"lost": statistics.median(shares), "variants": dict(ran)}
 
 
-async def settle(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, call: Any) -> None:
-    """Requests that aren't measured, while things are compiled and captured in the background."""
-    until, indices = time.perf_counter() + args.settle_s, count(_SETTLING)
-    while time.perf_counter() < until:
-        for row in rows:
-            if row.kind == "single":
-                elapsed_s, step_ms, _ = await ours.run(row.request(next(indices), call))
-                say("settling", {"row": row.name, "s": round(elapsed_s, 3), "step_ms": round(step_ms, 2)})
+class Settling:
+    """Requests that aren't measured, while things are compiled and captured in the background.
+
+    It ends when the last rounds took as long as one another and what is to be compiled is, or when its time is up.
+    """
+
+    def __init__(self, rows: Sequence[Row], call: Any, limit_s: float) -> None:
+        self._rows = [row for row in rows if row.kind != "staggered"]
+        self._call = call
+        self._limit_s = limit_s
+
+    async def run(self, one: Callable[[dict[str, Any]], Awaitable[float]], said: Callable[[], Awaitable[str]]) -> None:
+        """Send them.
+
+        :param one: runs a request; :return: what it took, in any unit.
+        :param said: what the engine says of its components.
+        """
+        until, indices = time.perf_counter() + self._limit_s, count(_SETTLING)
+        rounds: list[list[float]] = []
+        while time.perf_counter() < until:
+            requests = [row.request(next(indices), self._call) | _FEW_STEPS for row in self._rows]
+            rounds.append([await one(request) for request in requests])
+            say("settling", {"took": [round(value, 3) for value in rounds[-1]]})
+            if is_steady(rounds) and "compiled" in await said():
+                return
+
+
+def is_steady(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether the last three rounds differ by little."""
+    last = rounds[-_NUM_STEADY:]
+    return len(last) == _NUM_STEADY and all(max(of) <= _STEADY * min(of) for of in zip(*last, strict=True))
 
 
 async def http_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Measure over HTTP, with a server that starts on a cold cache, and with one that starts on a warm one."""
+    """Measure over HTTP: the first answer on a cold cache, then all with a server that finds what the engine kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        cold = {name: str(Path(folder) / name) for name in CACHES}
+        async with serving(Path(folder) / "cold", _serve_flags(args), cold) as server, server.client() as http:
+            await first_answers(server, http, rows[:1], args, "cold")
+        async with serving(Path(folder) / "warm", _serve_flags(args)) as server, server.client() as http:
+            ready, answered = await first_answers(server, http, rows, args, "warm")
+            await _measure_http(http, rows, args, dict(zip(rows, answered, strict=True)), ready)
+            say("decisions", (await http.get("/server_info")).json()["model"]["decisions"])
+
+
+async def first_answers(
+    server: Server, http: httpx2.AsyncClient, rows: Sequence[Row], args: argparse.Namespace, cache: str
+) -> tuple[float, list[float]]:
+    """Seconds until the model is loaded, and what a first request of each row takes then."""
+    ready, answered = await ready_s(server, http), []
+    for row in rows:
+        begin = time.monotonic()
+        await picture(http, row.request(0, MODELS[args.model].call))
+        answered.append(time.monotonic() - begin)
+    named = {"model": args.model, "cache": cache, "rows": [row.name for row in rows]}
+    say("start", {**named, "ready_s": ready, "first_answers_s": answered})
+    return ready, answered
+
+
+async def _measure_http(
+    http: httpx2.AsyncClient, rows: Sequence[Row], args: argparse.Namespace, first_s: dict[Row, float], load_s: float
+) -> None:
     call = MODELS[args.model].call
-    flags = ["--model-path", str(args.folder), "--device", args.device, *_flags(args)]
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        caches = {name: str(root / name) for name in ("SGLANG_DIFFUSION_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")}
-        caches["TRITON_CACHE_DIR"] = str(root / "triton")
-        for start, count in (("cold", 0), ("warm", args.repeats)):
-            async with serving(root / start, flags, caches) as server, server.client() as http:
-                ready = await ready_s(server, http)
-                answered = []
-                for row in rows:
-                    begin = time.monotonic()
-                    await picture(http, row.request(0, call))
-                    answered.append(time.monotonic() - begin)
-                first = {"ready_s": ready, "first_answers_s": answered}
-                say("start", {"model": args.model, "cache": start, "rows": [row.name for row in rows], **first})
-                if count == 0:
-                    await asyncio.sleep(args.settle_s)  # what was begun is compiled, and kept
-                for row in rows if count else ():
-                    measured = Measured(row.name, args.side, first_s=answered[rows.index(row)], notes={"load_s": ready})
-                    for index in range(count + 2):
-                        begin = time.perf_counter()
-                        content = await picture(http, row.request(index + 1, call))
-                        # The first two are for what is captured after some uses.
-                        measured.warm_s += [time.perf_counter() - begin] if index >= 2 else []
-                    keep(args, row, "http", _as_frames([_decoded(content)]))
-                    say("measured", asdict(measured))
+
+    async def one(request: dict[str, Any]) -> float:
+        begin = time.perf_counter()
+        await picture(http, request)
+        return time.perf_counter() - begin
+
+    async def said() -> str:
+        return json.dumps((await http.get("/server_info")).json()["model"]["decisions"])
+
+    await Settling(rows, call, args.settle_s).run(one, said)
+    for row in rows:
+        measured = Measured(row.name, args.side, first_s[row], notes={"load_s": load_s})
+        measured.warm_s = [await one(row.request(index, call)) for index in range(1, args.repeats + 1)]
+        keep(args, row, "http", _as_frames([_decoded(await picture(http, row.request(0, call)))]))
+        say("measured", asdict(measured))
 
 
 def engine_config(args: argparse.Namespace) -> Any:
@@ -292,11 +346,12 @@ def engine_config(args: argparse.Namespace) -> Any:
     return fill(EngineConfig, values)
 
 
-def _flags(args: argparse.Namespace) -> list[str]:
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in json.loads(args.options).items())
-    return [
-        part for flag, value in pairs for part in (flag, str(value).lower() if value in (True, False) else str(value))
-    ]
+def _serve_flags(args: argparse.Namespace) -> list[str]:
+    """The same for `sgld serve`."""
+    flags = ["--model-path", str(args.folder), "--device", args.device]
+    for name, value in json.loads(args.options).items():
+        flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return flags
 
 
 def keep(args: argparse.Namespace, row: Row, name: str, frames: NDArray[np.uint8]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from compare import relative_error
 from compared import ratio, text
 from rows import CHOSEN, NUM_STAGGERED, ROWS
-from sides import busy
+from sides import busy, is_steady
 
 
 def measured(row: str, side: str, warm_s: list[float], step_ms: list[float]) -> dict[str, Any]:
@@ -61,6 +61,12 @@ def test_time_outside_of_forwards_is_that_between_the_first_and_the_last() -> No
     ticks += [{"ts": 500, "dur": 9, "args": other}, {"ts": 90, "dur": 9, "args": args | {"requests": ["b"]}}]
 
     assert busy(ticks, ["a"], "transformer") == {"lost": pytest.approx(0.1), "variants": {"graph": 2}}
+
+
+def test_rounds_are_steady_when_three_took_as_long_as_one_another() -> None:
+    assert is_steady([[9.0, 9.0], [1.0, 2.0], [1.02, 2.0], [1.0, 2.05]])
+    assert not is_steady([[1.0, 2.0], [1.0, 2.0], [1.0, 1.8]])
+    assert not is_steady([[1.0, 2.0], [1.0, 2.0]])
 
 
 def test_problems_are_told_by_their_last_line() -> None:

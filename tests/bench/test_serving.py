@@ -68,10 +68,12 @@ def test_a_class_that_was_never_served_has_no_times() -> None:
 def test_a_server_that_is_as_fast_as_the_simulation_differs_by_nothing() -> None:
     mix = [Measured(512, 20, 1.0, (0.1,), 0.02, 0.05)]
     asked = [Asked("512²", at, 0.0, 200) for at in (0.0, 1.0, 9.0)]
-    for one, latency_s in zip(asked, serving.simulated(asked, mix), strict=True):
+    alone = {"512²": 2.07 + 0.5}
+    for one, latency_s in zip(asked, serving.simulated(asked, mix, alone), strict=True):
         one.latency_s = latency_s
 
-    found = serving.against_simulation(asked, mix)
+    found = serving.against_simulation(asked, mix, alone)
 
+    assert asked[2].latency_s == pytest.approx(2.57, rel=0.02)
     assert found["mean_differs"] == pytest.approx(0)
     assert found["p90_difference"] == pytest.approx(0)
