@@ -1,7 +1,7 @@
 """What a request streams back, in this order: Queued, Started, then Progress, Preview and Frames as they come
 (Restarted and again from Started if the rank was lost), and at the end one of Completed, Failed, Cancelled.
 
-Pixels are numpy arrays, uint8, RGB or RGBA; sound is float32.
+Pixels are numpy arrays, uint8, RGB or RGBA; sound is float32. Of a request with bit_depth 16 the result is uint16.
 """
 
 from typing import TYPE_CHECKING, Literal

@@ -198,6 +198,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         | None
     ) = None
     upscaling_scale: Annotated[int, Meta(ge=1, le=8, description="how many times larger each side becomes")] = 4
+    bit_depth: Annotated[
+        Literal[8, 16], Meta(description="bits for each channel of a picture; 16 needs PNG, and a VAE of fp32 or fp16")
+    ] = 8
     num_previews: Annotated[
         int, Meta(ge=0, description="number of pictures sent while denoising goes on", extra={"is_flag": False})
     ] = 0
@@ -212,6 +215,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest(str(error), error.field) from None
         if any(choice.nickname is None and choice.path is None for choice in self.lora or ()):
             raise InvalidRequest("each adapter in lora needs a nickname or a path", "lora")
+        if self.bit_depth == 16 and (self.num_frames or 1) > 1:
+            raise InvalidRequest("bit_depth is 16: frames of videos have 8 bits; ask for a picture", "bit_depth")
+        if self.bit_depth == 16 and self.enable_upscaling:
+            raise InvalidRequest("bit_depth is 16: pictures that are enlarged have 8 bits; choose one", "bit_depth")
 
     @property
     def frame_factor(self) -> int:

@@ -152,6 +152,8 @@ class Files:
         num_frames = self._settings.params[0].num_frames or 1
         if num_frames > 1 and media_format in IMAGE_FORMATS and media_format not in VIDEO_FORMATS:
             raise UsageError(f"{num_frames} frames don't fit into {name}: a video ends in .mp4, .gif or .webp")
+        if self._settings.params[0].bit_depth == 16 and media_format != "png":
+            raise UsageError(f"{name} would have 8 bits for each channel, and bit_depth is 16: a name ends in .png")
         if media_format == "avif":
             check_format(media_format)
 

@@ -137,7 +137,9 @@ class Requests:
 
         entry.is_video = reply.is_video
         new = await _off_the_loop(prod(reply.pixels.shape), keep)
-        if new is not None and reply.is_video and reply.request_id in self._entries:
+        # What has 16 bits is one picture, and comes whole with Completed.
+        is_news = reply.is_video and entry.request.params.bit_depth == 8
+        if new is not None and is_news and reply.request_id in self._entries:
             entry.put(entry.event(Frames, index=new[0], frames=new[1]))
 
     def report(self, reply: Report) -> Entry | None:
@@ -199,10 +201,10 @@ class Requests:
         return self._schedulers[entry.replica]
 
     def _completed(self, entry: Entry) -> Completed:
-        params = entry.request.params
+        params, frames = entry.request.params, entry.frames.joined()
         return entry.event(
             Completed,
-            frames=entry.frames.joined(),
+            frames=frames.view(np.uint16) if params.bit_depth == 16 and len(frames) else frames,
             is_video=entry.is_video,
             audio=np.concatenate(entry.sound, axis=1) if entry.sound else None,
             sample_rate=entry.sample_rate,

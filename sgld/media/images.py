@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from sgld.errors import InvalidRequest
 from sgld.media.files import ImageFormat
 from sgld.media.metadata import exif_block, png_chunks
+from sgld.media.png16 import encode_png16
 
 MAX_INPUT_PIXELS = 64_000_000
 # 1024x1024: level 1 takes 40 ms and 480 kB, level 6 60 ms and 408 kB.
@@ -22,7 +23,7 @@ _AVIF_SPEED = 8
 
 
 def encode_image(
-    frame: NDArray[np.uint8],
+    frame: NDArray[np.uint8] | NDArray[np.uint16],
     image_format: ImageFormat,
     *,
     quality: int = 90,
@@ -30,13 +31,18 @@ def encode_image(
 ) -> bytes:
     """One picture as the bytes of a file.
 
-    :param frame: (H, W, 3), uint8, RGB, or (H, W, 4) with alpha; a JPEG shows that before white.
+    :param frame: (H, W, 3), uint8, RGB, or (H, W, 4) with alpha; a JPEG shows that before white. A PNG of uint16 has 16
+        bits for each channel.
     :param quality: 1 to 100, of JPEG, WebP and AVIF; PNG is lossless.
     :param metadata: the parameters to write into it, see `sgld.media.metadata`.
     :raises ValueError: the frame has another shape or dtype.
     :raises InvalidRequest: the metadata doesn't fit, or the format has no pictures of this size.
     """
     check_format(image_format)
+    if frame.dtype == np.uint16 and image_format == "png" and frame.ndim == 3 and frame.shape[2] in (3, 4):
+        return encode_png16(
+            frame.astype(np.uint16, copy=False), None if metadata is None else png_chunks(metadata), _PNG_COMPRESS_LEVEL
+        )
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] not in (3, 4):
         raise ValueError(f"A picture is (H, W, 3) of uint8 or has 4 channels, got {frame.shape} of {frame.dtype}.")
     try:

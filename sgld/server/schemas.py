@@ -226,6 +226,8 @@ def _image_request(
     sampling |= {"num_outputs_per_prompt": options.n, "num_frames": 1, "num_previews": previews}
     sampling |= {"seed": seed_of(options.seed, options.n), "image_path": images}
     params = convert(sampling, SamplingParams, is_form)
+    if params.bit_depth == 16 and options.format != "png":
+        raise InvalidRequest(f"bit_depth is 16: {options.format} has 8 bits; choose png", "bit_depth")
     if mask is not None:
         kwargs = {**params.diffusers_kwargs, "mask_image": {"$image": mask, "mode": "L"}}
         params = msgspec.structs.replace(params, diffusers_kwargs=kwargs)

@@ -170,6 +170,8 @@ def _video_request(
     sampling |= {"num_outputs_per_prompt": options.n, "num_previews": options.partial_images}
     sampling |= {"seed": seed_of(options.seed, options.n)}
     params = convert(sampling, SamplingParams, is_form)
+    if params.bit_depth == 16:
+        raise InvalidRequest("bit_depth is 16: frames of videos have 8 bits", "bit_depth")
     if params.num_frames is None and options.seconds is not None:
         fps = params.fps or model_fps or DEFAULT_FPS
         num_frames = max(1, round(_seconds(options.seconds) * fps))

@@ -47,6 +47,7 @@ class Delivery:
         self._num_threads = num_threads
         self._num_previews = params.num_previews
         self._flow_shift = params.flow_shift
+        self._bit_depth = params.bit_depth
         self._video_processor: Any = None
         self._sample_rate: int | None = None
         self._streamed: list[torch.Tensor] = []
@@ -77,14 +78,19 @@ class Delivery:
         if vae is None:
             return
         real = real_of(vae)
+        if self._bit_depth == 16 and getattr(real, "dtype", None) is torch.bfloat16:
+            raise PipelineFailed(
+                "bit_depth is 16, but the VAE has bf16, which is 8 bits; start with --vae-precision fp32 or fp16"
+            )
         self._previewer.watch(task, bound, real, self._num_previews, self._preview)
         self._video_processor = getattr(bound, "video_processor", None)
-        if can_stream(real) and self._video_processor is not None and not self._filters:
+        is_plain = not self._filters and self._bit_depth == 8
+        if can_stream(real) and self._video_processor is not None and is_plain:
             enter_around(vae, "decode", lambda: self._streaming(real))
 
     def finish(self, result: Any) -> None:
         """In the task's thread: send what wasn't sent while it was decoded."""
-        outputs = outputs_of(result)
+        outputs = outputs_of(result, self._bit_depth)
         if outputs.audio is not None:
             self._send_audio(outputs.audio)
         if outputs.pixels is not None and self._postprocessing is not None:

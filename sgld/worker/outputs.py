@@ -29,13 +29,16 @@ class Outputs:
     audio: NDArray[np.float32] | None
 
 
-def outputs_of(result: Any) -> Outputs:
+def outputs_of(result: Any, bit_depth: int = 8) -> Outputs:
     """The first sample of a pipeline's result.
 
-    :raises PipelineFailed: it holds nothing that can be shown or heard.
+    :param bit_depth: of each channel of pictures, 8 or 16.
+    :raises PipelineFailed: it holds nothing that can be shown or heard, or pictures of fewer bits.
     """
     fields = _fields(result)
-    outputs = Outputs(_pixels(fields), _audio(next((fields[name] for name in _SOUNDS if name in fields), None)))
+    outputs = Outputs(
+        _pixels(fields, bit_depth), _audio(next((fields[name] for name in _SOUNDS if name in fields), None))
+    )
     if outputs.pixels is None and outputs.audio is None:
         named = f"it holds {', '.join(map(str, fields))}" if fields else f"it is a {type(result).__name__}"
         raise PipelineFailed(f"the pipeline returned neither pictures nor sound: {named}")
@@ -69,7 +72,7 @@ def _fields(result: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _pixels(fields: Mapping[str, Any]) -> Pixels | None:
+def _pixels(fields: Mapping[str, Any], bit_depth: int) -> Pixels | None:
     for names, choices in (
         (_VIDEOS, {"is_video": True}),
         (_PICTURES, {"is_video": False}),
@@ -77,7 +80,7 @@ def _pixels(fields: Mapping[str, Any]) -> Pixels | None:
         (("",), {}),
     ):
         for name in names:
-            pixels = pixels_of(fields.get(name), **choices)
+            pixels = pixels_of(fields.get(name), bit_depth=bit_depth, **choices)
             if pixels is not None and len(pixels.frames):
                 return pixels
     return None

@@ -1,4 +1,4 @@
-"""From the pictures that pipelines return to frames: uint8, (F, H, W, 3), or 4 with alpha, on their device.
+"""From the pictures that pipelines return to frames: (F, H, W, 3), or 4 with alpha, on their device.
 
 All pictures of a result belong to its one request: layers of a picture, views, maps.
 """
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sgld.errors import PipelineFailed
+
 _CHANNELS = (1, 3, 4)
 _KEPT_MODES = ("RGB", "RGBA", "L")
 _ALPHA_MODES = ("LA", "PA", "La", "RGBa")
@@ -17,17 +19,19 @@ _DEPTH_MODES = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class Pixels:
-    """Frames of a video, or pictures, (F, H, W, 3 or 4), uint8."""
+    """Frames of a video, or pictures, (F, H, W, 3 or 4), uint8; with 16 bits (F, H, W, 6 or 8), the bytes of these."""
 
     frames: torch.Tensor
     is_video: bool
 
 
-def pixels_of(value: Any, *, is_video: bool | None = None, is_map: bool = False) -> Pixels | None:
+def pixels_of(value: Any, *, is_video: bool | None = None, is_map: bool = False, bit_depth: int = 8) -> Pixels | None:
     """The first sample of pictures or videos: tensors, arrays, Pillow's, and lists of these; None if it is neither.
 
     :param is_video: whether it is a video; None: its axes tell.
     :param is_map: measured rather than painted, as depth or normals: its values may need scaling to be seen.
+    :param bit_depth: of each channel, 8 or 16.
+    :raises PipelineFailed: the values don't have so many.
     """
     value = _as_tensor(value)
     if value is None or value.ndim not in (3, 4, 5):
@@ -40,7 +44,8 @@ def pixels_of(value: Any, *, is_video: bool | None = None, is_map: bool = False)
         frames = frames.permute(0, 2, 3, 1)
     if frames.shape[-1] == 1:
         frames = frames.expand(-1, -1, -1, 3)
-    return Pixels(to_uint8(scaled(frames) if is_map else frames), is_video)
+    frames = scaled(frames) if is_map else frames
+    return Pixels(to_uint8(frames) if bit_depth == 8 else to_16_bits(frames), is_video)
 
 
 def to_uint8(frames: torch.Tensor) -> torch.Tensor:
@@ -48,6 +53,21 @@ def to_uint8(frames: torch.Tensor) -> torch.Tensor:
     if frames.dtype == torch.uint8:
         return frames
     return (frames.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_16_bits(frames: torch.Tensor) -> torch.Tensor:
+    """Frames in [0, 1] with 16 bits for each channel: (F, H, W, C) as (F, H, W, 2 C), the bytes of uint16.
+
+    :raises PipelineFailed: they come from values of 8 bits.
+    """
+    if frames.dtype in (torch.uint8, torch.bfloat16):
+        name = str(frames.dtype).removeprefix("torch.")
+        raise PipelineFailed(
+            f"the pipeline returned pictures of 8 bits for each channel ({name}), so not of bit_depth 16"
+        )
+    levels = (frames.float() * 65535).round().clamp(0, 65535).to(torch.int32)
+    # The same bits as uint16, for which torch has few operations.
+    return levels.to(torch.int16).contiguous().view(torch.uint8)
 
 
 def scaled(values: torch.Tensor) -> torch.Tensor:

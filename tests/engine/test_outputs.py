@@ -3,14 +3,16 @@
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import BaseOutput
+from pipelines import build
 from torch import nn
 
-from engine.streams import completed, events_of
+from engine.streams import PROMPT, completed, events_of, params_of
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.events import Failed, Progress
@@ -113,3 +115,29 @@ async def test_pipeline_without_a_progress_bar_has_progress() -> None:
     assert told
     assert told[-1] == (4, 4)
     assert told == sorted(told)
+
+
+async def test_a_picture_of_16_bits_is_what_the_pipeline_computed() -> None:
+    pipeline, kwargs = build("sdxl")
+    params = params_of(kwargs, bit_depth=16)
+    async with Engine(CONFIG, rank_factory=InlineReplica(build("sdxl")[0])) as engine:
+        end = await completed(engine, params)
+        usual = await completed(engine, msgspec.structs.replace(params, bit_depth=8))
+    generator = torch.Generator("cpu").manual_seed(params.seed)
+    given = {**kwargs, "prompt": PROMPT, "num_inference_steps": 3}
+    expected = pipeline(**given, generator=generator, output_type="np").images
+    assert (str(end.frames.dtype), end.frames.shape) == ("uint16", usual.frames.shape)
+    assert np.abs(end.frames.astype(int) - (expected * 65535).round().astype(int)).max() <= 2
+    assert len(np.unique(end.frames)) > 256
+    assert np.abs(end.frames / 257 - usual.frames).max() <= 0.51
+
+
+async def test_16_bits_are_refused_where_there_are_8() -> None:
+    pipeline, kwargs = build("sdxl")
+    pipeline.vae.to(torch.bfloat16)
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        end = (await events_of(engine, params_of(kwargs, bit_depth=16)))[-1]
+    assert isinstance(end, Failed)
+    assert end.message == (
+        "bit_depth is 16, but the VAE has bf16, which is 8 bits; start with --vae-precision fp32 or fp16"
+    )

@@ -1,6 +1,7 @@
 from io import BytesIO
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from sgld.errors import InvalidRequest
 from sgld.media import images
 from sgld.media.files import ImageFormat
 from sgld.media.images import check_image, encode_image, load_image
+from sgld.media.metadata import read_metadata
 
 
 def gradient(height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -23,6 +25,22 @@ def decoded(data: bytes) -> NDArray[np.uint8]:
 
 def test_png_is_lossless() -> None:
     np.testing.assert_array_equal(decoded(encode_image(gradient(), "png")), gradient())
+
+
+@pytest.mark.parametrize("num_channels", [3, 4])
+def test_png_may_have_16_bits(tmp_path: Path, num_channels: int) -> None:
+    frame = np.random.default_rng(0).integers(0, 65_536, (7, 5, num_channels)).astype(np.uint16)
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_image(frame, "png", metadata={"params": {"prompt": "ä"}}))
+    with av.open(str(path)) as container:
+        (read,) = container.decode(video=0)
+    assert read.format.name == ("rgb48be" if num_channels == 3 else "rgba64be")
+    np.testing.assert_array_equal(read.to_ndarray(), frame)
+    assert read_metadata(path) == {"params": {"prompt": "ä"}}
+    with Image.open(path) as image:
+        image.verify()
+    with pytest.raises(ValueError, match="of uint8"):
+        encode_image(frame, "webp")
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp", "avif"])

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import av
 import msgspec
 import numpy as np
 import pytest
@@ -116,3 +117,19 @@ async def test_metadata_repeats_the_picture_without_its_inputs(tmp_path: Path) -
     metadata = msgspec.json.decode(str(Image.open(BytesIO(content)).info["sgld"]))
     assert metadata["params"].keys() >= {"prompt", "seed", "width", "height", "guidance_scale"}
     assert not metadata["params"].keys() & {"priority", "deadline_s", "num_previews", "image_path"}
+
+
+async def test_a_png_has_16_bits_where_they_are_asked_for(tmp_path: Path) -> None:
+    pipeline, _ = build("sdxl")
+    fields = {"prompt": "a cat", "size": "32x32", "num_inference_steps": 3, "bit_depth": 16}
+    async with running(tmp_path, factory=serving(pipeline)) as server:
+        answer = await server.post(**fields)
+        refused = await server.post(**fields, output_format="webp")
+        video = await server.http.post("/v1/videos", json=fields)
+
+    with av.open(BytesIO(b64decode(answer.json()["data"][0]["b64_json"]))) as container:
+        (picture,) = container.decode(video=0)
+    assert picture.format.name == "rgb48be"
+    assert len(np.unique(picture.to_ndarray())) > 256
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "bit_depth")
+    assert (video.status_code, error_of(video)["param"]) == (400, "bit_depth")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sgld.errors import PipelineFailed
 from sgld.worker.pixels import Pixels, pixels_of, scaled, to_uint8
 
 RED = torch.tensor([1.0, 0.0, 0.0])
@@ -130,3 +131,17 @@ def test_half_precision_is_rounded_as_full() -> None:
 def test_whole_numbers_stay() -> None:
     frames = torch.arange(12, dtype=torch.uint8)
     assert to_uint8(frames) is frames
+
+
+def test_16_bits_are_two_bytes_of_each_channel() -> None:
+    values = torch.tensor([0.0, 0.5, 1.0, 1 / 65535, 2.0, -1.0]).reshape(1, 1, 2, 3)
+    pixels = pixels_of(values, is_video=False, bit_depth=16)
+    assert pixels is not None
+    assert (tuple(pixels.frames.shape), pixels.frames.dtype) == ((1, 1, 2, 6), torch.uint8)
+    assert pixels.frames.numpy().view(np.uint16).ravel().tolist() == [0, 32768, 65535, 1, 65535, 0]
+
+
+@pytest.mark.parametrize("value", [PICTURE, CHANNELS_FIRST.to(torch.bfloat16)])
+def test_8_bits_arent_taken_for_16(value: Any) -> None:
+    with pytest.raises(PipelineFailed, match="so not of bit_depth 16"):
+        pixels_of(value, is_video=False, bit_depth=16)
