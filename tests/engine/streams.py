@@ -30,8 +30,8 @@ def plain(pipeline: Any, params: SamplingParams) -> NDArray[np.uint8]:
     """What the pipeline itself makes of these params, (F, H, W, 3)."""
     ours = {"seed", "diffusers_kwargs", "num_outputs_per_prompt", "num_previews", "generator_device", "fps"}
     ours |= {"priority", "deadline_s", "exact", "cache", "bit_depth"}
-    fields = msgspec.structs.asdict(params)
-    kwargs = {name: value for name, value in fields.items() if name not in ours and value not in (None, ())}
+    fields, default = msgspec.structs.asdict(params), SamplingParams()
+    kwargs = {name: value for name, value in fields.items() if name not in ours and value != getattr(default, name)}
     generator = torch.Generator("cpu").manual_seed(params.seed)
     result = pipeline(**kwargs, **params.diffusers_kwargs, generator=generator, output_type="np")
     pictures = result.images if hasattr(result, "images") else result.frames[0]
