@@ -5,6 +5,7 @@
     │   └── DeadlineImpossible  not in the time that it allows
     ├── ModelError          the model can't be found, read or served
     ├── StorageError        the bucket can't be used
+    ├── HookFailed          what the operator does to files raised
     ├── QueueFull           too many requests wait already
     ├── EngineClosed        the engine is shut down, or was never started
     ├── ChannelClosed       the process at the other end is gone
@@ -54,6 +55,12 @@ class StorageError(SgldError):
     """The bucket of the cloud storage can't be used: it isn't there, refuses us, or can't be reached."""
 
     code = "storage_error"
+
+
+class HookFailed(SgldError):
+    """The function that the operator has called with each file raised."""
+
+    code = "hook_failed"
 
 
 class QueueFull(SgldError):

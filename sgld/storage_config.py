@@ -1,4 +1,4 @@
-"""Where results are kept beside this machine: flags, config keys and docs, as all of sgld.config.
+"""Where results are kept, and what is done to them before: flags, config keys and docs, as all of sgld.config.
 
 Secrets are no fields of it, so that nothing that shows a config shows one: `sgld.storage.settings` reads them.
 """
@@ -18,7 +18,7 @@ def _field(description: str, **extra: Any) -> Meta:
 
 
 class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The bucket that outputs are uploaded to; None leaves the choice to the environment.
+    """The bucket that outputs are uploaded to, where None leaves the choice to the environment.
 
     :raises FieldError: a value is out of its range.
     """
@@ -54,6 +54,11 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     storage_keep_local: Annotated[
         bool | None,
         _field("keep the local file of what was uploaded, too. Default: sgld generate does, sgld serve doesn't"),
+    ] = None
+
+    output_hook: Annotated[
+        str | None,
+        _field("function, as module:name, that is called with each finished file and its media type before it is kept"),
     ] = None
 
     def __post_init__(self) -> None:

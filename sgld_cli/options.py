@@ -35,7 +35,7 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # A name belongs to the first struct that has it: `prompt` to Prompts.
-SAMPLING_GROUP, STORAGE_GROUP, OUTPUT_GROUP, HTTP_GROUP = "sampling", "cloud storage", "output", "HTTP server"
+SAMPLING_GROUP, STORAGE_GROUP, OUTPUT_GROUP, HTTP_GROUP = "sampling", "storage", "output", "HTTP server"
 GROUPS: tuple[tuple[str, tuple[type[msgspec.Struct], ...]], ...] = (
     ("model and runtime", (EngineConfig,)),
     (SAMPLING_GROUP, (Prompts, SamplingParams)),

@@ -18,10 +18,12 @@ from sgld.media.files import (
     extension_of,
     file_name,
     format_of,
+    media_type_of,
     resolve_output,
     write_atomically,
     write_unique,
 )
+from sgld.media.hook import hooked, load_hook
 from sgld.media.images import check_format, encode_image
 from sgld.media.videos import check_encoder, write_video
 from sgld.sampling_params import DEFAULT_FPS, SamplingParams
@@ -100,12 +102,14 @@ class Files:
     """Names and writes the files of a run.
 
     :raises UsageError: the output folder can't be one.
+    :raises FieldError: there is no such hook.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._config = settings.output
         self._folder = _folder(settings.output.output_path)
+        self._hook = load_hook(settings.output.storage.output_hook)
 
     def prepare(self) -> None:
         """Check all that can be checked before there are results, and make the folder.
@@ -137,7 +141,8 @@ class Files:
             return Written()
         media_format = self._format(completed)
         metadata = self._metadata(params, completed) if self._config.metadata else None
-        contents = self._contents(media_format, completed, metadata)
+        media_type = media_type_of(media_format)
+        contents = [hooked(c, self._hook, media_type) for c in self._contents(media_format, completed, metadata)]
         names = [""] if len(contents) == 1 else [f"-picture-{index}" for index in range(len(contents))]
         paths = [
             self._write(output, completed.seed, media_format, content, name)
@@ -210,7 +215,7 @@ class Files:
             return ()
         paths = [path.with_name(f"{path.stem}-frame-{index:04}.png") for index in range(len(completed.frames))]
         for frame_path, frame in zip(paths, completed.frames, strict=True):
-            write_atomically(frame_path, encode_image(frame, "png"))
+            write_atomically(frame_path, hooked(encode_image(frame, "png"), self._hook, "image/png"))
         return tuple(map(str, paths))
 
     def _metadata(self, params: SamplingParams, completed: Completed) -> dict[str, Any]:

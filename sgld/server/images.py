@@ -14,7 +14,8 @@ from starlette.responses import Response
 
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
-from sgld.media.files import extension_of
+from sgld.media.files import extension_of, media_type_of
+from sgld.media.hook import hooked_bytes, load_hook
 from sgld.media.images import check_format, encode_image, has_alpha
 from sgld.server import results
 from sgld.server.auth import owner_of
@@ -263,10 +264,12 @@ class ImageWork:
     async def _picture(self, name: str, frame: Any, seed: int, metadata: dict[str, Any] | None) -> Picture:
         image_format = self._options.format
         height, width, channels = frame.shape
-        content = await self._encoded(frame, metadata)
+        media_type = media_type_of(image_format)
+        hook = load_hook(self._services.config.storage.output_hook)
+        content = await run_sync(hooked_bytes, await self._encoded(frame, metadata), hook, media_type)
         file = StoredFile(
             key=f"{name}{extension_of(image_format)}",
-            media_type=f"image/{image_format}",
+            media_type=media_type,
             width=width,
             height=height,
             seed=seed,

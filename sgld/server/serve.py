@@ -28,6 +28,7 @@ from hypercorn.config import Config
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sgld.config import EngineConfig, ServerConfig, data_root
+from sgld.media.hook import load_hook
 from sgld.media.inputs import InputPolicy
 from sgld.messages import ModelInfo
 from sgld.server import images, videos
@@ -84,6 +85,7 @@ def listen(config: ServerConfig) -> Listener:
     """
     keys = Keys(read_keys(config))
     resolved(config.storage)
+    load_hook(config.storage.output_hook)
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ValueError("ssl_certfile and ssl_keyfile belong together; give both or none")
     if config.ssl_certfile:

@@ -13,6 +13,7 @@ from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Completed
 from sgld.media.animations import write_animation
 from sgld.media.files import extension_of, media_type_of
+from sgld.media.hook import hooked, load_hook
 from sgld.media.thumbnails import small, spritesheet
 from sgld.media.videos import write_video
 from sgld.sampling_params import DEFAULT_FPS
@@ -228,16 +229,21 @@ class VideoWork:
         size_bytes = 0
 
         def encode(path: Path) -> None:
-            nonlocal size_bytes
             if options.output_format == "mp4":
                 sound: dict[str, Any] = {"audio": completed.audio, "sample_rate": completed.sample_rate}
                 write_video(path, frames, encoding=options.encoding, **sound, **about)
             else:
                 write_animation(path, frames, options.output_format, **about)
+
+        write_file = hooked(encode, load_hook(self._services.config.storage.output_hook), media_type)
+
+        def write(path: Path) -> None:
+            nonlocal size_bytes
+            write_file(path)
             size_bytes = path.stat().st_size
 
         storage = self._services.jobs.storage
-        await storage.put(key, encode, media_type)
+        await storage.put(key, write, media_type)
         pictures = {"thumbnail": await run_sync(small, frames[0]), "spritesheet": await run_sync(spritesheet, frames)}
         for variant, picture in pictures.items():
             ending, kind = _VARIANTS[variant]

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sgld.media.metadata import read_metadata
 from sgld.server.logs import set_up_logs
 from sgld.storage import cloud, s3
 from sgld.storage.cloud import CloudStorage
+from sgld.storage_config import StorageConfig
 
 from .fakes import TIMEOUT_S, Running, running
 from .test_serve import program
@@ -176,6 +178,23 @@ async def test_secrets_are_nowhere_to_be_seen(
     assert not [text for text in shown if SECRET in text]
     assert SECRET.encode() not in file
     assert bucket.url.encode() not in file
+
+
+def mark(path: Path, media_type: str) -> None:
+    path.write_bytes(path.read_bytes() + media_type.encode())
+
+
+async def test_the_operators_hook_sees_each_file_before_anybody_else(tmp_path: Path) -> None:
+    settings = StorageConfig(output_hook="server.test_storage:mark")
+    async with running(tmp_path, storage=settings) as server:
+        picture = (await server.post(prompt="a cat")).json()
+        content = (await server.http.get(f"/v1/images/{picture['id']}/content")).content
+        video = await ended(server, await create(server))
+        film = (await server.http.get(video["url"])).content
+
+    assert content.endswith(b"image/png")
+    assert b64decode(picture["data"][0]["b64_json"]) == content
+    assert film.endswith(b"video/mp4")
 
 
 def test_a_server_that_is_killed_while_it_uploads_goes_on_when_it_is_back(bucket: S3Server, tmp_path: Path) -> None:
