@@ -192,3 +192,19 @@ async def test_steps_of_others_run_between_frames(films: Films) -> None:
             await begun.wait()
             await run("short", SamplingParams(num_inference_steps=4))
     assert ends == ["short", "long"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [2, 3])
+async def test_on_a_gpu_frames_are_nearly_those_of_the_cpu(films: Films, nearest: str, scale: int) -> None:
+    """Networks run in fp16 there."""
+    params = SamplingParams(
+        enable_frame_interpolation=True, enable_upscaling=True, upscaling_model_path=nearest, upscaling_scale=scale
+    )
+    ends = []
+    for device in ("cpu", "cuda"):
+        replica = InlineReplica(films.to(device))
+        async with Engine(EngineConfig(device=device), rank_factory=replica) as engine:
+            ends.append((await completed(engine, params)).frames.astype(int))
+    assert ends[0].shape == (5, 16 * scale, 32 * scale, 3)
+    assert abs(ends[0] - ends[1]).max() <= 2
