@@ -82,13 +82,17 @@ def trained(seconds: float, scale: int = 2) -> Compact:
     """A small network that has learned to enlarge landscapes."""
     torch.manual_seed(0)
     network = Compact(width=16, num_layers=4, scale=scale)
+    for weight in network.body[-1].parameters():
+        torch.nn.init.zeros_(weight)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    large, started = pictures(64, 1, 128), time.monotonic()
+    large, started = pictures(256, 1, 128), time.monotonic()
     small = functional.interpolate(large, scale_factor=1 / scale, mode="area")
     while (left := 1 - (time.monotonic() - started) / seconds) > 0:
         optimizer.param_groups[0]["lr"] = 2e-3 * max(left, 0.02)
-        chosen = torch.randint(0, len(large), (8,))
-        loss = functional.l1_loss(network(small[chosen]), large[chosen])
+        chosen, (row, column) = torch.randint(0, len(large), (8,)), torch.randint(0, 33, (2,)).tolist()
+        part = small[chosen, :, row : row + 32, column : column + 32]
+        rows, columns = (slice(scale * start, scale * (start + 32)) for start in (row, column))
+        loss = functional.mse_loss(network(part), large[chosen, :, rows, columns])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

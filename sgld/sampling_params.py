@@ -217,8 +217,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise InvalidRequest("each adapter in lora needs a nickname or a path", "lora")
         if self.bit_depth == 16 and (self.num_frames or 1) > 1:
             raise InvalidRequest("bit_depth is 16: frames of videos have 8 bits; ask for a picture", "bit_depth")
-        if self.bit_depth == 16 and self.enable_upscaling:
-            raise InvalidRequest("bit_depth is 16: pictures that are enlarged have 8 bits; choose one", "bit_depth")
+        if self.bit_depth == 16 and (self.enable_upscaling or self.enable_frame_interpolation):
+            raise InvalidRequest(
+                "bit_depth is 16: frames that are interpolated or enlarged have 8 bits; choose one", "bit_depth"
+            )
 
     @property
     def frame_factor(self) -> int:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 CLI = (ROOT / "docs" / "cli.md").read_text()
 STRUCTURE = (ROOT / "docs" / "structure.md").read_text()
 README = (ROOT / "README.md").read_text()
+POST_PROCESSING = (ROOT / "docs" / "post_processing.md").read_text()
 VARIABLES = (ROOT / "docs" / "environment_variables.md").read_text()
 
 
@@ -105,12 +106,12 @@ def test_every_module_has_its_line() -> None:
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", README + POST_PROCESSING, re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if "sgld generate" in line or "sgld info" in line]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_of_the_readme_are_understood(command: str) -> None:
+def test_commands_of_the_readme_and_of_pages_are_understood(command: str) -> None:
     words = shlex.split(command.rpartition("sgld ")[2])
 
     _, extras = build_parser().parse_known_args(words)

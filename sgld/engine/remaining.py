@@ -28,6 +28,9 @@ class Tracked:
     _num_steps_done: int = 0
     _num_calls_left: int | None = None
     """Of those that follow the pipeline; None while that goes on."""
+    _followed: Counter[CallClass] = field(default_factory=Counter)
+    """Of these, the ones that it made."""
+    _latest: CallClass | None = None
     _version: int = -1
     """Of the costs that `remaining_s` was computed with; -1: it is to be computed again."""
 
@@ -54,7 +57,8 @@ class Tracked:
 
     def ran(self, call_id: int) -> None:
         """A call ran."""
-        self._made[call_class(self.calls.pop(call_id))] += 1
+        self._latest = call_class(self.calls.pop(call_id))
+        self._made[self._latest] += 1
         self._version = -1
 
     def stepped(self, step: int) -> None:
@@ -63,15 +67,16 @@ class Tracked:
         self._version = -1
 
     def processed(self, num_left: int) -> None:
-        """Its frames go through so many more calls."""
+        """Its frames went through the latest call, and go through so many more."""
         self._num_calls_left = num_left
+        self._followed.update([self._latest] if self._latest is not None else [])
         self._version = -1
 
     def restart(self) -> None:
         """It begins again."""
         self.calls, self._made = {}, Counter()
         self._num_steps = self._num_steps_done = 0
-        self._num_calls_left = None
+        self._num_calls_left, self._followed = None, Counter()
         self._version = -1
 
     def update(self, cost: Cost, profiles: Profiles) -> bool:
@@ -85,12 +90,13 @@ class Tracked:
     def _remaining_s(self, cost: Cost, profiles: Profiles) -> float | None:
         """Before denoising, and where the number of steps isn't known: what such requests take, less what was done.
 
-        From there on: the steps left at the cost of its own steps, and decoding. After the pipeline: the calls left.
+        From there on: the steps left at the cost of its own steps, and decoding. After the pipeline: the calls left, at
+        the mean cost of those that were made.
         """
         waiting = [(call_class(call), 1) for call in self.calls.values()]
         if self._num_calls_left is not None:
-            call_s = seconds_of(cost, waiting)
-            return None if call_s is None else self._num_calls_left * call_s
+            followed_s = seconds_of(cost, self._followed.items())
+            return None if followed_s is None else self._num_calls_left * followed_s / self._followed.total()
         if not self._num_steps:
             total_s, made_s = profiles.total_s(self.demand), seconds_of(cost, self._made.items())
             if total_s is None or made_s is None:

@@ -91,6 +91,7 @@ class Delivery:
     def finish(self, result: Any) -> None:
         """In the task's thread: send what wasn't sent while it was decoded."""
         outputs = outputs_of(result, self._bit_depth)
+        del result  # filters take long, and it is four times as large as the pixels
         if outputs.audio is not None:
             self._send_audio(outputs.audio)
         if outputs.pixels is not None and self._postprocessing is not None:

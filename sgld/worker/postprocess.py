@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -105,14 +105,9 @@ class Postprocessing:
         if isinstance(self._upscaler, Lanczos):
             return self._call("upscaler", self._upscaler, frame, self._size_of(height, width))
         while True:
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return self._in_tiles(self._upscaler, frame)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Here, where nothing refers to what the failed call allocated.
-            if not self._residency.make_room(self._upscaler):
-                self._shrink(self._upscaler, max(height, width))
+            self._shrink(self._upscaler, max(height, width))
 
     def _in_tiles(self, upscaler: Upscaler, frame: torch.Tensor) -> torch.Tensor:
         canvas = self._canvas(*frame.shape[1:3])
@@ -153,12 +148,32 @@ class Postprocessing:
         assert filter_ is not None, f"there is an {role}"
         with torch.no_grad():
             context = current_context()
-        around = functools.partial(_with_room, self._residency, filter_)
-        call = FilterCall(self._task.request_id, role, filter_, "decode", args, {}, context, around=around)
-        result = self._task.hand_over(call)
+        around = functools.partial(_brought, self._residency, filter_)
+        about = self._task.request_id, role, filter_, "decode"
+
+        def work() -> Any:
+            return self._task.hand_over(FilterCall(*about, args, {}, context, around=around))
+
+        result = self._with_room(work, filter_)
         self._num_done += 1
         self._task.processed(self._num_done, max(self._num_calls, self._num_done))
         return result  # type: ignore[no-any-return]
+
+    def _with_room(self, work: Callable[[], Any], filter_: Filter) -> Any:
+        """Do it; where memory is too small, once more when offloaded components have left the device.
+
+        :raises OutOfMemoryError: it is too small without them, too.
+        """
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error)
+            # Here, where nothing refers to what the failed call allocated.
+            if not self._residency.make_room(filter_):
+                raise torch.OutOfMemoryError(problem)
 
 
 def edge_of(upscaler: Upscaler, device: torch.device) -> int:
@@ -181,7 +196,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _with_room(residency: Residency, filter_: Filter) -> Iterator[None]:
+def _brought(residency: Residency, filter_: Filter) -> Iterator[None]:
     residency.bring(filter_)
     yield
 

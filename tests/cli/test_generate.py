@@ -268,7 +268,7 @@ def test_output_folder_in_the_home_of_the_user(sgld: Sgld, tmp_path: Path, monke
         (("--prompt", "a", "--output-file-name", "../x.png"), "'../x.png'"),
         (("--prompt", "a", "--output-file-name", "x.png", "--num-frames", "2"), "a video ends in .mp4, .gif or .webp"),
         (("--prompt", "a", "--output-file-name", "x.jpg", "--bit-depth", "16"), "a name ends in .png"),
-        (("--prompt", "a", "--enable-upscaling", "--bit-depth", "16"), "pictures that are enlarged have 8 bits"),
+        (("--prompt", "a", "--enable-upscaling", "--bit-depth", "16"), "interpolated or enlarged have 8 bits"),
         (("--prompt", "a", "--num-frames", "2", "--bit-depth", "16"), "frames of videos have 8 bits"),
         (("--prompt", "a", "--video-crf", "52"), "video_crf is 52: h264 has 0 to 51"),
         (("--prompt", "a", "--output-quality", "good"), "--output-quality is 'good'"),

@@ -6,6 +6,7 @@ that sgld doesn't have yet must be refused by the name of that flag; it runs as 
 """
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from storage.s3_server import BUCKET, S3Server
 from cli.page_config import PAGE_CONFIG
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
+from sgld.media.metadata import read_metadata
 from sgld.server import serve as server
 from sgld.testing import InlineReplica
 from sgld_cli.later import find_later
@@ -476,3 +478,32 @@ async def test_component_path_overrides(models: Models, tmp_path: Path) -> None:
         assert answer.status_code == 200, answer.text
         decisions = (await client.get("/server_info")).text
     assert "Flux2TinyAutoEncoder" in decisions
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "post_processing.md"
+POST_PROCESSING = re.findall(r"^sgld (generate .*)$", DOCS.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", POST_PROCESSING)
+def test_post_processing(command: str, page: Page, models: Models) -> None:
+    """What docs/post_processing.md shows of the flags of that page."""
+    words = shlex.split(command)
+    name = "wan" if "sgld/tiny-video" in words else "qwen_image"
+    for flag in ("--model-path", "--num-inference-steps"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    done = page(f"sglang {shlex.join(words)}", more=f"--model-path {models(name)} {kwargs_of(name)}")
+    scale = int(words[words.index("--upscaling-scale") + 1]) if "--upscaling-scale" in words else 1
+    kwargs = BUILDERS[name].kwargs
+    if name == "qwen_image":
+        assert size_of(done.out[0]) == (kwargs["width"] * scale, kwargs["height"] * scale)
+        assert read_metadata(Path(done.out[0]))["postprocessing"] == [f"{scale}x size by lanczos"]
+        return
+    with av.open(done.out[0]) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        rate = container.streams.video[0].average_rate
+    assert len(frames) == 2 * kwargs["num_frames"] - 1
+    assert frames[0].shape == (kwargs["height"] * scale, kwargs["width"] * scale, 3)
+    assert rate == 48
+    assert read_metadata(Path(done.out[0]))["postprocessing"][0] == "2x frames by optical flow"
+    assert "2x frames by optical flow" in done.err[-1]

@@ -24,6 +24,11 @@ def step(number: int, num_steps: int, eta_s: float | None = None) -> Progress:
     return Progress(request_id="r", step=number, num_steps=num_steps, eta_s=eta_s)
 
 
+def later(number: int, num_steps: int) -> Progress:
+    """A step of what follows the model."""
+    return Progress(request_id="r", step=number, num_steps=num_steps, eta_s=None, stage="postprocess")
+
+
 def lines_of(num_steps: int) -> list[str]:
     stream = StringIO()
     display = Lines(stream, Clock())
@@ -41,6 +46,29 @@ def test_plain_output_has_a_line_every_tenth(num_steps: int, num_lines: int) -> 
 
 def test_plain_line_names_the_output_its_speed_and_time_left() -> None:
     assert lines_of(4)[0] == "[2/3] a cat: step 1/4 (25 %), 2.00 it/s, ETA 1.5 s"
+
+
+def test_what_follows_the_model_is_counted_anew() -> None:
+    stream = StringIO()
+    display = Lines(stream, Clock())
+    for event in (step(1, 2), step(2, 2), later(1, 20), later(2, 20), later(20, 20)):
+        display.show(CAT, event)
+    assert [line.partition(", ")[0] for line in stream.getvalue().splitlines()] == [
+        "[2/3] a cat: step 1/2 (50 %)",
+        "[2/3] a cat: step 2/2 (100 %)",
+        "[2/3] a cat: post-processing 2/20 (10 %)",
+        "[2/3] a cat: post-processing 20/20 (100 %)",
+    ]
+
+
+def test_bars_say_what_they_count() -> None:
+    bars = Bars(Console(file=StringIO(), force_terminal=True, width=120), Clock())
+    with bars.progress:
+        for event, shown in ((step(2, 2), "step 2/2"), (later(1, 8), "post-processing 1/8")):
+            bars.show(CAT, event)
+            (task,) = bars.progress.tasks
+            assert task.fields["status"].startswith(shown)
+            assert (task.completed, task.total) == (event.step, event.num_steps)
 
 
 def test_plain_output_shows_waiting_and_restarts() -> None:

@@ -128,3 +128,18 @@ def test_calls_that_were_made_are_counted() -> None:
     run(tracked, first, second, encode())
     assert tracked.made[call_class(first)] == 2
     assert tracked.made.total() == 3
+
+
+def test_after_the_pipeline_calls_are_left_at_their_mean_cost() -> None:
+    """Frames come between and are enlarged in turn."""
+    cost = LinearCost(by_key={"step": 1.0, "decode": 5.0, "interpolator": 3.0, "upscaler": 1.0})
+    tracked = request()
+    run(tracked, step_call(num_steps=1), step=1)
+    run(tracked, decode())
+    assert remaining(tracked, cost) == 0.0
+    for num_left, key in ((9, "upscaler"), (8, "interpolator"), (7, "upscaler"), (6, "interpolator")):
+        run(tracked, call("a", kind="decode", cost_key=key))
+        tracked.processed(num_left)
+    assert remaining(tracked, cost) == 6 * 2.0
+    tracked.restart()
+    assert remaining(tracked, cost) is None

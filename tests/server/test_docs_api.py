@@ -15,11 +15,13 @@ from sgld.server.video_schemas import VideoOptions
 from .fakes import running
 from .test_edits import png
 
-PAGE = (Path(__file__).parents[2] / "docs" / "openai_api.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "openai_api.md").read_text()
 COMMANDS = [
     command.strip()
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", PAGE + (DOCS / "post_processing.md").read_text(), re.DOTALL)
     for command in block.replace("\\\n", " ").splitlines()
+    if command.startswith("curl")
 ]
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 

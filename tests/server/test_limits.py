@@ -1,11 +1,13 @@
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
 from sgld.sampling_params import SamplingParams
-from sgld.server.limits import check_limits
+from sgld.server.limits import check_limits, check_sources
 
 CONFIG = ServerConfig(max_pixels=100, max_frames=5, max_steps=4, max_outputs=3, max_prompt_chars=10)
 
@@ -17,6 +19,14 @@ CONFIG = ServerConfig(max_pixels=100, max_frames=5, max_steps=4, max_outputs=3, 
         {"width": 10, "height": 10},
         {"width": 10},
         {"num_frames": 5, "num_inference_steps": 4, "num_outputs_per_prompt": 3},
+        {
+            "num_frames": 3,
+            "enable_frame_interpolation": True,
+            "width": 5,
+            "enable_upscaling": True,
+            "upscaling_scale": 2,
+        },
+        {"num_frames": 5, "frame_interpolation_exp": 4, "width": 10, "upscaling_scale": 8},
         {"prompt": "x" * 10, "negative_prompt": "x" * 10},
         {"diffusers_kwargs": {"sigmas": [1.0] * 4, "timesteps": None}},
     ],
@@ -31,6 +41,8 @@ def test_what_is_within_the_limits_passes(fields: dict[str, Any]) -> None:
         ({"width": 10, "height": 11}, "width"),
         ({"height": 11}, "height"),
         ({"num_frames": 6}, "num_frames"),
+        ({"num_frames": 3, "enable_frame_interpolation": True, "frame_interpolation_exp": 2}, "num_frames"),
+        ({"width": 5, "height": 6, "enable_upscaling": True, "upscaling_scale": 2}, "width"),
         ({"num_inference_steps": 5}, "num_inference_steps"),
         ({"num_outputs_per_prompt": 4}, "n"),
         ({"prompt": "x" * 11}, "prompt"),
@@ -43,3 +55,40 @@ def test_what_is_above_names_its_field_and_the_limit(fields: dict[str, Any], par
         check_limits(SamplingParams(**fields), CONFIG)
 
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"),
+    [
+        ("optical-flow", None),
+        ("lanczos", None),
+        ("ai-forever/Real-ESRGAN:RealESRGAN_x2.pth", None),
+        ("elfgum/RIFE-4.22.lite", None),
+        ("{}/open/a.pth", None),
+        ("{}/a.pth", "in none of the folders"),
+        ("{}/open/../a.pth", "in none of the folders"),
+        ("{}/open/link.pth", "in none of the folders"),
+        ("{}/open/missing.pth", "in none of the folders"),
+        ("somebody/weights", "--allow-filter-download"),
+        ("https://a.example/a.pth", "can't name addresses"),
+        ("s3://a/b", "can't name addresses"),
+    ],
+)
+@pytest.mark.parametrize("field", ["frame_interpolation_model_path", "upscaling_model_path"])
+async def test_weights_are_those_that_the_operator_allows(
+    field: str, path: str, refused: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "open").mkdir()
+    for name in ("a.pth", "open/a.pth"):
+        (tmp_path / name).touch()
+    (tmp_path / "open" / "link.pth").symlink_to(tmp_path / "a.pth")
+    params = msgspec.structs.replace(SamplingParams(), **{field: path.format(tmp_path)})
+    config = ServerConfig(allow_path=(str(tmp_path / "open"),))
+    if refused is None:
+        await check_sources(params, config)
+        return
+    with pytest.raises(InvalidRequest, match=refused) as caught:
+        await check_sources(params, config)
+    assert caught.value.param == field
+    if "/" in path and refused.startswith("--"):
+        await check_sources(params, ServerConfig(allow_filter_download=True))

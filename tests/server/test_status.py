@@ -34,6 +34,17 @@ def test_progress_is_that_of_all_outputs() -> None:
     assert status.started_at == 11.0
 
 
+def test_what_follows_the_model_has_steps_of_its_own() -> None:
+    denoised = Progress(request_id="id", step=4, num_steps=4, eta_s=3.0)
+    enlarged = Progress(request_id="id", step=1, num_steps=9, eta_s=2.0, stage="postprocess")
+    status = told(started(), Started(request_id="id"), denoised, enlarged)
+
+    assert status.progress == 1.0
+    assert (status.status, status.outputs[0].stage) == ("running", "postprocess")
+    assert (status.outputs[0].step, status.outputs[0].num_steps) == (1, 9)
+    assert told(status, Restarted(request_id="id", attempt=2)).outputs[0].stage == "denoise"
+
+
 def test_the_first_output_tells_the_position() -> None:
     queued = [Queued(request_id="id", output_index=i, position=7 + i, eta_s=float(i)) for i in range(2)]
     status = told(started(n=2), *queued)

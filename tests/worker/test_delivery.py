@@ -1,5 +1,8 @@
 """What a task shows."""
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from pipelines import build
@@ -12,6 +15,8 @@ from sgld.worker.preview import Previewer
 
 class Sent:
     """The results of a task: the indexes of its frames."""
+
+    max_frame_bytes = 10**6
 
     def __init__(self) -> None:
         self.indexes: list[int] = []
@@ -39,3 +44,36 @@ def test_frames_of_a_decode_that_runs_again_replace_those_of_the_first() -> None
         decode(torch.OutOfMemoryError())
     decode()
     assert sent.indexes == [0, 1, 0, 1]
+
+
+class Filtering:
+    """Stands for filters: sees what is alive while they work."""
+
+    def __init__(self, result: "weakref.ref[object]") -> None:
+        self._result = result
+
+    def frames(self, frames: torch.Tensor, *, is_video: bool, max_bytes: int) -> Iterator[torch.Tensor]:
+        assert is_video
+        assert self._result() is None
+        yield frames[:max_bytes]
+
+
+class Film:
+    """What a pipeline returned."""
+
+    def __init__(self) -> None:
+        self.frames = torch.zeros(1, 2, 3, 4, 4)
+
+
+def test_what_the_pipeline_returned_is_gone_while_filters_work() -> None:
+    sent = Sent()
+    model = LoadedModel(None, torch.device("cpu"), {}, "film")
+    delivery = Delivery(sent, "a", model, Previewer(), SamplingParams(), 1)  # type: ignore[arg-type]
+
+    def film() -> Film:
+        made = Film()
+        delivery._postprocessing = Filtering(weakref.ref(made))  # type: ignore[assignment]
+        return made
+
+    delivery.finish(film())
+    assert sent.indexes == [0]

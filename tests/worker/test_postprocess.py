@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from sgld.errors import InvalidRequest
 from sgld.models.filters import Filter, Interpolator, Lanczos, Upscaler
@@ -206,3 +207,32 @@ class Films:
 
     def __call__(self) -> torch.Tensor:
         return moving(5)
+
+
+class Offloaded(Residency):
+    """Has one component on the device that can leave."""
+
+    num_held = 1
+
+    def make_room(self, module: nn.Module) -> bool:
+        self.num_held, had = 0, self.num_held
+        return bool(had)
+
+
+class Tight(Interpolator):
+    """Has room only once others have left."""
+
+    residency = Offloaded()
+
+    def decode(self, first: torch.Tensor, last: torch.Tensor, time: float, scale: float) -> torch.Tensor:
+        if self.residency.num_held:
+            raise torch.OutOfMemoryError
+        return super().decode(first, last, time, scale)
+
+
+def test_offloaded_components_leave_before_a_filter_fails() -> None:
+    tight, body = Tight(OpticalFlow()), Body()
+    params = SamplingParams(enable_frame_interpolation=True)
+    postprocessing = Postprocessing(body, params, (tight,), CPU, tight.residency)  # type: ignore[arg-type]
+    assert len(list(postprocessing.frames(moving(2), is_video=True, max_bytes=MAX_BYTES))) == 3
+    assert (len(body.calls), body.told) == (2, [(1, 1)])
