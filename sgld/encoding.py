@@ -49,6 +49,11 @@ class VideoEncoding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         None
     )
 
+    video_fragmented: Annotated[
+        bool,
+        _field("MP4 in fragments, which only grows while it is written; seeking is slower"),
+    ] = False
+
     def __post_init__(self) -> None:
         check_fields(self)
         if self.video_crf is not None and self.video_crf > MAX_CRF[self.video_codec]:

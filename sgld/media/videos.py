@@ -1,13 +1,16 @@
 """Videos: MP4 with H.264 that plays everywhere, or with HEVC or AV1."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, assert_never
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -26,10 +29,18 @@ _AV1_PRESET = "9"
 # Exact for 24000/1001 and its like, and for rates given with three decimals.
 _MAX_FPS_DENOMINATOR = 1001
 _PLAIN = VideoEncoding()
+_FRAGMENTED = "frag_keyframe+empty_moov+default_base_moof"
 
 
-def write_video(
-    path: Path,
+def write_video(path: Path, frames: NDArray[np.uint8], **about: Any) -> None:
+    """Write an MP4 file, atomically; see `video_writer`.
+
+    :raises OSError: the file can't be written; nothing of it is left.
+    """
+    write_atomically(path, video_writer(frames, **about))
+
+
+def video_writer(
     frames: NDArray[np.uint8],
     *,
     fps: float,
@@ -38,8 +49,10 @@ def write_video(
     metadata: Mapping[str, Any] | None = None,
     audio: Samples | None = None,
     sample_rate: int | None = None,
-) -> None:
-    """Write an MP4 file, atomically; its index comes first, so that it plays while it is downloaded.
+) -> Callable[[Path], None]:
+    """What writes an MP4 file to a path; its index comes first, so that it plays while it is downloaded.
+
+    With `video_fragmented` each fragment has an index of its own instead, and the file only grows.
 
     :param frames: (F, H, W, 3), uint8, RGB, or 4 channels, whose alpha is dropped. Codecs at 4:2:0
         need even sizes: the last row and column of odd ones are repeated once.
@@ -47,7 +60,6 @@ def write_video(
     :param metadata: the parameters to write into it, see `sgld.media.metadata`.
     :param audio: its sound, (channels, samples) of `sample_rate`, see `sgld.media.audio`.
     :raises ValueError: the frames or the sound have another shape or dtype, or there are none; the rate isn't positive.
-    :raises OSError: the file can't be written; nothing of it is left.
     :raises InvalidRequest: there is no such encoder.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
@@ -58,9 +70,14 @@ def write_video(
     if audio is not None:
         check_samples(audio, sample_rate or 0)
         sound = audio, sample_rate or 0
-    encoder, options = encoder_options(encoding, quality)
     check_encoder(encoding.video_codec)
-    write_atomically(path, lambda temporary: _encode(temporary, frames[..., :3], rate, encoder, options, tags, sound))
+
+    def write(path: Path) -> None:
+        with _opened(path, encoding.video_fragmented) as container:
+            container.metadata.update(tags)
+            _encode(container, frames[..., :3], rate, encoder_options(encoding, quality), sound)
+
+    return write
 
 
 class GrowingVideo:
@@ -73,7 +90,7 @@ class GrowingVideo:
 
     def __init__(self, size: tuple[int, int], *, fps: float, quality: int = 90) -> None:
         self._sink = _Sink()
-        flags = "frag_keyframe+frag_every_frame+empty_moov+default_base_moof"
+        flags = f"{_FRAGMENTED}+frag_every_frame"
         self._container = av.open(self._sink, "w", format="mp4", options={"movflags": flags})
         # Without zerolatency the encoder keeps dozens of frames back.
         options = {"crf": str(crf_of(quality)), "preset": _PRESET, "tune": "zerolatency"}
@@ -107,6 +124,13 @@ class _Sink:
         content = bytes(self._content)
         self._content.clear()
         return content
+
+
+class _AppendOnly:
+    """A file for a muxer that would go back in it if it could."""
+
+    def __init__(self, file: RawIOBase) -> None:
+        self.write = file.write
 
 
 def crf_of(quality: int) -> int:
@@ -151,30 +175,38 @@ def _rate(fps: float) -> Fraction:
     return rate
 
 
+@contextmanager
+def _opened(path: Path, is_fragmented: bool) -> Iterator[OutputContainer]:
+    if is_fragmented:
+        options = {"movflags": _FRAGMENTED}
+        with path.open("wb", buffering=0) as file, av.open(_AppendOnly(file), "w", "mp4", options) as container:
+            yield container
+        return
+    # faststart works only as an option of the container (on the stream it does nothing) and with a real path.
+    with av.open(str(path), "w", "mp4", {"movflags": "+faststart"}) as container:
+        yield container
+
+
 def _encode(
-    path: Path,
+    container: OutputContainer,
     frames: NDArray[np.uint8],
     rate: Fraction,
-    encoder: str,
-    options: dict[str, str],
-    tags: Mapping[str, str],
+    chosen: tuple[str, dict[str, str]],
     sound: tuple[Samples, int] | None,
 ) -> None:
-    # faststart works only as an option of the container (on the stream it does nothing) and with a real path.
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        container.metadata.update(tags)
-        stream = container.add_stream(encoder, rate=rate, options=options)
-        assert isinstance(stream, VideoStream), f"{encoder} makes videos"
-        _describe(stream, height=frames.shape[1], width=frames.shape[2])
-        if encoder == _ENCODERS["hevc"]:
-            # Without it Apple's players take it for something else.
-            stream.codec_context.codec_tag = "hvc1"
-        if sound is not None:
-            # All of it first: it is small, and the muxer puts packets into the order of their times.
-            encode_track(container, add_track(container, *sound), *sound)
-        for frame in frames:
-            container.mux(stream.encode(_to_yuv(frame)))
-        container.mux(stream.encode(None))
+    encoder, options = chosen
+    stream = container.add_stream(encoder, rate=rate, options=options)
+    assert isinstance(stream, VideoStream), f"{encoder} makes videos"
+    _describe(stream, height=frames.shape[1], width=frames.shape[2])
+    if encoder == _ENCODERS["hevc"]:
+        # Without it Apple's players take it for something else.
+        stream.codec_context.codec_tag = "hvc1"
+    if sound is not None:
+        # All of it first: it is small, and the muxer puts packets into the order of their times.
+        encode_track(container, add_track(container, *sound), *sound)
+    for frame in frames:
+        container.mux(stream.encode(_to_yuv(frame)))
+    container.mux(stream.encode(None))
 
 
 def _describe(stream: VideoStream, *, height: int, width: int) -> None:

@@ -72,6 +72,9 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Annotated[int, Meta(ge=0, le=63, description="constant rate factor of MP4, in the place of a quality")] | None
     ) = None
     x264_preset: Annotated[X264Preset | None, Meta(description="effort of the encoders of h264 and hevc")] = None
+    video_fragmented: Annotated[
+        bool, Meta(description="MP4 in fragments, which goes to a bucket while it is encoded; seeking is slower")
+    ] = False
     partial_images: Annotated[int, Meta(ge=0, le=20, description="previews in its events")] = 3
     metadata: Annotated[bool, Meta(description="embed the parameters into the files")] = True
 
@@ -84,7 +87,8 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def encoding(self) -> VideoEncoding:
         """:raises FieldError: the codec has no such setting."""
-        return VideoEncoding(video_codec=self.video_codec, video_crf=self.video_crf, x264_preset=self.x264_preset)
+        names = VideoEncoding.__struct_fields__
+        return VideoEncoding(**{name: getattr(self, name) for name in names})
 
 
 class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,6 +1,7 @@
 """/v1/videos: videos as jobs, which are asked about until they have an end."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sgld.media.animations import write_animation
 from sgld.media.files import extension_of, media_type_of
 from sgld.media.hook import hooked, load_hook
 from sgld.media.thumbnails import small, spritesheet
-from sgld.media.videos import write_video
+from sgld.media.videos import video_writer
 from sgld.sampling_params import DEFAULT_FPS
 from sgld.server import images, results
 from sgld.server.auth import owner_of
@@ -226,16 +227,13 @@ class VideoWork:
         model_path = self._services.engine_config.model_path
         metadata = metadata_of(model_path, live.params, completed) if options.metadata else None
         about: dict[str, Any] = {"fps": fps, "quality": options.encoding_quality, "metadata": metadata}
-        size_bytes = 0
-
-        def encode(path: Path) -> None:
-            if options.output_format == "mp4":
-                sound: dict[str, Any] = {"audio": completed.audio, "sample_rate": completed.sample_rate}
-                write_video(path, frames, encoding=options.encoding, **sound, **about)
-            else:
-                write_animation(path, frames, options.output_format, **about)
-
-        write_file = hooked(encode, load_hook(self._services.config.storage.output_hook), media_type)
+        if options.output_format == "mp4":
+            sound: dict[str, Any] = {"audio": completed.audio, "sample_rate": completed.sample_rate}
+            encode = video_writer(frames, encoding=options.encoding, **sound, **about)
+        else:
+            encode = partial(write_animation, frames=frames, animation_format=options.output_format, **about)
+        hook = load_hook(self._services.config.storage.output_hook)
+        write_file, size_bytes = hooked(encode, hook, media_type), 0
 
         def write(path: Path) -> None:
             nonlocal size_bytes
@@ -243,7 +241,8 @@ class VideoWork:
             size_bytes = path.stat().st_size
 
         storage = self._services.jobs.storage
-        await storage.put(key, write, media_type)
+        grows = options.output_format == "mp4" and options.video_fragmented and hook is None
+        await storage.put(key, write, media_type, grows=grows)
         pictures = {"thumbnail": await run_sync(small, frames[0]), "spritesheet": await run_sync(spritesheet, frames)}
         for variant, picture in pictures.items():
             ending, kind = _VARIANTS[variant]

@@ -18,9 +18,10 @@ class Storage(Protocol):
     async def num_pending(self) -> int:
         """How many files aren't yet where they belong."""
 
-    async def put(self, key: str, content: Content, media_type: str) -> None:
+    async def put(self, key: str, content: Content, media_type: str, *, grows: bool = False) -> None:
         """Keep a file; it appears whole or not at all.
 
+        :param grows: the function that writes it only appends to it.
         :raises OSError: it can't be kept.
         """
 

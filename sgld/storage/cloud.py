@@ -10,16 +10,16 @@ import anyio
 
 from sgld.errors import StorageError
 from sgld.storage import Content, Storage
+from sgld.storage.growing import Growing
 from sgld.storage.ledger import Entry, Ledger
 from sgld.storage.local import LocalStorage
-from sgld.storage.s3 import Bucket, open_bucket
+from sgld.storage.s3 import PART_BYTES, Bucket, open_bucket
 from sgld.storage.settings import resolved
 from sgld.storage_config import StorageConfig
 
 logger = logging.getLogger(__name__)
 PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Between attempts while nothing arrives; the last again and again."""
-# How long an answer waits for its upload: as long as 1 MiB/s takes, and this.
 _PATIENCE_S = 30.0
 _SLOWEST_BYTES_PER_S = 2**20
 
@@ -105,19 +105,54 @@ class CloudStorage:
             finally:
                 tasks.cancel_scope.cancel()
 
-    async def put(self, key: str, content: Content, media_type: str) -> None:
-        """Keep a file; if it can be uploaded soon, it is when this returns."""
-        await self._local.put(key, content, media_type)
-        entry = await self._ledger.add(key, self._bucket.name_of(key), media_type)
+    async def put(self, key: str, content: Content, media_type: str, *, grows: bool = False) -> None:
+        """Keep a file; if it can be uploaded soon, it is when this returns. One that grows is uploaded meanwhile."""
+        # What is on its way under this key was there before, and must arrive before.
+        is_tried = not self._is_down and key not in self._busy
         try:
-            path = await self._local.file(key)
-            # What is on its way under this key was there before, and must arrive before.
-            if path is not None and not self._is_down and key not in self._busy:
-                size_bytes = (await anyio.Path(path).stat()).st_size
-                with anyio.move_on_after(_PATIENCE_S + size_bytes / _SLOWEST_BYTES_PER_S):
+            if grows and is_tried and not isinstance(content, bytes):
+                await self._put_growing(key, Growing(content), media_type)
+                return
+            await self._local.put(key, content, media_type)
+            entry = await self._ledger.add(key, self._bucket.name_of(key), media_type)
+            if is_tried:
+                with anyio.move_on_after(_patience_s(await self._size(key))):
                     await self._try(entry)
         finally:
             self._wake.set()
+
+    async def _put_growing(self, key: str, growing: Growing, media_type: str) -> None:
+        """Write a file and upload it meanwhile; if the latter fails, it is a file as others."""
+        entry = await self._ledger.add(key, self._bucket.name_of(key), media_type)
+        sizes: list[int] = []
+        self._busy.add(key)
+
+        async def upload() -> None:
+            try:
+                sizes.append(await self._bucket.upload_parts(entry.name, growing.parts(PART_BYTES), media_type))
+            except StorageError as error:
+                await self._failed(entry, error)
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(upload)
+                await self._local.put(key, growing, media_type)
+                tasks.cancel_scope.deadline = anyio.current_time() + _patience_s(await self._size(key))
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                await self._ledger.drop(entry)
+            if isinstance(error, ExceptionGroup):  # a matter of this function
+                raise error.exceptions[0] from None
+            raise
+        finally:
+            self._busy.discard(key)
+        if sizes == [await self._size(key)]:
+            await self._uploaded(entry)
+            self._succeeded()
+
+    async def _size(self, key: str) -> int:
+        path = await self._local.file(key)
+        return 0 if path is None else (await anyio.Path(path).stat()).st_size
 
     async def read(self, key: str) -> bytes | None:
         """The content of a file, wherever it is; None if there is none."""
@@ -172,19 +207,25 @@ class CloudStorage:
                 await self._bucket.abort_uploads(entry.name)
             await (self._remove(entry) if entry.state == "deleting" else self._upload(entry))
         except StorageError as error:
-            await self._ledger.failed(entry)
-            level = logging.DEBUG if self._is_down else logging.WARNING
-            logger.log(level, "%s; it is tried again, and what isn't uploaded is served from here", error)
-            self._is_down = True
+            await self._failed(entry, error)
             return False
         finally:
             self._busy.discard(entry.key)
+        self._succeeded()
+        return True
+
+    async def _failed(self, entry: Entry, error: StorageError) -> None:
+        await self._ledger.failed(entry)
+        level = logging.DEBUG if self._is_down else logging.WARNING
+        logger.log(level, "%s; it is tried again, and what isn't uploaded is served from here", error)
+        self._is_down = True
+
+    def _succeeded(self) -> None:
         if self._is_down:
             logger.warning("the bucket can be used again")
         self._is_down = False
         self._settled.set()
         self._settled = anyio.Event()
-        return True
 
     async def _upload(self, entry: Entry) -> None:
         path = await self._local.file(entry.key)
@@ -193,6 +234,10 @@ class CloudStorage:
             await self._ledger.drop(entry)
             return
         await self._bucket.upload(entry.name, path, entry.media_type)
+        await self._uploaded(entry)
+
+    async def _uploaded(self, entry: Entry) -> None:
+        """An object is there: that is written down, unless nobody wants it any more."""
         if await self._ledger.settle(entry):
             if not self._keeps_local:
                 await self._local.remove(entry.key)
@@ -202,3 +247,8 @@ class CloudStorage:
     async def _remove(self, entry: Entry) -> None:
         await self._bucket.delete(entry.name)
         await self._ledger.drop(entry)
+
+
+def _patience_s(size_bytes: int) -> float:
+    """How long an answer waits for the upload of a file: as long as 1 MiB/s takes, and half a minute."""
+    return _PATIENCE_S + size_bytes / _SLOWEST_BYTES_PER_S

@@ -18,7 +18,7 @@ class LocalStorage:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
 
-    async def put(self, key: str, content: Content, media_type: str) -> None:
+    async def put(self, key: str, content: Content, media_type: str, *, grows: bool = False) -> None:
         """Keep a file, in place of one that may be there; after that a power failure doesn't take it."""
         await run_sync(partial(write_atomically, self._path(key), content, is_durable=True))
 

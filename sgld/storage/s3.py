@@ -3,8 +3,8 @@
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -117,15 +117,42 @@ class Bucket:
         """Make an object of a file: whole and as it is, or not at all."""
         with self._translated(f"doesn't take {name}"):
             size = (await run_sync(path.stat)).st_size
+            if size > PART_BYTES:
+                parts = _parts_of(path, max(PART_BYTES, -(-size // _MAX_PARTS)))
+                await self.upload_parts(name, parts, media_type)
+                return
+            content = await run_sync(path.read_bytes)
             about = {"Bucket": self._bucket, "Key": name, "ContentType": media_type}
-            if size <= PART_BYTES:
-                content = await run_sync(path.read_bytes)
-                await self._client.put_object(Body=content, ContentMD5=_md5(content), **about)
-            else:
-                await self._upload_parts(path, size, about)
-            found = await self._client.head_object(Bucket=self._bucket, Key=name)
-            if found["ContentLength"] != size:
-                raise StorageError(f"{name} has {found['ContentLength']} bytes in the bucket, and {size} here")
+            await self._client.put_object(Body=content, ContentMD5=_md5(content), **about)
+            await self._check_size(name, size)
+
+    async def upload_parts(self, name: str, parts: AsyncGenerator[bytes, None], media_type: str) -> int:
+        """Make an object of parts as they come, all but the last of 5 MiB or more: whole, or not at all.
+
+        :return: its size.
+        """
+        with self._translated(f"doesn't take {name}"):
+            place = {"Bucket": self._bucket, "Key": name}
+            created = await self._client.create_multipart_upload(ContentType=media_type, **place)
+            place["UploadId"] = created["UploadId"]
+            try:
+                size, done = 0, list[dict[str, Any]]()
+                async with aclosing(parts):
+                    async for part in parts:
+                        number, checksum = len(done) + 1, await run_sync(_md5, part)
+                        sent = await self._client.upload_part(
+                            PartNumber=number, Body=part, ContentMD5=checksum, **place
+                        )
+                        size += len(part)
+                        done.append({"PartNumber": number, "ETag": sent["ETag"]})
+                await self._client.complete_multipart_upload(MultipartUpload={"Parts": done}, **place)
+            except BaseException:
+                # Parts cost money until they are removed. What isn't removed now is when the file is uploaded again.
+                with anyio.move_on_after(_ABORT_S, shield=True), suppress(Exception):
+                    await self._client.abort_multipart_upload(**place)
+                raise
+            await self._check_size(name, size)
+            return size
 
     async def read(self, name: str) -> bytes:
         """The content of a small object."""
@@ -162,23 +189,10 @@ class Bucket:
                         Bucket=self._bucket, Key=name, UploadId=upload["UploadId"]
                     )
 
-    async def _upload_parts(self, path: Path, size: int, about: dict[str, str]) -> None:
-        part_bytes = max(PART_BYTES, -(-size // _MAX_PARTS))
-        upload_id = (await self._client.create_multipart_upload(**about))["UploadId"]
-        place = {"Bucket": about["Bucket"], "Key": about["Key"], "UploadId": upload_id}
-        try:
-            parts: list[dict[str, Any]] = []
-            async with await anyio.open_file(path, "rb") as file:
-                while part := await file.read(part_bytes):
-                    number, checksum = len(parts) + 1, await run_sync(_md5, part)
-                    sent = await self._client.upload_part(PartNumber=number, Body=part, ContentMD5=checksum, **place)
-                    parts.append({"PartNumber": number, "ETag": sent["ETag"]})
-            await self._client.complete_multipart_upload(MultipartUpload={"Parts": parts}, **place)
-        except BaseException:
-            # Parts cost money until they are removed. What isn't removed now is when the file is uploaded again.
-            with anyio.move_on_after(_ABORT_S, shield=True), suppress(Exception):
-                await self._client.abort_multipart_upload(**place)
-            raise
+    async def _check_size(self, name: str, size: int) -> None:
+        found = await self._client.head_object(Bucket=self._bucket, Key=name)
+        if found["ContentLength"] != size:
+            raise StorageError(f"{name} has {found['ContentLength']} bytes in the bucket, and {size} here")
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
@@ -211,6 +225,12 @@ class Bucket:
             return "no bucket can have this name"
         where = self._config.s3_endpoint_url or "AWS"
         return f"{where} can't be reached ({kind})"
+
+
+async def _parts_of(path: Path, part_bytes: int) -> AsyncGenerator[bytes, None]:
+    async with await anyio.open_file(path, "rb") as file:
+        while part := await file.read(part_bytes):
+            yield part
 
 
 def _md5(content: bytes) -> str:

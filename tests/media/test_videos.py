@@ -120,6 +120,19 @@ def test_other_codecs_keep_frames_parameters_and_silence(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
+def test_a_fragmented_video_holds_the_same_and_only_grows(tmp_path: Path, codec: VideoCodec) -> None:
+    path, frames, sound = tmp_path / "a.mp4", moving_gradient(9), np.zeros((1, 8000), np.float32)
+    encoding = VideoEncoding(video_codec=codec, video_fragmented=True)
+    write_video(path, frames, fps=8, encoding=encoding, metadata={"a": 1}, audio=sound, sample_rate=16_000)
+    assert np.abs(decode(path).astype(int) - frames).mean() < 3
+    assert read_metadata(path) == {"a": 1}
+    content = path.read_bytes()
+    assert content.index(b"mvex") < content.index(b"moof") < content.index(b"mdat")
+    with av.open(str(path)) as container:
+        assert len(container.streams.audio) == 1
+
+
 def test_the_encoder_is_told_what_was_chosen() -> None:
     assert encoder_options(VideoEncoding(), 90) == ("libx264", {"crf": "18", "preset": "veryfast"})
     chosen = VideoEncoding(video_codec="hevc", video_crf=30, x264_preset="slow")

@@ -101,6 +101,17 @@ async def test_openais_client_gets_a_video_from_the_bucket(bucket: S3Server, tmp
     assert bucket.objects == {}
 
 
+async def test_a_fragmented_video_is_uploaded_while_it_is_encoded(bucket: S3Server, tmp_path: Path) -> None:
+    async with running(tmp_path, storage=bucket.config()) as server:
+        video = await ended(server, await create(server, video_fragmented=True))
+        async with httpx2.AsyncClient() as http:
+            content = (await http.get(video["url"])).content
+
+    assert len(frames_of(content)) == 5
+    # An object that was made in parts.
+    assert bucket.objects[f"{video['id']}/0.mp4"].etag.strip('"').endswith("-1")
+
+
 async def test_a_bucket_that_is_away_is_no_failure_of_a_request(bucket: S3Server, tmp_path: Path) -> None:
     async with running(tmp_path, storage=bucket.config()) as server:
         await run_sync(bucket.stop)

@@ -1,7 +1,8 @@
 """Files that go to a bucket, which may not be there when they come."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,64 @@ async def test_a_file_that_takes_the_place_of_another_is_what_arrives(server: S3
         assert await storage.read("a/0.png") == b"newer"
 
     assert server.objects["a/0.png"].value == b"newer"
+
+
+def writing_two_parts(go: anyio.Event) -> Callable[[Path], None]:
+    """Appends a part, waits, and appends another one."""
+
+    def write(path: Path) -> None:
+        with path.open("ab") as file:
+            file.write(b"x" * PART_BYTES)
+            file.flush()
+            anyio.from_thread.run(go.wait)
+            file.write(b"y" * 1000)
+
+    return write
+
+
+async def test_a_file_that_grows_is_uploaded_meanwhile(server: S3Server, tmp_path: Path) -> None:
+    go = anyio.Event()
+    async with storage_of(server, tmp_path) as storage, anyio.create_task_group() as tasks:
+        server.hold = lambda request: "partNumber=1&" in request
+        tasks.start_soon(partial(storage.put, grows=True), "a/0.mp4", writing_two_parts(go), "video/mp4")
+        await run_sync(server.held.wait, abandon_on_cancel=True)
+        assert not go.is_set()
+        server.go.set()
+        go.set()
+    async with storage_of(server, tmp_path) as storage:
+        assert await storage.url("a/0.mp4") is not None
+        assert await storage.file("a/0.mp4") is None
+
+    assert server.objects["a/0.mp4"].value == b"x" * PART_BYTES + b"y" * 1000
+    assert server.objects["a/0.mp4"].metadata["Content-Type"] == "video/mp4"
+
+
+async def test_a_file_that_grows_is_kept_where_its_upload_fails(server: S3Server, tmp_path: Path) -> None:
+    go = anyio.Event()
+    async with storage_of(server, tmp_path) as storage:
+        server.refuse = lambda request: "partNumber=1&" in request and not go.is_set()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(storage.put, grows=True), "a/0.mp4", writing_two_parts(go), "video/mp4")
+            while not any("partNumber=1&" in request for request in server.requests):
+                await anyio.wait_all_tasks_blocked()
+            go.set()
+        await storage.wait_settled()
+
+    assert len(server.objects["a/0.mp4"].value) == PART_BYTES + 1000
+    assert server.unfinished == []
+
+
+async def test_of_a_file_that_cant_be_written_nothing_is_left(server: S3Server, tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_bytes(b"x" * PART_BYTES)
+        raise OSError("no room")
+
+    async with storage_of(server, tmp_path) as storage:
+        with pytest.raises(OSError, match="no room"):
+            await storage.put("a/0.mp4", fail, "video/mp4", grows=True)
+        assert await storage.num_pending() == 0
+
+    assert (server.objects, server.unfinished) == ({}, [])
 
 
 async def test_a_file_that_somebody_took_away_is_forgotten(server: S3Server, tmp_path: Path) -> None:
