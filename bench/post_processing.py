@@ -1,16 +1,17 @@
 """How good are frames made in between, how equal are tiles to the whole, and what memory does a video take?
 
 Interpolation: the middle of two frames of a known motion (bench/films.py), against repeating the first frame and
-blending both. Upscaling: a small network of Real-ESRGAN's layout, trained for `--train-s` seconds on pictures of the
-shipped landscapes' kind, against Lanczos on others; and the largest difference of tiles to the whole. Memory: a video
-of 81 frames goes from a rank of its own through interpolation and upscaling into an MP4; of both processes the peaks
-of what is theirs alone (RssAnon), above what they had after a small video.
+blending both, and where OpenCV is there against its flow. Upscaling: a small network of Real-ESRGAN's layout, trained
+for `--train-s` seconds on landscapes, against Lanczos on others; and the largest difference of tiles to the whole.
+Memory: a video of 81 frames goes from a rank of its own through interpolation and upscaling into an MP4; of both
+processes the peaks of what is theirs alone (RssAnon), above what they had after a small video.
 
     python bench/post_processing.py --out bench/results/post_processing
 """
 
 import argparse
 import functools
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -44,7 +45,7 @@ from sgld.events import Completed, Failed
 from sgld.media.videos import write_video
 from sgld.models.embedded.scenes import draw_dice, draw_scenes, render
 from sgld.models.filters import Upscaler
-from sgld.models.optical_flow import OpticalFlow
+from sgld.models.optical_flow import OpticalFlow, warp
 from sgld.models.super_resolution import Compact, Rrdb, label_of
 from sgld.models.tiles import Canvas
 from sgld.sampling_params import SamplingParams
@@ -68,8 +69,22 @@ def interpolation(speeds: tuple[int, ...]) -> list[dict[str, Any]]:
         for speed in speeds:
             first, middle, last = (films.scene(motion, at, speed=speed, **SIZE) for at in (0, 0.5, 1))
             made = {"repeat": first, "blend": (first + last) / 2, "flow": OpticalFlow()(first, last, 0.5)}
+            if importlib.util.find_spec("cv2"):
+                made["OpenCV's DIS"] = by_dis(first, last)
             rows.append({"motion": motion, "speed": speed, **{name: psnr(f, middle) for name, f in made.items()}})
     return rows
+
+
+def by_dis(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """The middle by OpenCV's flow between the frames, both ways, as Super SloMo puts flow to a middle together."""
+    cv2 = importlib.import_module("cv2")
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    grey = [(frame[0].mean(0) * 255).byte().numpy() for frame in (first, last)]
+    forth, back = (
+        torch.from_numpy(dis.calc(*pair, None)).permute(2, 0, 1)[None] for pair in (grey, list(reversed(grey)))
+    )
+    before, after = (back - forth) / 4, (forth - back) / 4
+    return (warp(first, before) + warp(last, after)) / 2
 
 
 def pictures(count: int, seed: int, size: int) -> torch.Tensor:
