@@ -127,8 +127,11 @@ def sources_of(params: SamplingParams) -> tuple[FilterSource, ...]:
     if params.enable_frame_interpolation:
         sources.append(_source("interpolation", params.frame_interpolation_model_path or ""))
     if params.enable_upscaling:
-        default = f"{UPSCALING_REPO}:RealESRGAN_x{_native(params.upscaling_scale)}.pth"
-        sources.append(_source("upscaling", params.upscaling_model_path or default))
+        path = params.upscaling_model_path or UPSCALING_REPO
+        if path == UPSCALING_REPO:
+            # It has a file for each scale.
+            path = f"{path}:RealESRGAN_x{_native(params.upscaling_scale)}.pth"
+        sources.append(_source("upscaling", path))
     return tuple(sources)
 
 

@@ -32,6 +32,8 @@ from cli.page_config import PAGE_CONFIG
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.media.metadata import read_metadata
+from sgld.models import filter_files
+from sgld.models.super_resolution import Rrdb
 from sgld.server import serve as server
 from sgld.testing import InlineReplica
 from sgld_cli.later import find_later
@@ -507,3 +509,44 @@ def test_post_processing(command: str, page: Page, models: Models) -> None:
     assert rate == 48
     assert read_metadata(Path(done.out[0]))["postprocessing"][0] == "2x frames by optical flow"
     assert "2x frames by optical flow" in done.err[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "factors"),
+    [
+        (
+            """sglang generate \\
+              --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers \\
+              --prompt "A dog running through a park" \\
+              --num-frames 5 \\
+              --enable-frame-interpolation \\
+              --frame-interpolation-exp 1 \\
+              --save-output""",
+            (2, 1),
+        ),
+        (
+            """sglang generate \\
+              --model-path Wan-AI/Wan2.1-T2V-1.3B-Diffusers \\
+              --prompt "A curious raccoon" \\
+              --num-frames 5 \\
+              --enable-frame-interpolation \\
+              --frame-interpolation-exp 1 \\
+              --enable-upscaling \\
+              --upscaling-scale 4 \\
+              --save-output""",
+            (2, 4),
+        ),
+    ],
+)
+def test_post_processing_as_sglang_shows_it(
+    command: str, factors: tuple[int, int], page: Page, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that it fetches by default are tiny ones of the same layout."""
+    state = Rrdb(width=4, growth=2, num_blocks=1, num_doublings=2).state_dict()
+    torch.save(state, tmp_path / "RealESRGAN_x4.pth")
+    monkeypatch.setattr(filter_files, "hub_file", lambda _repo, name, _revision: tmp_path / name)
+    done = page(command, model=models("wan"), more=kwargs_of("wan", "num_frames"))
+    with av.open(done.out[0]) as container:
+        video = container.streams.video[0]
+        assert (video.width, video.height) == tuple(BUILDERS["wan"].kwargs[s] * factors[1] for s in ("width", "height"))
+        assert sum(1 for _ in container.decode(video=0)) == 4 * factors[0] + 1

@@ -34,6 +34,8 @@ def test_a_request_names_its_filters_in_their_order() -> None:
         FilterSource("upscaling", "ai-forever/Real-ESRGAN:RealESRGAN_x4.pth"),
     )
     assert sources_of(SamplingParams(upscaling_model_path="lanczos")) == ()
+    repo = SamplingParams(enable_upscaling=True, upscaling_scale=8, upscaling_model_path="ai-forever/Real-ESRGAN")
+    assert [source.path for source in sources_of(repo)] == ["ai-forever/Real-ESRGAN:RealESRGAN_x8.pth"]
 
 
 def test_a_changed_file_is_another_source(rife: Path) -> None:
