@@ -25,7 +25,7 @@ import reports
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, GraphConfig
 from sgld.engine.engine import Engine
 from sgld.events import Failed, Progress
 from sgld.models.resolve import EMBEDDED
@@ -78,12 +78,15 @@ def plain_step_ms(folder: Path, size: tuple[int, int, int], steps: int, device: 
     return 1e3 * statistics.median(after - before for before, after in pairwise(ends))
 
 
-async def engine_step_ms(folder: Path, size: tuple[int, int, int], steps: int, device: str) -> list[float]:
+async def engine_step_ms(
+    folder: Path, size: tuple[int, int, int], steps: int, device: str, graphs: GraphConfig
+) -> list[float]:
     """The median step of each of several requests, one after the other."""
     frames, height, width = size
     params = SamplingParams(prompt=PROMPT, num_frames=frames, height=height, width=width, num_inference_steps=steps)
     medians = []
-    async with Engine(EngineConfig(model_path=str(folder), device=device)) as engine:  # type: ignore[arg-type]
+    config = EngineConfig(model_path=str(folder), device=device, graphs=graphs)  # type: ignore[arg-type]
+    async with Engine(config) as engine:
         await engine.ready()
         for _ in range(NUM_REQUESTS):
             ends = []
@@ -112,10 +115,10 @@ def main() -> None:
         for name in args.sizes:
             frames, height, width = map(int, name.split("x"))
             size = frames, height, width
-            engine_ms = anyio.run(engine_step_ms, folder, size, args.steps, args.device)
-            rows.append(
-                {"size": name, "plain": plain_step_ms(folder, size, args.steps, args.device), "engine": engine_ms}
-            )
+            row: dict[str, Any] = {"size": name, "plain": plain_step_ms(folder, size, args.steps, args.device)}
+            for column, graphs in (("engine", GraphConfig()), ("without_graphs", GraphConfig(graph_memory=0))):
+                row[column] = anyio.run(engine_step_ms, folder, size, args.steps, args.device, graphs)
+            rows.append(row)
             print(rows[-1], flush=True)
     report = {
         "command": " ".join(["python", "bench/guided.py", *sys.argv[1:]]).partition(" --out")[0],
@@ -124,8 +127,10 @@ def main() -> None:
     }
     lines = ["# Two forwards of a lone request's step as one", "", f"`{report['command']}`", ""]
     lines += [f"{report['machine']}; torch {version('torch')}, diffusers {version('diffusers')}. Median step, ms."]
-    lines += ["", "| size | plain pipeline | engine, request by request |", "|---|---|---|"]
-    lines += [f"| {r['size']} | {r['plain']:.1f} | {', '.join(f'{ms:.1f}' for ms in r['engine'])} |" for r in rows]
+    lines += ["", "| size | plain pipeline | engine, request by request | without CUDA graphs |", "|---|---|---|---|"]
+    for row in rows:
+        with_, without = (", ".join(f"{ms:.1f}" for ms in row[name]) for name in ("engine", "without_graphs"))
+        lines.append(f"| {row['size']} | {row['plain']:.1f} | {with_} | {without} |")
     if args.out:
         reports.write(args.out, report, "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -245,6 +245,24 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise FieldError("dit_layerwise_offload", True, problem)
 
 
+class GraphConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Forwards that are replayed as CUDA graphs.
+
+    :raises FieldError: a value is out of its range.
+    """
+
+    graph_memory: Annotated[
+        int, Meta(ge=0), _field("MiB of the GPU for CUDA graphs of calls that come again and again; 0: no graphs")
+    ] = 4096
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def max_bytes(self) -> int:
+        return self.graph_memory * 2**20
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
@@ -299,6 +317,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     conditioning: ConditioningConfig = ConditioningConfig()
     quantized: QuantizationConfig = QuantizationConfig()
     adapters: LoraConfig = LoraConfig()
+    graphs: GraphConfig = GraphConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -11,7 +11,7 @@ from sgld.worker.axes import Batched, CallAxes, Unmergeable, is_constant, num_ro
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
 from sgld.worker.padding import mask_of, padded
-from sgld.worker.trees import Path, at, closed, leaves, opened, rebuilt
+from sgld.worker.trees import Path, at, clone, closed, leaves, opened, rebuilt
 
 Trait = tuple[Path, str]
 """An argument, and what of it may differ between the calls of a forward: see `_traits`."""
@@ -194,30 +194,3 @@ def _rows_of(result: Any, batched_results: dict[Path, Batched], start: int, stop
         return value.narrow(batched.axis, first, last - first).clone()
 
     return rebuilt(result, take)
-
-
-def clone(tree: Any) -> Any:
-    """The tree with tensors of its own."""
-    return rebuilt(tree, lambda _path, value: value.clone() if isinstance(value, torch.Tensor) else value)
-
-
-def relative_error(result: Any, expected: Any) -> float:
-    """Largest ‖result - expected‖ / ‖expected‖ over the tensors.
-
-    NaN if one is not a number; infinite if something else than the values of tensors differs.
-    """
-    errors = [0.0]
-    for (path, value), (other, reference) in zip(leaves(opened(result)), leaves(opened(expected)), strict=True):
-        if path != other or not _is_alike(value, reference):
-            return float("inf")
-        if isinstance(value, torch.Tensor):
-            wide = torch.complex128 if reference.is_complex() else torch.float64
-            norm = reference.to(wide).norm()
-            errors.append(float((value.to(wide) - reference.to(wide)).norm() / norm.clamp_min(1e-30)))
-    return max(errors, key=lambda error: (error != error, error))
-
-
-def _is_alike(value: Any, reference: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return isinstance(reference, torch.Tensor) and value.shape == reference.shape
-    return value is reference or bool(is_constant(value) and value == reference)

@@ -21,7 +21,7 @@ from sgld.models.placement import dtype_of
 from sgld.worker.precision import is_wider, wanted
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.runtime import Runtime
-from sgld.worker.slots import Applied, Rows, selected
+from sgld.worker.slots import Applied, Rows, capture_key, selected
 from sgld.worker.trees import values
 
 if TYPE_CHECKING:
@@ -146,12 +146,29 @@ class Call:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Rows = (), *, by_row: bool = False) -> Any:
         """Invoke the component with these arguments in this thread, under the call's context.
 
-        :param rows: whose rows the arguments hold, where not all are its own.
+        :param rows: whose rows the arguments hold, where not all are its own; the result must be split before the
+            component runs again.
         :param by_row: adapters are applied as where those of the rows differ.
         """
-        adapters = selected(rows or [(self.adapters, 1)], by_row=by_row)
-        with entered(self.context, self.module), self.around(), adapters:
-            return self.runtime.run(self.module, self.method, args, kwargs, self.context.dtype, is_exact=self.is_exact)
+        whose = rows or [(self.adapters, 1)]
+        fixed = None if by_row else self._fixed(whose)
+        with entered(self.context, self.module), self.around(), selected(whose, by_row=by_row):
+            return self.runtime.run(
+                self.module,
+                self.method,
+                args,
+                kwargs,
+                self.context.dtype,
+                is_exact=self.is_exact,
+                fixed=fixed,
+                lends=bool(rows),
+            )
+
+    def _fixed(self, rows: Rows) -> tuple[object, ...] | None:
+        """What must be equal for two calls to share a graph, beside arguments; None: Python has to run in between."""
+        if self.site is not None or self.context.cache is not None or self.around is not contextlib.nullcontext:
+            return None
+        return capture_key(rows)
 
 
 class Stretch(Call):

@@ -88,12 +88,12 @@ class Executor:
     def run(self, calls: Sequence[Call]) -> Tick:
         """Run calls with equal merge keys, as one forward if that is proved right."""
         cost_key = max(calls, key=_num_elements).cost_key
-        num_compilations = self.runtime.num_compilations
+        num_irregular = self.runtime.num_irregular
         start = time.perf_counter()
         outcomes, is_merged, is_timed, num_reused = self._answer(calls)
         self.synchronize()
         elapsed_s = time.perf_counter() - start
-        is_timed &= self.runtime.num_compilations == num_compilations
+        is_timed &= self.runtime.num_irregular == num_irregular
         return Tick(outcomes, elapsed_s, is_merged, is_timed, cost_key, num_reused, self.runtime.variant)
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:

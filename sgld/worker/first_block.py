@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from sgld.errors import InvalidRequest
-from sgld.worker.batch import relative_error
 from sgld.worker.blocks import ELSE, Split, States
 from sgld.worker.calls import Call
+from sgld.worker.comparison import relative_error
 from sgld.worker.sites import Site
 
 # A skipped forward with what was kept of the same step is the computed one, but for rounding.

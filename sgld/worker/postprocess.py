@@ -18,8 +18,7 @@ from sgld.models.filters import Filter, Interpolator, Lanczos, Upscaler
 from sgld.models.tiles import Canvas, overlap_of
 from sgld.sampling_params import SamplingParams
 from sgld.worker.calls import Call, current_context
-from sgld.worker.residency import free_bytes
-from sgld.worker.runtime import Runtime
+from sgld.worker.residency import Residency, free_bytes
 from sgld.worker.task import Task
 
 # What a tile may take of the memory that is free, and of time: 1.5e11 multiplications take a CPU with few cores about
@@ -41,7 +40,7 @@ class FilterCall(Call):
 class Postprocessing:
     """The filters of one request, in the thread of its task.
 
-    :param runtime: of the pipeline's components: those that are offloaded leave the device when a filter needs it.
+    :param residency: offloaded components leave the device when a filter needs it.
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class Postprocessing:
         params: SamplingParams,
         filters: tuple[Filter, ...],
         device: torch.device,
-        runtime: Runtime,
+        residency: Residency,
     ) -> None:
         self._task = task
         self._params = params
         self._interpolator = next((f for f in filters if isinstance(f, Interpolator)), None)
         self._upscaler = next((f for f in filters if not isinstance(f, Interpolator)), None)
         self._device = device
-        self._runtime = runtime
+        self._residency = residency
         self._num_done = self._num_calls = 0
 
     @property
@@ -149,7 +148,7 @@ class Postprocessing:
         assert filter_ is not None, f"there is an {role}"
         with torch.no_grad():
             context = current_context()
-        around = functools.partial(_alone, self._runtime, filter_)
+        around = functools.partial(_brought, self._residency, filter_)
         about = self._task.request_id, role, filter_, "decode"
 
         def work() -> Any:
@@ -173,7 +172,7 @@ class Postprocessing:
                     raise
                 problem = str(error)
             # Here, where nothing refers to what the failed call allocated.
-            if not self._runtime.residency.make_room(filter_):
+            if not self._residency.make_room(filter_):
                 raise torch.OutOfMemoryError(problem)
 
 
@@ -197,10 +196,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(runtime: Runtime, filter_: Filter) -> Iterator[None]:
-    """Around a filter: what isn't needed leaves the device, and the tick is known for one that ran eagerly."""
-    runtime.residency.bring(filter_)
-    runtime.variant = "eager"
+def _brought(residency: Residency, filter_: Filter) -> Iterator[None]:
+    residency.bring(filter_)
     yield
 
 

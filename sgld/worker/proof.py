@@ -10,6 +10,7 @@ from sgld.worker import batch
 from sgld.worker.axes import CallAxes, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
+from sgld.worker.comparison import relative_error
 from sgld.worker.trees import at, leaves, opened, rebuilt
 
 # A mixed batch may be this much further from single forwards than a batch of one row repeated: batching alone changes
@@ -53,8 +54,8 @@ def problem(
         pulse()
         one, by_row = [calls[0]] * len(calls), len({call.adapters for call in calls}) > 1
         same = batch.split(forward(one, repeated, axes, by_row=by_row), one, axes)
-        errors = [batch.relative_error(m, v) for m, v in zip(merged, values, strict=True)]
-        repeated_error = batch.relative_error(same[0], values[0])
+        errors = [relative_error(m, v) for m, v in zip(merged, values, strict=True)]
+        repeated_error = relative_error(same[0], values[0])
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:  # noqa: BLE001 - whatever a model raises on a merged batch, it isn't merged

@@ -39,6 +39,11 @@ class OwnRandom:
                 generator.set_state(state)
 
 
+def default_states() -> list[torch.Tensor]:
+    """The states of the default generators, which are others after something was drawn."""
+    return [generator.get_state() for generator in _default_generators()]
+
+
 def _default_generators() -> list[torch.Generator]:
     on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.default_generator, *([torch.cuda.default_generators[torch.cuda.current_device()]] if on_gpu else [])]

@@ -44,6 +44,7 @@ from sgld.worker.compilation import alive_while_compiling
 from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
+from sgld.worker.graphs import graphs_on
 from sgld.worker.memory import Memory
 from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
@@ -187,10 +188,15 @@ class Rank:
     def _runtime_of(self, model: "LoadedModel", config: EngineConfig) -> Runtime:
         parts = model.pipeline.components
         offloaded = {name: parts[name] for name in model.offloaded}
+
+        def note(component: str, note: str) -> None:
+            self._channel.send(Noted(component=component, note=note))
+
         return Runtime(
             residency(model.device, offloaded, pins=config.memory.pin_cpu_memory),
             {parts[name]: name for name in model.compiled},
-            lambda component, note: self._channel.send(Noted(component=component, note=note)),
+            note,
+            graphs_on(model.device, config.graphs.max_bytes, parts, note),
         )
 
     def _tell_verdicts(self) -> None:
@@ -226,7 +232,7 @@ class Rank:
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
         about = self._results, request_id, self._model, self._previewer, params, num_threads
-        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime)
+        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime.residency)
         self._session.start(
             Job(
                 request_id,

@@ -130,6 +130,10 @@ class Residency:
         """The offloaded components that are on the device, by last use."""
         return tuple(self._held)
 
+    def is_offloaded(self, module: nn.Module) -> bool:
+        """Whether a component comes and goes."""
+        return module in self._names
+
     def expect(self, awaited: Collection[nn.Module]) -> None:
         """Calls of these components wait, and of no others."""
         self._awaited = frozenset(self._names[module] for module in awaited if module in self._names)

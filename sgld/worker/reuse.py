@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from sgld.worker.axes import is_constant
-from sgld.worker.batch import clone
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
-from sgld.worker.trees import closed, opened, values
+from sgld.worker.trees import clone, closed, opened, values
 
 
 class Encodings:

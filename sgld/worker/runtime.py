@@ -7,7 +7,7 @@ once more with what was missing.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from sgld.messages import Variant
 from sgld.models.placement import decompile, dtype_of
+from sgld.worker.graphs import Graphs
 from sgld.worker.precision import cast, computing_in, differs
 from sgld.worker.residency import Residency
 from sgld.worker.trees import leaves
@@ -29,6 +30,7 @@ class Runtime:
 
     :param compiled: components that are compiled, by module, with their names.
     :param note: told what is found out of a component, for people.
+    :param graphs: replays calls as CUDA graphs; None: all launch their kernels.
     """
 
     def __init__(
@@ -36,12 +38,16 @@ class Runtime:
         residency: Residency | None = None,
         compiled: dict[nn.Module, str] | None = None,
         note: Callable[[str, str], None] = lambda component, note: None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.residency = residency or Residency()
+        self.graphs = graphs
         self.num_compilations = 0
         """Forwards in which something was compiled took longer than the next ones will."""
         self.variant: Variant = "eager"
         """How the last invocation ran."""
+        self.are_changed = False
+        """A task changes components while it runs: they aren't what graphs were captured of."""
         self._compiled = compiled or {}
         self._parts = {module: tuple(module.modules()) for module in self._compiled}
         """Of these; a step cache has others in the place of blocks now and then."""
@@ -52,6 +58,8 @@ class Runtime:
         self._casts: set[tuple[nn.Module, str]] = set()
         """Components and methods that refuse arguments of another precision than their own."""
         self._note = note
+        self._replay: tuple[Hashable, bool] | None = None
+        """Of the call that runs: what it must share with others for a CUDA graph, and whether it lends its result."""
 
     def run(
         self,
@@ -62,12 +70,20 @@ class Runtime:
         dtype: torch.dtype | None = None,
         *,
         is_exact: bool = False,
+        fixed: Hashable | None = None,
+        lends: bool = False,
     ) -> Any:
         """Invoke a component.
 
         :param dtype: compute in it, whatever the weights are kept in.
         :param is_exact: run the kernels that such calls run for the server's life, whatever was compiled meanwhile.
+        :param fixed: what must be equal for two calls to share a CUDA graph, beside their arguments; None: this can't
+            be one.
+        :param lends: the caller copies what it needs of the result before anything else runs.
         """
+        is_usual = not is_exact and not self.are_changed and dtype is None
+        is_graph = is_usual and fixed is not None and not self.residency.is_offloaded(module)
+        self._replay = (fixed, lends) if is_graph else None
         with _eagerly(is_exact and module in self._compiled):
             result = self._run(module, method, args, kwargs, dtype)
         if is_exact:
@@ -84,7 +100,8 @@ class Runtime:
         try:
             return self._invoked(module, method, tree, dtype)
         except torch.OutOfMemoryError:
-            if not self.residency.make_room(module):
+            # Graphs are only a cache.
+            if not (self.graphs is not None and self.graphs.evict_all()) and not self.residency.make_room(module):
                 raise
             retry = self._invoked
         except RuntimeError as error:
@@ -99,6 +116,16 @@ class Runtime:
                 raise
         # Here, where nothing refers to what the failed forward allocated.
         return retry(module, method, tree, dtype)
+
+    def forget(self, module: nn.Module) -> None:
+        """The component isn't what it was: its weights are others, or its code is."""
+        if self.graphs is not None:
+            self.graphs.forget(module)
+
+    @property
+    def num_irregular(self) -> int:
+        """Forwards that took longer than the next ones will: something was compiled or captured in them."""
+        return self.num_compilations + (self.graphs.num_trials if self.graphs is not None else 0)
 
     def unchanging(self, is_exact: bool) -> AbstractContextManager[Any]:
         """While the block runs components run the same kernels as ever, if `is_exact`: who runs them is no matter."""
@@ -120,7 +147,12 @@ class Runtime:
         is_eager = (module, _form(method, tree)) in self._eager if self._eager else False
         self.variant = "compiled" if module in self._compiled and not is_eager else "eager"
         with computing_in(module, dtype), _eagerly(is_eager):
-            result = function(*args, **kwargs)
+            if self.graphs is None or self._replay is None:
+                result = function(*args, **kwargs)
+            else:
+                fixed, lends = self._replay
+                result = self.graphs.run(module, method, function, tree, fixed, lends=lends)
+                self.variant = "graph" if self.graphs.has_replayed else self.variant
         if module in self._compiled:
             self._proven.add(module)
         return result

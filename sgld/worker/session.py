@@ -184,6 +184,7 @@ class Session:
             return self._stretch(calls[0])
         started_ns, num_proofs = time.monotonic_ns(), self.executor.num_proofs
         self._expect()
+        self.executor.runtime.are_changed = self.is_exclusive
         tick = self.executor.run(calls)
         is_proof = self.executor.num_proofs > num_proofs
         if tick.is_merged:
@@ -289,6 +290,7 @@ class Session:
             remove_hooks((part for part in vars(job.pipeline).values() if isinstance(part, nn.Module)), task.hook_ids)
         for snapshot in task.snapshots:
             snapshot.restore()
+            self.executor.runtime.forget(snapshot.component)
         assert task.end is not None
         if isinstance(task.end, Value) and task.exclusive_because is None and task.whole is None:
             self.executor.verdicts.forget_exclusive()

@@ -64,6 +64,12 @@ def selected(rows: Rows, *, by_row: bool = False) -> Iterator[None]:
         yield
 
 
+def capture_key(rows: Rows) -> tuple[object, ...]:
+    """What must be equal for a captured forward to be that of these rows, beside all else."""
+    slots = next((applied.slots for applied, _ in rows if applied is not None), None)
+    return slots.capture_key(rows) if slots is not None else ()
+
+
 @contextmanager
 def everywhere(applied: Iterable[Applied]) -> Iterator[None]:
     """Run a block with one request's adapters in all components."""
@@ -91,6 +97,8 @@ class Slots:
         self._modules = dict(component.named_modules())
         self._layers: dict[str, _Layer] = {}
         self._keys: list[str] = [NONE]
+        self._fills = [0]
+        """How often each slot was filled."""
         self._index = torch.zeros(0, dtype=torch.long, device=device)
         self._in_index: tuple[int, ...] = ()
         self._selection: _Selection | None = None
@@ -114,7 +122,9 @@ class Slots:
         assert key not in self._keys
         if NONE not in self._keys[1:]:
             self._keys.append(NONE)
+            self._fills.append(0)
         slot = self._keys.index(NONE, 1)
+        self._fills[slot] += 1
         for name in changes.keys() - self._layers.keys():
             like, _ = changes[name][0]
             module = self._modules[name]
@@ -132,7 +142,7 @@ class Slots:
         if not any(self._keys):
             for layer in self._layers.values():
                 layer.restore()
-            self._layers, self._keys = {}, [NONE]
+            self._layers, self._keys, self._fills = {}, [NONE], [0]
             self.version += 1
 
     @contextmanager
@@ -155,7 +165,9 @@ class Slots:
     def capture_key(self, rows: Rows) -> tuple[object, ...]:
         """What must be equal for a captured forward to be that of these rows, beside all else."""
         keys = {applied.key if applied is not None else NONE for applied, _ in rows}
-        return (self.version, *sorted(keys)) if keys != {NONE} else ()
+        if keys == {NONE}:
+            return ()
+        return (self.version, *sorted((slot := self._keys.index(key), self._fills[slot]) for key in keys))
 
     def _indexed(self, slots: tuple[int, ...]) -> torch.Tensor:
         """The slot of each row, in the same memory each time."""

@@ -79,6 +79,11 @@ def rebuilt(tree: Any, replace: Callable[[Path, Any], Any], path: Path = ()) -> 
     return tree
 
 
+def clone(tree: Any) -> Any:
+    """The tree with tensors of its own."""
+    return rebuilt(tree, lambda _path, value: value.clone() if isinstance(value, torch.Tensor) else value)
+
+
 def at(tree: Any, path: Path) -> Any:
     """The node or leaf at a path.
 

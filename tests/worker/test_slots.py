@@ -133,9 +133,14 @@ def test_buffers_stay_where_they_are_unless_they_are_too_small() -> None:
         versions.append(slots.version)
     # c has room in what was taken for b; d doubles the slots, and e has a larger rank.
     assert versions[0] < versions[1] == versions[2] < versions[3] < versions[4]
+    captured = slots.capture_key([(Applied(slots, "b"), 1)])
     slots.remove("b")
     slots.put("f", {"layer": [(layer(module, 3), 1.0)]})
     assert slots.version == versions[4]
+    slots.remove("f")
+    slots.put("b", {"layer": [(layer(module, 7), 1.0)]})
+    assert slots.capture_key([(Applied(slots, "b"), 1)]) != captured
+    slots.put("f", {"layer": [(layer(module, 3), 1.0)]})
     assert slots.capture_key([(Applied(slots, "a"), 1)]) != slots.capture_key([(Applied(slots, "f"), 1)])
     assert slots.capture_key([(None, 1)]) == ()
 

@@ -8,7 +8,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from sgld.worker.trees import Opened, at, closed, is_sequence, leaves, opened, rebuilt, values
+from sgld.worker.trees import Opened, at, clone, closed, is_sequence, leaves, opened, rebuilt, values
 
 Pair = namedtuple("Pair", "left right")
 TREE = ((1, [2, {"a": 3}]), {"b": None, "c": (4,)})
@@ -139,3 +139,10 @@ def test_object_that_holds_itself_is_a_leaf_inside() -> None:
 @pytest.mark.parametrize("leaf", [nn.Identity(), len, Thing, Colour.RED, torch.Size([2]), 1.5, torch.ones(1)])
 def test_what_has_no_attributes_of_its_own_is_not_opened(leaf: Any) -> None:
     assert opened((leaf,))[0] is leaf
+
+
+def test_clone_shares_no_tensor() -> None:
+    tree = {"x": [torch.zeros(2)], "n": 1}
+    copied = clone(tree)
+    copied["x"][0] += 1
+    assert (tree["x"][0].tolist(), copied["n"]) == ([0.0, 0.0], 1)  # type: ignore[index]

@@ -1,0 +1,82 @@
+"""Which calls may share a CUDA graph: what is equal for all its uses is its key; tensors among the arguments differ."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sgld.worker.axes import is_constant
+from sgld.worker.recorder import Unfit
+from sgld.worker.trees import is_sequence
+
+Tree = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional arguments and others."""
+
+
+class Key(NamedTuple):
+    """Calls with an equal one may share a graph."""
+
+    module: nn.Module
+    method: str
+    fixed: Hashable
+    """What beside the arguments is the same in each use, as adapters."""
+    state: tuple[object, ...]
+    signature: tuple[object, ...]
+
+
+def key_of(
+    module: nn.Module, method: str, tree: Tree, fixed: Hashable, device_type: str
+) -> tuple[Key, list[torch.Tensor]]:
+    """The key of a call, and its tensors.
+
+    :raises Unfit: an argument isn't only its value, or is read by the host.
+    """
+    parts: list[object] = []
+    tensors: list[torch.Tensor] = []
+    _flatten(tree, parts, tensors, device_type)
+    is_autocast = torch.is_autocast_enabled("cuda")
+    state = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_autocast_dtype("cuda") if is_autocast else None,
+    )
+    return Key(module, method, fixed, state, tuple(parts)), tensors
+
+
+def unfit(module: nn.Module) -> str:
+    """Why a component can't be captured, as far as one can see: Python that runs in each forward isn't in a graph.
+
+    The hooks with which transformers collects results are no matter: they return what the forward made.
+    """
+    for name, part in module.named_modules():
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+            return f"a hook is on {name or 'it'}"
+        registry = getattr(part, "_diffusers_hook", None)
+        if hasattr(part, "_hf_hook") or (registry is not None and registry.hooks):
+            return f"a hook is on {name or 'it'}"
+    return ""
+
+
+def _flatten(node: Any, parts: list[object], tensors: list[torch.Tensor], device_type: str) -> None:
+    """Append what is equal in all uses of a graph to `parts`, and the tensors."""
+    if isinstance(node, torch.Tensor):
+        if type(node) is not torch.Tensor and type(node) is not nn.Parameter:
+            raise Unfit(f"an argument is a {type(node).__name__}")
+        if node.device.type != device_type:
+            raise Unfit(f"an argument is a tensor on {node.device}")
+        parts.append((node.shape, None if node.is_contiguous() else node.stride(), node.dtype, node.device.index))
+        tensors.append(node)
+    elif isinstance(node, dict):
+        parts.append((type(node), tuple(node)))
+        for value in node.values():
+            _flatten(value, parts, tensors, device_type)
+    elif is_sequence(node):
+        parts.append((type(node), len(node)))
+        for value in node:
+            _flatten(value, parts, tensors, device_type)
+    elif is_constant(node):
+        parts.append((type(node), node))
+    else:
+        raise Unfit(f"an argument is a {type(node).__name__}, which may have a state")
