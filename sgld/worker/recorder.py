@@ -78,12 +78,24 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = torch.cuda._utils._get_device_index(device, optional=True)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._scratch = torch.zeros(1, device=device)
+        self._pool: Any = None
+        """None: the next capture begins one."""
+        self._anchor: torch.cuda.CUDAGraph | None = None
         self._failed: list[torch.cuda.CUDAGraph] = []
         """Captures that were cut off; torch's allocator of pinned memory goes on asking them."""
 
     def renew(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = self._anchor = None
+
+    def _new_pool(self) -> None:
+        """Begin a pool with a graph that stays: without one torch would refuse the pool to later captures."""
+        pool, anchor = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with self._on_stream():
+            anchor.capture_begin(pool=pool, capture_error_mode="thread_local")
+            self._scratch.zero_()
+            anchor.capture_end()
+        self._pool, self._anchor = pool, anchor
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float]:
         torch.cuda.synchronize(self._device)
@@ -106,6 +118,8 @@ class CudaRecorder:
     def record(self, forward: Forward, tree: Any, tensors: Sequence[torch.Tensor]) -> "CudaRecording":
         try:
             inputs = [_static(tensor) for tensor in tensors]
+            if self._pool is None:
+                self._new_pool()
         except RuntimeError as error:
             raise Unfit(_in_short(error)) from None
         own = iter(inputs)
@@ -130,8 +144,10 @@ class CudaRecorder:
         outer = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outer)
         with torch.cuda.stream(self._stream):
-            yield
-        outer.wait_stream(self._stream)
+            try:
+                yield
+            finally:
+                outer.wait_stream(self._stream)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, forward: Forward, tree: Any) -> Any:
         problem, is_broken = "", False
@@ -140,8 +156,8 @@ class CudaRecorder:
         torch.clear_autocast_cache()
         try:
             with self._on_stream():
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     result = forward(tree)
                 except Exception as error:  # noqa: BLE001 - whatever it raises, it isn't captured
                     traceback.clear_frames(error.__traceback__)  # they hold tensors
@@ -165,10 +181,10 @@ class CudaRecorder:
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self._device, self._pool)
             torch._C._cuda_releasePool(self._device, self._pool)
-        # The allocator of pinned memory can't be told: it takes no other capture for this pool.
-        self._pool = torch.cuda.graph_pool_handle()
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
+        # The allocator of pinned memory can't be told: it takes no other capture for the old pool.
+        self.renew()
 
     def _pool_use(self) -> tuple[int, int]:
         """What the pool has of the device's memory, and what of that tensors take, in bytes."""

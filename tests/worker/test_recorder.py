@@ -1,5 +1,6 @@
 """Captures on a GPU: those that fail must leave nothing behind."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -199,14 +200,25 @@ def test_graphs_take_turns_in_one_pool() -> None:
 @torch.no_grad()
 def test_memory_comes_back_when_graphs_go() -> None:
     def large(x: torch.Tensor) -> torch.Tensor:
-        return x + torch.ones(256 * MIB, device="cuda", dtype=torch.uint8).sum()
+        return x + torch.ones(64 * MIB, device="cuda", dtype=torch.uint8).sum()
 
     recorded, module, x = Recorded(), on_gpu(large), torch.randn(4, 64, device="cuda")
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
     recorded.run(module, x)
+    assert recorded.graphs.num_replays > 0
+    gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() >= before + 256 * MIB
+    held = torch.cuda.memory_reserved()
     assert recorded.graphs.evict_all()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() < before + 64 * MIB
+    assert torch.cuda.memory_reserved() <= held - 64 * MIB
+
+
+def test_the_first_capture_may_fail() -> None:
+    for other in (uploads, reads):
+        recorded, module, x = Recorded(), on_gpu(other), torch.randn(4, 64, device="cuda")
+        good = on_gpu()
+        with torch.no_grad():
+            recorded.run(module, x)
+            assert torch.equal(recorded.run(good, x), good(x))
+        assert recorded.graphs.num_replays == 2
+        assert len(recorded.notes) == 1
