@@ -24,7 +24,7 @@ _PRESIGN_S = 3600
 _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 60.0
 _ATTEMPTS = 3
-_ABORT_S = 5.0
+_BEGIN_S, _ABORT_S = 10.0, 5.0
 # Where nobody says: what S3 has as its default, and other servers take.
 _REGION = "us-east-1"
 _REASONS = {
@@ -133,7 +133,9 @@ class Bucket:
         """
         with self._translated(f"doesn't take {name}"):
             place = {"Bucket": self._bucket, "Key": name}
-            created = await self._client.create_multipart_upload(ContentType=media_type, **place)
+            # Whoever is cancelled must know what to abort.
+            with anyio.fail_after(_BEGIN_S, shield=True):
+                created = await self._client.create_multipart_upload(ContentType=media_type, **place)
             place["UploadId"] = created["UploadId"]
             try:
                 size, done = 0, list[dict[str, Any]]()

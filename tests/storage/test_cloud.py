@@ -1,5 +1,6 @@
 """Files that go to a bucket, which may not be there when they come."""
 
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from functools import partial
@@ -218,13 +219,26 @@ async def test_a_file_that_grows_is_kept_where_its_upload_fails(server: S3Server
 
 
 async def test_of_a_file_that_cant_be_written_nothing_is_left(server: S3Server, tmp_path: Path) -> None:
+    """Not even of an upload that the server has just begun."""
+    server.hold = lambda request: "0.mp4?uploads" in request
+    has_failed = threading.Event()
+
     def fail(path: Path) -> None:
-        path.write_bytes(b"x" * PART_BYTES)
+        assert server.held.wait(TIMEOUT_S)
+        has_failed.set()
         raise OSError("no room")
 
     async with storage_of(server, tmp_path) as storage:
-        with pytest.raises(OSError, match="no room"):
-            await storage.put("a/0.mp4", fail, "video/mp4", grows=True)
+
+        async def put() -> None:
+            with pytest.raises(OSError, match="no room"):
+                await storage.put("a/0.mp4", fail, "video/mp4", grows=True)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(put)
+            await run_sync(has_failed.wait, TIMEOUT_S)
+            await anyio.wait_all_tasks_blocked()
+            server.go.set()
         assert await storage.num_pending() == 0
 
     assert (server.objects, server.unfinished) == ({}, [])
