@@ -146,6 +146,7 @@ class CloudStorage:
             raise
         finally:
             self._busy.discard(key)
+            growing.close()
         if sizes == [await self._size(key)]:
             await self._uploaded(entry)
             self._succeeded()

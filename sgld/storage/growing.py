@@ -1,6 +1,7 @@
 """A file that is read while it is written."""
 
 from collections.abc import AsyncGenerator, Callable
+from io import BufferedReader
 from pathlib import Path
 
 import anyio
@@ -11,45 +12,46 @@ _PAUSE_S = 0.05
 
 
 class Growing:
-    """Writes a file when it is called, in another thread, by appending to it.
+    """Writes a file when it is called, in another thread, by appending to it; closed by whoever made it.
 
     :param write: it doesn't change what it has written.
     """
 
     def __init__(self, write: Callable[[Path], None]) -> None:
         self._write = write
-        self._path: Path | None = None
+        self._file: BufferedReader | None = None
         self._is_done = False
 
     def __call__(self, path: Path) -> None:
         """Write the file."""
         path.touch()
-        self._path = path
+        # Opened here: when it is written it gets another name.
+        self._file = path.open("rb")
         try:
             self._write(path)
         finally:
             self._is_done = True
 
+    def close(self) -> None:
+        """Read it no more."""
+        if self._file is not None:
+            self._file.close()
+
     async def parts(self, part_bytes: int) -> AsyncGenerator[bytes, None]:
         """All of it, in parts of one size but for the last, each as soon as it is there."""
-        while (path := self._path) is None:  # noqa: ASYNC110 - another thread sets it
+        while (file := self._file) is None:  # noqa: ASYNC110 - another thread sets it
             await anyio.sleep(_PAUSE_S)
-        # It keeps its content when it gets its name.
-        file = await run_sync(path.open, "rb")
-        try:
-            part = bytearray()
-            while True:
-                is_done = self._is_done
-                content = await run_sync(file.read, part_bytes - len(part))
-                part += content
-                if len(part) == part_bytes:
-                    yield bytes(part)
-                    part.clear()
-                elif not content and is_done:
-                    break
-                elif not content:
-                    await anyio.sleep(_PAUSE_S)
-            if part:
+        part = bytearray()
+        while True:
+            is_done = self._is_done
+            content = await run_sync(file.read, part_bytes - len(part))
+            part += content
+            if len(part) == part_bytes:
                 yield bytes(part)
-        finally:
-            file.close()
+                part.clear()
+            elif not content and is_done:
+                break
+            elif not content:
+                await anyio.sleep(_PAUSE_S)
+        if part:
+            yield bytes(part)
