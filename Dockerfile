@@ -3,7 +3,7 @@
 #   docker build -t sgld .
 #   docker run --rm --gpus all -v sgld-cache:/cache -v "$PWD/outputs:/outputs" sgld generate --prompt "A sunset"
 #
-# Without --gpus it runs on the CPU. A folder mounted to /outputs must be writable for user 1000. The tensor queue is a
+# With several GPUs, add `--num-gpus 4` and the like to sgld's own arguments. Without --gpus it runs on the CPU. A folder mounted to /outputs must be writable for user 1000. The tensor queue is a
 # memfd, so --shm-size may stay as it is.
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04

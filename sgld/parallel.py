@@ -70,8 +70,6 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             problem = f"it must be ulysses x ring = {self.ulysses} x {self.ring} = {self.ulysses * self.ring}"
             raise FieldError("sp_degree", self.sp, problem)
         refuse_later(self)
-        if self.num_ranks > 1:
-            raise FieldError("num_gpus", self.num_gpus, "several GPUs for one copy of the model aren't supported yet")
 
     @property
     def total(self) -> int:

@@ -16,6 +16,7 @@ from sgld.config import EngineConfig
 from sgld.engine.cost import FlatCost
 from sgld.engine.replica import Rank
 from sgld.engine.scheduler import Scheduler
+from sgld.errors import ModelError
 from sgld.ipc.channel import channel_pair
 from sgld.ipc.tensor_queue import tensor_queue
 from sgld.messages import Pending, Ran, Stepped
@@ -144,7 +145,12 @@ class InlineReplica:
 
     @asynccontextmanager
     async def __call__(self, config: EngineConfig, replica: int = 0) -> AsyncIterator[Rank]:
-        """A rank, as long as the block lasts."""
+        """A rank, as long as the block lasts.
+
+        :raises ModelError: several ranks are asked for.
+        """
+        if config.parallel.num_ranks > 1:
+            raise ModelError(f"a replica inside of this process has one rank, not {config.parallel.num_ranks}")
         front, rank_end = channel_pair()
         reader, writer = tensor_queue()
         args = (rank_end, writer, config, partial(self._model, config))

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import anyio
@@ -13,9 +15,10 @@ from anyio import to_thread
 from sgld.config import EngineConfig
 from sgld.errors import ChannelClosed, RankLost
 from sgld.ipc.channel import ChannelStatistics, FrontEnd, RankEnd, channel_pair
+from sgld.ipc.seats import seats
 from sgld.ipc.tensor_queue import TensorQueueStatistics, TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Exit
-from sgld.worker.main import rank_main
+from sgld.worker.main import follower_main, rank_main
 
 # A rank that was told to leave ends its tasks at their next call; after this time it is killed.
 EXIT_GRACE_S = 2.0
@@ -114,42 +117,67 @@ class _Process(Protocol):
 
 @asynccontextmanager
 async def rank_process(config: EngineConfig, replica: int = 0, *, niceness: int = 0) -> AsyncIterator[Rank]:
-    """A rank in a process of its own, as long as the block lasts; afterwards nothing of it is left.
+    """A rank in a process of its own, and its followers; when the block ends nothing of them is left.
 
     :param replica: index of its replica, which has GPUs of its own.
     :param niceness: of a rank that runs on the CPU.
     """
     front, rank_end = channel_pair()
     reader, writer = tensor_queue()
+    meeting = os.memfd_create("sgld-ranks")
     try:
-        process = await to_thread.run_sync(_start, rank_end, writer, config, replica, niceness)
+        args = (rank_end, writer, config, replica, niceness, f"/proc/{os.getpid()}/fd/{meeting}")
+        processes = await to_thread.run_sync(_start, *args)
         try:
             async with _flushing(front):
-                yield Rank(front, reader, functools.partial(_cause_of_death, process))
+                yield Rank(front, reader, functools.partial(_first_death, processes))
         finally:
             with anyio.CancelScope(shield=True):
-                await _end(front, process)
+                await _end(front, processes)
     finally:
         # Where it wasn't even started, all of them are open.
         for end in (front, reader, rank_end, writer):
             end.close()
+        os.close(meeting)
 
 
 def _start(
-    rank_end: RankEnd[AnyReply, AnyCommand], writer: TensorWriter, config: EngineConfig, replica: int, niceness: int
-) -> Any:
-    """Start the process, in a thread: torch is imported for it, which takes a second."""
+    rank_end: RankEnd[AnyReply, AnyCommand],
+    writer: TensorWriter,
+    config: EngineConfig,
+    replica: int,
+    niceness: int,
+    meeting: str,
+) -> list[Any]:
+    """Start the processes, in a thread: torch is imported for them, which takes a second.
+
+    :param meeting: an empty file, by which they find each other.
+    """
     import torch.multiprocessing
 
-    name = "sgld-rank-0" if replica == 0 else f"sgld-rank-0-of-replica-{replica}"
-    # Not a daemon: those may not have children, and loaders may use them. It watches its parent instead.
-    process = torch.multiprocessing.get_context("spawn").Process(
-        target=rank_main, args=(rank_end, writer, config, replica, niceness), name=name
-    )
-    process.start()
+    # Not daemons: those may not have children, and loaders may use them. They watch their parent instead.
+    spawn = torch.multiprocessing.get_context("spawn").Process
+    of = "" if replica == 0 else f"-of-replica-{replica}"
+    processes: list[Any] = []
+    with seats(config.parallel.num_ranks, meeting) as (seat, *others):
+        try:
+            args = (rank_end, writer, config, replica, niceness, seat)
+            _started(processes, spawn(target=rank_main, args=args, name=f"sgld-rank-0{of}"))
+            for other in others:
+                args_ = (config, replica, niceness, other)
+                _started(processes, spawn(target=follower_main, args=args_, name=f"sgld-rank-{other.index}{of}"))
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
     rank_end.close()
     writer.close()
-    return process
+    return processes
+
+
+def _started(processes: list[Any], process: Any) -> None:
+    process.start()
+    processes.append(process)
 
 
 @asynccontextmanager
@@ -167,6 +195,17 @@ async def _flushing(front: FrontEnd[AnyCommand, AnyReply]) -> AsyncIterator[None
             tasks.cancel_scope.cancel()
 
 
+def _first_death(processes: Sequence[_Process], timeout_s: float) -> str | None:
+    """How one of the processes of a replica ended; None if all still live after `timeout_s`."""
+    for index, process in enumerate(processes):
+        if (cause := _cause_of_death(process, 0)) is not None:
+            return cause if len(processes) == 1 else f"rank {index}: {cause}"
+    if timeout_s:
+        wait([process.sentinel for process in processes], timeout_s)
+        return _first_death(processes, 0)
+    return None
+
+
 def _cause_of_death(process: _Process, timeout_s: float) -> str | None:
     """How a process ended; None if it still lives after `timeout_s`."""
     process.join(timeout_s)
@@ -176,14 +215,17 @@ def _cause_of_death(process: _Process, timeout_s: float) -> str | None:
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def _end(front: FrontEnd[AnyCommand, AnyReply], process: _Process) -> None:
-    """Ask the process to leave, kill it if it doesn't, and reap it."""
+async def _end(front: FrontEnd[AnyCommand, AnyReply], processes: Sequence[_Process]) -> None:
+    """Ask rank 0 to leave, which the others follow; kill those that don't, and reap all."""
     with contextlib.suppress(ChannelClosed, anyio.WouldBlock):
         front.send_nowait(Exit())
     with anyio.move_on_after(EXIT_GRACE_S):
-        await anyio.wait_readable(process.sentinel)
-    if process.exitcode is None:
-        process.kill()
+        for process in processes:
+            await anyio.wait_readable(process.sentinel)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
     front.close()
-    await to_thread.run_sync(process.join, _KILLED_GRACE_S)
-    process.close()
+    for process in processes:
+        await to_thread.run_sync(process.join, _KILLED_GRACE_S)
+        process.close()

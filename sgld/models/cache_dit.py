@@ -32,7 +32,7 @@ _CALIBRATOR = frozenset(
 )
 # What else its files may hold, and who has that here.
 _ELSEWHERE = {
-    "parallelism_config": "several GPUs aren't there yet",
+    "parallelism_config": "with Cache-DiT there is one GPU for each copy of the model",
     "quantize_config": "quantize with --quantization",
     "attention_backend": "choose it with --attention-backend",
 }

@@ -23,6 +23,7 @@ from sgld.models.placement import compile_components, dtype_of, place
 from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.quantized import quantize_components
 from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
+from sgld.models.sharing import NOTHING, Sharing, with_tiles
 from sgld.models.verdicts import VerdictFile
 
 # What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
@@ -51,6 +52,8 @@ class LoadedModel:
     """Components that wait on the host, whole."""
     compiled: tuple[str, ...] = ()
     """Components that their first forwards compile."""
+    sharing: Sharing = NOTHING
+    """What all ranks have."""
     refresh: Callable[[int], None] | None = None
     """Called before each request, with the number of its steps."""
     _siblings: dict[str, Any] = field(default_factory=dict)
@@ -98,19 +101,24 @@ class LoadedModel:
         )
 
 
-def load(config: EngineConfig) -> LoadedModel:
+def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
     """Load a model onto its device.
 
+    :param rank: of those of its replica; each has a device of its own, and the first one all components.
     :raises ModelError: it can't be found, read or served.
     """
     planned = plan(config)
     # With its index: a task's thread has to be told which device is its own.
-    device = torch.device("cuda", 0) if planned.device_type == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", rank) if planned.device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     # The main thread runs the forwards.
-    torch.set_num_threads(config.num_cpu_threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.num_cpu_threads or max(1, (os.cpu_count() or 1) // config.parallel.num_ranks))
     recommended = defaults(planned.source)
     try:
         pipeline = _pipeline(planned)
+        if rank:
+            _keep_only(pipeline, planned.sharing.names)
         made = quantize_components(planned.components, pipeline.components, config.quantized, device)
         place(
             pipeline,
@@ -122,12 +130,13 @@ def load(config: EngineConfig) -> LoadedModel:
     except LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
     _set_up_vae(pipeline, config)
+    sharing, in_tiles = with_tiles(planned.sharing, pipeline.components, config.parallel)
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None
     said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
     verdict_file = VerdictFile(planned.source, planned.index, planned.components)
     decisions = planned.decisions()
-    for notes in (made, said, {"model": note} if note else {}):
+    for notes in (made, said, in_tiles, {"model": note} if note else {}):
         decisions = with_notes(decisions, notes)
     compiled = tuple(part.name for part in planned.components if part.is_compiled)
     compile_components({name: pipeline.components[name] for name in compiled})
@@ -142,6 +151,7 @@ def load(config: EngineConfig) -> LoadedModel:
         is_whole=is_whole,
         offloaded=() if is_whole else tuple(part.name for part in planned.components if part.place == "offload"),
         compiled=compiled,
+        sharing=sharing,
         refresh=refresh,
     )
 
@@ -163,6 +173,12 @@ def _pipeline(planned: Plan) -> Any:
     given |= {"variant": config.source.variant, "custom_pipeline": config.source.custom_pipeline}
     cls = getattr(diffusers, config.source.pipeline_class_name or "DiffusionPipeline")
     return cls.from_pretrained(_local_copy(source), **given, **parts)
+
+
+def _keep_only(pipeline: Any, names: Collection[str]) -> None:
+    """Have no models but these."""
+    rest = {n: None for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module) and n not in names}
+    pipeline.register_modules(**rest)
 
 
 def _local_copy(source: ModelSource) -> str:

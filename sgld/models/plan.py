@@ -19,6 +19,7 @@ from sgld.models.quantization import Quantization
 from sgld.models.requirements import Capability
 from sgld.models.resolve import ModelSource, model_index
 from sgld.models.roles import Place, places, precisions, role
+from sgld.models.sharing import NOTHING, Sharing, share
 from sgld.models.single_file import single_file
 from sgld.models.sources import ComponentClass, ComponentSource, class_of, find, own_code, with_variant
 from sgld.models.verdicts import VerdictFile
@@ -66,6 +67,7 @@ class Plan:
     """The noise scheduler in the place of the model's own, where one was chosen."""
     backend: Backend = ENGINE
     cached: CacheDit | None = None
+    sharing: Sharing = NOTHING
 
     def decisions(self) -> dict[str, str]:
         """What was decided, for people: by component, and of the whole under `model`."""
@@ -99,9 +101,17 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     modes = VerdictFile(source, index, parts).read().modes
     backend = choose_backend(config.backend, [name], modes, cache_dit.asked_for(config.cache_dit))
     cached = cache_dit.choose(config.cache_dit, backend)
+    sharing = share(parts, config, device_type, is_whole=backend.is_whole)
     chosen = (backend.note, *(choice.note for choice in (attention, cached) if choice is not None))
-    notes = (*source.notes, *_source_notes(source, config), *filter(None, chosen), *of_memory, *config.adapters.notes)
-    return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend, cached)
+    notes = (
+        *source.notes,
+        *_source_notes(source, config),
+        *filter(None, chosen),
+        *of_memory,
+        *sharing.notes,
+        *config.adapters.notes,
+    )
+    return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend, cached, sharing)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:

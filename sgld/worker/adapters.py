@@ -85,6 +85,11 @@ class Adapters:
         self._thread: threading.Thread | None = None
 
     @property
+    def slots(self) -> Mapping[str, Slots]:
+        """The slots of each component that adapters may change."""
+        return self._slots
+
+    @property
     def is_loading(self) -> bool:
         return bool(self._loading)
 

@@ -18,8 +18,10 @@ from torch import nn
 
 from sgld.messages import CallKind
 from sgld.models.placement import dtype_of
+from sgld.worker.axes import CallAxes
 from sgld.worker.precision import is_wider, wanted
 from sgld.worker.randomness import OwnRandom
+from sgld.worker.rows import row_axes
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Applied, Rows, capture_key, selected
 from sgld.worker.trees import values
@@ -109,6 +111,8 @@ class Call:
     """The request's adapters, if they change this component."""
     is_exact: bool = False
     """Its bits depend on nothing but its request: it runs the same kernels for the server's life."""
+    axes: CallAxes | None = None
+    """Which arguments count rows, where ranks may share these."""
     known_key: tuple[object, str | None] | None = None
     """The merge key, and what was known of merging when it was computed."""
 
@@ -152,6 +156,7 @@ class Call:
         """
         whose = rows or [(self.adapters, 1)]
         fixed = None if by_row else self._fixed(whose)
+        axes = row_axes(self.axes, self.tree, (args, kwargs)) if self.axes is not None else None
         with entered(self.context, self.module), self.around(), selected(whose, by_row=by_row):
             return self.runtime.run(
                 self.module,
@@ -162,6 +167,7 @@ class Call:
                 is_exact=self.is_exact,
                 fixed=fixed,
                 lends=bool(rows),
+                axes=axes,
             )
 
     def _fixed(self, rows: Rows) -> tuple[object, ...] | None:

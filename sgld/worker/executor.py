@@ -111,6 +111,9 @@ class Executor:
         return [known.get(call.id) or next(answers) for call in calls], is_merged, is_timed and not known, len(known)
 
     def _run(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool]:
+        if self.runtime.parts_rows:
+            for call in calls:
+                call.axes = self._axes_or_none(call)
         if len(calls) == 1:
             return [single(calls[0])], False, True
         key = self.merge_key(calls[0])
@@ -127,6 +130,12 @@ class Executor:
             return self._prove(key, calls, axes, new), False, False
         outcomes, is_timed = self._merged(key, calls, axes, batch.to_expand(calls[0], axes, known.covers))
         return outcomes, True, is_timed
+
+    def _axes_or_none(self, call: Call) -> CallAxes | None:
+        try:
+            return self.verdicts.axes_of(call)
+        except Unmergeable:
+            return None
 
     def _singly(self, calls: Sequence[Call]) -> list[Outcome]:
         outcomes = []

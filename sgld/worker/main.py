@@ -1,6 +1,7 @@
 """The process of a rank: it loads the model, then does what the front commands."""
 
 import faulthandler
+import functools
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from sgld.config import EngineConfig, cache_root
 from sgld.errors import ChannelClosed, ModelError
 from sgld.ipc.channel import RankEnd
+from sgld.ipc.seats import ALONE, Seat
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.messages import AnyCommand, AnyReply, LoadFailed, Ready
 from sgld.worker.heartbeat import heartbeat
@@ -27,13 +29,53 @@ Channel = RankEnd[AnyReply, AnyCommand]
 
 
 def rank_main(
-    channel: Channel, tensors: TensorWriter, config: EngineConfig, replica: int = 0, niceness: int = 0
+    channel: Channel,
+    tensors: TensorWriter,
+    config: EngineConfig,
+    replica: int = 0,
+    niceness: int = 0,
+    seat: Seat = ALONE,
 ) -> None:
     """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone.
 
     :param replica: index of its replica.
     :param niceness: of a rank that runs on the CPU.
+    :param seat: its place among the ranks of its replica, of which it is the first.
     """
+    _begin(config, replica)
+    serve(channel, tensors, config, functools.partial(_load, config, niceness, seat), seat)
+    # All that matters has been sent, and taking down torch takes a second.
+    os._exit(0)
+
+
+def follower_main(config: EngineConfig, replica: int, niceness: int, seat: Seat) -> None:
+    """Entry of the process of another rank. It ends with rank 0, and when the front is gone."""
+    _begin(config, replica)
+    try:
+        model = _load(config, niceness, seat)
+    except ModelError as error:
+        # Rank 0 says it to the front.
+        from sgld.worker.distributed import fail
+
+        fail(seat, str(error))
+    else:
+        from sgld.worker.distributed import follow
+
+        follow(seat, model, config)
+    os._exit(0)
+
+
+def _load(config: EngineConfig, niceness: int, seat: Seat) -> "LoadedModel":
+    from sgld.models.load import load
+
+    model = load(config, seat.index)
+    if niceness and model.device.type == "cpu":
+        _give_way(niceness)
+    return model
+
+
+def _begin(config: EngineConfig, replica: int) -> None:
+    """What each rank does before it loads anything."""
     # Ctrl-C reaches the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
@@ -49,20 +91,14 @@ def rank_main(
         visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), replica, config.parallel.num_ranks)
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
-    def load() -> "LoadedModel":
-        from sgld.models.load import load
 
-        model = load(config)
-        if niceness and model.device.type == "cpu":
-            _give_way(niceness)
-        return model
-
-    serve(channel, tensors, config, load)
-    # All that matters has been sent, and taking down torch takes a second.
-    os._exit(0)
-
-
-def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "Callable[[], LoadedModel]") -> None:
+def serve(
+    channel: Channel,
+    tensors: TensorWriter,
+    config: EngineConfig,
+    load: "Callable[[], LoadedModel]",
+    seat: Seat = ALONE,
+) -> None:
     """Load a model and run commands until `Exit`; in a process of its own or in a thread."""
     try:
         with heartbeat(channel, "loading"):
@@ -70,7 +106,7 @@ def serve(channel: Channel, tensors: TensorWriter, config: EngineConfig, load: "
             # Late, because it imports torch: a rank says that it lives before it does.
             from sgld.worker.rank import Rank
 
-            rank = Rank(model, channel, tensors, config)
+            rank = Rank(model, channel, tensors, config, seat)
         channel.send(Ready(model=model.info()))
         rank.run()
     except ModelError as error:

@@ -77,6 +77,11 @@ def _bound(result: Any, repeated_error: float) -> float:
     return min(max(PROOF_FACTOR * repeated_error, floor), ceiling)
 
 
+def ceiling(result: Any) -> float:
+    """The relative error beyond which more than the order of summation is different."""
+    return _bound(result, float("inf"))
+
+
 def culprits(
     one: Call, other: Call, axes: CallAxes, traits: set[Trait], pulse: Callable[[], None] = lambda: None
 ) -> set[Trait]:

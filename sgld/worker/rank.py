@@ -12,6 +12,7 @@ import torch
 from sgld.config import EngineConfig, LoraConfig
 from sgld.errors import InvalidRequest, ModelError, OutOfMemory, PipelineFailed, SgldError
 from sgld.ipc.channel import RankEnd
+from sgld.ipc.seats import ALONE, Seat
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.media.images import load_image
 from sgld.messages import (
@@ -36,7 +37,7 @@ from sgld.messages import (
 )
 from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import FirstBlockCache, SamplingParams
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
 from sgld.worker.arguments import arguments, num_steps, with_pictures
@@ -56,6 +57,7 @@ from sgld.worker.task import Outcome, Raised, Task
 
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
+    from sgld.worker.distributed import Leader
 
 # Some errors quote the whole of an argument; a message between processes has a limit.
 MAX_ERROR_CHARS = 4000
@@ -74,6 +76,7 @@ class Rank:
         channel: RankEnd[AnyReply, AnyCommand],
         tensors: TensorWriter,
         config: EngineConfig,
+        seat: Seat = ALONE,
     ) -> None:
         self._model = model
         self._channel = channel
@@ -82,6 +85,7 @@ class Rank:
         is_gpu = model.device.type == "cuda"
         synchronize = torch.cuda.synchronize if is_gpu else lambda: None
         runtime = self._runtime = self._runtime_of(model, config)
+        runtime.ranks = self._leader(seat, config) if seat.num_ranks > 1 else None
         self._executor = Executor(
             self._memory.recall(),
             runtime,
@@ -91,13 +95,16 @@ class Rank:
             max_encodings_bytes=config.conditioning.max_bytes,
         )
         # On a CPU two rows take twice the time of one.
-        self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=is_gpu)
+        merges_alone = is_gpu or runtime.parts_rows
+        self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=merges_alone)
         self._previewer = Previewer(runtime.borrowed)
         self._told = Judged(modes={}, reasons={})
         self._told_loras = LorasHeld()
         self._told_alive_at = 0.0
         self._deliveries: dict[str, Delivery] = {}
         self._adapters = _adapters(model, config.adapters)
+        if runtime.ranks is not None:
+            runtime.ranks.follow_adapters(self._adapters.slots)
         self._filters = Filters(model.device)
         self._admission = Admission(self._adapters, self._filters, self._start, self._not_started)
         if is_gpu:
@@ -189,15 +196,21 @@ class Rank:
         parts = model.pipeline.components
         offloaded = {name: parts[name] for name in model.offloaded}
 
-        def note(component: str, note: str) -> None:
-            self._channel.send(Noted(component=component, note=note))
-
         return Runtime(
             residency(model.device, offloaded, pins=config.memory.pin_cpu_memory),
             {parts[name]: name for name in model.compiled},
-            note,
-            graphs_on(model.device, config.graphs.max_bytes, parts, note),
+            self._note,
+            graphs_on(model.device, config.graphs.max_bytes, parts, self._note),
         )
+
+    def _leader(self, seat: Seat, config: EngineConfig) -> "Leader":
+        """Lead the others, as soon as they have all loaded the model."""
+        from sgld.worker.distributed import lead  # torch.distributed takes a while to import
+
+        return lead(seat, self._model, config, self._note)
+
+    def _note(self, component: str, note: str) -> None:
+        self._channel.send(Noted(component=component, note=note))
 
     def _tell_verdicts(self) -> None:
         """Tell how components merge, if that is news."""
@@ -221,6 +234,10 @@ class Rank:
         try:
             if self._model.is_whole and params.cache is not None:
                 raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
+            if self._runtime.ranks is not None and isinstance(params.cache, FirstBlockCache):
+                raise InvalidRequest(
+                    "cache method first_block needs a single GPU; with several there is taylor", "cache"
+                )
             images = [load_image(Path(path)) for path in params.image_path]
             pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
             kwargs = with_pictures(arguments(pipeline, params, self._model.defaults, images))

@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,7 +19,11 @@ from sgld.models.placement import decompile, dtype_of
 from sgld.worker.graphs import Graphs
 from sgld.worker.precision import cast, computing_in, differs
 from sgld.worker.residency import Residency
+from sgld.worker.rows import RowAxes
 from sgld.worker.trees import leaves
+
+if TYPE_CHECKING:
+    from sgld.worker.distributed import Leader
 
 logger = logging.getLogger(__name__)
 _MAX_PROBLEM_CHARS = 300
@@ -58,8 +62,20 @@ class Runtime:
         self._casts: set[tuple[nn.Module, str]] = set()
         """Components and methods that refuse arguments of another precision than their own."""
         self._note = note
+        self.ranks: Leader | None = None
+        """Of several GPUs: run what they share."""
         self._replay: tuple[Hashable, bool] | None = None
         """Of the call that runs: what it must share with others for a CUDA graph, and whether it lends its result."""
+
+    @property
+    def parts_rows(self) -> bool:
+        """Whether several ranks may share the rows of a forward."""
+        return self.ranks is not None and self.ranks.parts_rows
+
+    def changed(self, because: str | None) -> None:
+        """A task changes components until it ends, and how; None: it has ended."""
+        if self.ranks is not None:
+            self.ranks.changed_by = because
 
     def run(
         self,
@@ -72,15 +88,34 @@ class Runtime:
         is_exact: bool = False,
         fixed: Hashable | None = None,
         lends: bool = False,
+        axes: RowAxes | None = None,
     ) -> Any:
         """Invoke a component.
 
         :param dtype: compute in it, whatever the weights are kept in.
         :param is_exact: run the kernels that such calls run for the server's life, whatever was compiled meanwhile.
         :param fixed: what must be equal for two calls to share a CUDA graph, beside their arguments; None: this can't
-            be one.
+            be one, and nor can what ranks share.
         :param lends: the caller copies what it needs of the result before anything else runs.
+        :param axes: which arguments count rows, where several ranks may share these.
         """
+        if self.ranks is not None and self.ranks.shares(module, method):
+            return self.ranks.run(module, method, args, kwargs, dtype, is_exact=is_exact, runtime=self, axes=axes)
+        return self.run_here(module, method, args, kwargs, dtype, is_exact=is_exact, fixed=fixed, lends=lends)
+
+    def run_here(
+        self,
+        module: nn.Module,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype | None = None,
+        *,
+        is_exact: bool = False,
+        fixed: Hashable | None = None,
+        lends: bool = False,
+    ) -> Any:
+        """Invoke a component on this rank; as `run`."""
         is_usual = not is_exact and not self.are_changed and dtype is None
         is_graph = is_usual and fixed is not None and not self.residency.is_offloaded(module)
         self._replay = (fixed, lends) if is_graph else None
@@ -144,7 +179,7 @@ class Runtime:
         function = module if method == "forward" else getattr(module, method)
         args, kwargs = tree
         self.residency.bring(module)
-        is_eager = (module, _form(method, tree)) in self._eager if self._eager else False
+        is_eager = (module, form(method, tree)) in self._eager if self._eager else False
         self.variant = "compiled" if module in self._compiled and not is_eager else "eager"
         with computing_in(module, dtype), _eagerly(is_eager):
             if self.graphs is None or self._replay is None:
@@ -177,7 +212,7 @@ class Runtime:
         self.variant = "eager"
         name = self._compiled[module]
         if was_proven:
-            self._eager.add((module, _form(method, tree)))
+            self._eager.add((module, form(method, tree)))
             note = f"some calls run without compilation: {problem}"
         else:
             decompile(self._parts.pop(module))
@@ -201,7 +236,7 @@ def _in_short(error: BaseException) -> str:
     return " ".join(str(error).split())[:_MAX_PROBLEM_CHARS] or type(error).__name__
 
 
-def _form(method: str, tree: Any) -> str:
+def form(method: str, tree: Any) -> str:
     """Calls with an equal one are compiled alike."""
     shapes = (f"{path}{tuple(leaf.shape)}" for path, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
     return f"{method} {' '.join(shapes)}"

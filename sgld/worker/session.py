@@ -278,6 +278,7 @@ class Session:
             return
         if self._exclusive is None:
             logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
+        self.executor.runtime.changed(task.exclusive_because)
         self._exclusive = task
         verdicts = self.executor.verdicts
         verdicts.modes[task.call.component] = "exclusive"
@@ -299,6 +300,7 @@ class Session:
         self.ended(task, task.end)
         if task is self._exclusive:
             self._exclusive = None
+            self.executor.runtime.changed(None)
             self._let_others_go_on()
 
     def _let_others_go_on(self) -> None:

@@ -102,6 +102,12 @@ class Slots:
         self._index = torch.zeros(0, dtype=torch.long, device=device)
         self._in_index: tuple[int, ...] = ()
         self._selection: _Selection | None = None
+        self._on_put: Callable[[str, Mapping[str, Changes]], None] = lambda key, changes: None
+        self._on_remove: Callable[[str], None] = lambda key: None
+
+    def follow(self, put: Callable[[str, Mapping[str, Changes]], None], remove: Callable[[str], None]) -> None:
+        """From now on somebody is told what comes into slots and leaves them."""
+        self._on_put, self._on_remove = put, remove
 
     @property
     def keys(self) -> list[str]:
@@ -134,6 +140,7 @@ class Slots:
         for name, layer in self._layers.items():
             self.version += layer.fill(slot, len(self._keys), changes.get(name, ()), self._max_slots)
         self._keys[slot] = key
+        self._on_put(key, changes)
 
     def remove(self, key: str) -> None:
         """Free the slot of a combination; with the last one everything is as it was before the first."""
@@ -144,6 +151,7 @@ class Slots:
                 layer.restore()
             self._layers, self._keys, self._fills = {}, [NONE], [0]
             self.version += 1
+        self._on_remove(key)
 
     @contextmanager
     def selected(self, rows: Sequence[tuple[str, int]], *, by_row: bool = False) -> Iterator[None]:
@@ -156,11 +164,11 @@ class Slots:
         index = None
         if by_row or len(chosen) > 1:
             index = self._indexed(tuple(slot for slot, num in slots for _ in range(num)))
-        self._selection = _Selection(chosen, slots[0][0], index)
+        outer, self._selection = self._selection, _Selection(chosen, slots[0][0], index, tuple(rows))
         try:
             yield
         finally:
-            self._selection = None
+            self._selection = outer
 
     def capture_key(self, rows: Rows) -> tuple[object, ...]:
         """What must be equal for a captured forward to be that of these rows, beside all else."""
@@ -192,6 +200,7 @@ class _Selection:
     slots: frozenset[int]
     slot: int
     index: torch.Tensor | None
+    rows: tuple[tuple[str, int], ...]
 
 
 class _Layer:

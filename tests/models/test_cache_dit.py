@@ -116,7 +116,7 @@ def test_options_come_from_a_file_or_as_they_are(form: str, tmp_path: Path) -> N
         ("[1]", "No such file"),
         ('{"cache_config": 3}', "where only cache_config may be"),
         ('{"Fn_compute_block": 1}', "did you mean Fn_compute_blocks?"),
-        ('{"cache_config": {}, "parallelism_config": {"ulysses_size": "auto"}}', "several GPUs"),
+        ('{"cache_config": {}, "parallelism_config": {"ulysses_size": "auto"}}', "one GPU"),
         ('{"cache_config": {}, "quantize_config": {}}', "--quantization"),
         ('{"cache_config": {}, "attention_backend": "sage"}', "--attention-backend"),
         ('{"cache_config": {"steps_computation_mask": "turbo"}}', "one of slow, medium, fast, ultra"),

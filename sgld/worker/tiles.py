@@ -1,0 +1,148 @@
+"""A VAE's tiled decode on several ranks: each computes some of the tiles, all get all of them.
+
+The VAE's own code cuts and blends. It runs twice: first each rank's share of its calls of the decoder is computed,
+with zeros in the place of the others; then with the tiles of all.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sgld.worker.trees import leaves
+
+Share = Callable[[torch.Tensor, int], torch.Tensor]
+"""A tensor from the rank that has it to all: what this rank has in its place, and that rank."""
+_Geometry = tuple[Any, ...]
+_NO_CACHE = object()
+"""Stands for what the next call of a tile needs, on ranks that don't compute it."""
+
+
+@dataclass
+class Shapes:
+    """What decoders returned for arguments of some geometry: shape and dtype."""
+
+    known: dict[_Geometry, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+
+
+@dataclass
+class _Tile:
+    """A call of the decoder: what it returned, or zeros of that form, and who computes it; None: everybody did."""
+
+    value: torch.Tensor
+    owner: int | None
+
+
+class _Recorder:
+    """The first pass. Calls that follow one another with a cache belong to one tile, which one rank computes.
+
+    What isn't known yet everybody computes, to know the shape of the others.
+    """
+
+    def __init__(self, vae: Any, latents: tuple[int, ...], rank: int, num_ranks: int, shapes: Shapes) -> None:
+        self.tiles: list[_Tile] = []
+        self._decode = vae.decoder.forward
+        self._latents, self._rank, self._num_ranks, self._shapes = latents, rank, num_ranks, shapes
+        self._num_units = 0
+        self._in_unit = 0
+        self._is_known = False
+
+    def begin_unit(self) -> None:
+        """What comes next has no cache of what came before."""
+        self._in_unit = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        has_cache = "feat_cache" in kwargs or kwargs.get("conv_cache") is not None
+        if not has_cache:
+            self.begin_unit()
+        if self._in_unit == 0:
+            self._num_units += 1
+        key = (self._latents, self._in_unit, *_geometry(args))
+        if self._in_unit == 0:
+            self._is_known = key in self._shapes.known
+        self._in_unit += 1
+        owner = (self._num_units - 1) % self._num_ranks
+        if self._is_known and owner != self._rank:
+            shape, dtype = self._shapes.known[key]
+            value = args[0].new_zeros(shape, dtype=dtype)
+            self.tiles.append(_Tile(value, owner))
+            return (value, _NO_CACHE) if "conv_cache" in kwargs else value
+        result = self._decode(*args, **kwargs)
+        value = result[0] if isinstance(result, tuple) else result
+        self._shapes.known[key] = value.shape, value.dtype
+        # The VAE blends in place.
+        self.tiles.append(_Tile(value.clone(), owner if self._is_known else None))
+        return result
+
+
+@contextmanager
+def shared(vae: Any, rank: int, num_ranks: int, shapes: Shapes, share: Share) -> Iterator[None]:
+    """While the block runs, `vae.decode` is that of all ranks: they must all call it, with the same arguments.
+
+    :param shapes: what is known of this VAE; the same on all ranks.
+    """
+    own = vae.decode
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        return _decoded(vae, own, args, kwargs, _Recorder(vae, _latents(args, kwargs), rank, num_ranks, shapes), share)
+
+    vars(vae)["decode"] = decode
+    try:
+        yield
+    finally:
+        del vars(vae)["decode"]
+
+
+def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    return next(tuple(leaf.shape) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+
+
+def _decoded(
+    vae: Any,
+    decode: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    recorder: _Recorder,
+    share: Share,
+) -> Any:
+    with _instead(vae, recorder, recorder.begin_unit):
+        result = decode(*args, **kwargs)
+    if all(tile.owner is None for tile in recorder.tiles):
+        return result
+    tiles = [tile.value if tile.owner is None else share(tile.value, tile.owner) for tile in recorder.tiles]
+    rest: Iterator[torch.Tensor] = iter(tiles)
+
+    def known(*_args: Any, **kwargs: Any) -> Any:
+        value = next(rest)
+        return (value, None) if "conv_cache" in kwargs else value
+
+    with _instead(vae, known, lambda: None):
+        return decode(*args, **kwargs)
+
+
+@contextmanager
+def _instead(vae: Any, decoder: Callable[..., Any], begin_unit: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, calls of the VAE's decoder go elsewhere."""
+    clear_cache = getattr(vae, "clear_cache", None)
+    own = vars(vae.decoder).get("forward")
+    vars(vae.decoder)["forward"] = decoder
+    if clear_cache is not None:
+
+        def cleared() -> None:
+            clear_cache()
+            begin_unit()
+
+        vars(vae)["clear_cache"] = cleared
+    try:
+        yield
+    finally:
+        del vars(vae.decoder)["forward"]
+        if own is not None:
+            vars(vae.decoder)["forward"] = own
+        vars(vae).pop("clear_cache", None)
+
+
+def _geometry(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(tuple(leaf.shape) for _, leaf in leaves(args) if isinstance(leaf, torch.Tensor))

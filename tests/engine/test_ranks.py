@@ -1,0 +1,180 @@
+"""Replicas of several ranks, as real processes on the CPU: they make what one makes, and leave nothing behind."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from peft import LoraConfig, get_peft_model_state_dict
+from pipelines import build
+
+from engine.streams import TIMEOUT_S, completed, difference, ends_of, events_of, params_of, plain
+from sgld.config import EngineConfig
+from sgld.engine.engine import Engine
+from sgld.events import AnyEvent, Completed, Failed, Progress, Restarted
+from sgld.parallel import ParallelConfig
+from sgld.sampling_params import FirstBlockCache, LoraChoice, SamplingParams
+
+RUN_TIMEOUT_S = 6.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine whose ranks are ready, on an event loop in a thread: starting one takes seconds, so tests share it."""
+
+    portal: BlockingPortal
+    engine: Engine
+    pipeline: Any
+    kwargs: dict[str, Any]
+    folder: Path
+
+    def run(self, body: Callable[[Engine], Awaitable[T]]) -> T:
+        return self.portal.call(body, self.engine)
+
+    def params(self, **choices: Any) -> SamplingParams:
+        return params_of(self.kwargs, **choices)
+
+    def completed(self, params: SamplingParams) -> Completed:
+        return self.portal.call(completed, self.engine, params)
+
+
+@contextmanager
+def serving(name: str, folder: Path, **parallel: Any) -> Iterator[Served]:
+    pipeline, kwargs = build(name)
+    if hasattr(pipeline, "vae") and hasattr(pipeline.vae, "tile_sample_min_size"):
+        # Small enough for several tiles of a small picture.
+        pipeline.vae.register_to_config(sample_size=16)
+    pipeline.save_pretrained(folder)
+    pipeline = type(pipeline).from_pretrained(folder)
+    # As several ranks have it.
+    pipeline.vae.enable_tiling()
+    config = EngineConfig(
+        model_path=str(folder),
+        device="cpu",
+        run_timeout_s=RUN_TIMEOUT_S,
+        num_cpu_threads=1,
+        parallel=ParallelConfig(**parallel),
+    )
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(Engine(config)) as engine:
+        portal.call(engine.ready)
+        yield Served(portal, engine, pipeline, kwargs, folder)
+
+
+@pytest.fixture(scope="module")
+def shared_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving("flux", tmp_path_factory.mktemp("flux"), num_gpus=2) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def shared_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving("wan", tmp_path_factory.mktemp("wan"), enable_cfg_parallel=True, ulysses_degree=2) as served:
+        yield served
+
+
+def pids() -> dict[int, int]:
+    """The processes of ranks that there are, by rank."""
+    names = {process.name: process.pid for process in multiprocessing.active_children() if process.pid}
+    return {int(name.rpartition("-")[2]): pid for name, pid in names.items() if name.startswith("sgld-rank-")}
+
+
+def test_tokens_are_shared_by_ulysses(shared_tokens: Served) -> None:
+    params = shared_tokens.params(seed=3, num_inference_steps=4)
+    assert difference(shared_tokens.completed(params).frames, plain(shared_tokens.pipeline, params)) <= 1
+    model = shared_tokens.engine.model
+    assert model is not None
+    assert "2 = dp 1 x cfg 1 x sp 2 (ulysses 2 x ring 1) x tp 1" in model.decisions["model"]
+
+
+def test_requests_of_other_sizes_and_lengths_share_them_too(shared_tokens: Served) -> None:
+    """Of one the tokens can't be split evenly; two share forwards."""
+    requests = [
+        shared_tokens.params(seed=1, height=24, width=40, num_inference_steps=3),
+        shared_tokens.params(seed=2, num_inference_steps=5),
+        shared_tokens.params(seed=4, num_inference_steps=6),
+    ]
+    ends = shared_tokens.portal.call(ends_of, shared_tokens.engine, *requests)
+    for end, params in zip(ends, requests, strict=True):
+        assert isinstance(end, Completed), end
+        assert difference(end.frames, plain(shared_tokens.pipeline, params)) <= 1
+
+
+def test_followers_have_the_adapters_of_requests(shared_tokens: Served, tmp_path: Path) -> None:
+    pipeline = type(shared_tokens.pipeline).from_pretrained(shared_tokens.folder)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    adapted = shared_tokens.params(seed=5, lora=(LoraChoice(path=str(tmp_path / "lora")),))
+    without = shared_tokens.params(seed=5)
+    ends = shared_tokens.portal.call(ends_of, shared_tokens.engine, adapted, without)
+    for end, right in zip(ends, (plain(pipeline, without), plain(shared_tokens.pipeline, without)), strict=True):
+        assert isinstance(end, Completed), end
+        assert difference(end.frames, right) <= 1
+
+
+def test_tiles_of_a_picture_are_shared(shared_tokens: Served) -> None:
+    """The second picture is decoded with known shapes, so that each rank computes some tiles only."""
+    for seed in (6, 7):
+        params = shared_tokens.params(seed=seed, height=64, width=64, num_inference_steps=1)
+        assert difference(shared_tokens.completed(params).frames, plain(shared_tokens.pipeline, params)) <= 1
+
+
+def test_error_that_all_ranks_raise_fails_one_request_only(shared_tokens: Served) -> None:
+    """One token of text can't be split in two."""
+    before = pids()
+    params = shared_tokens.params(num_inference_steps=2)
+    few = {**params.diffusers_kwargs, "max_sequence_length": 1}
+    params = msgspec.structs.replace(params, diffusers_kwargs=few)
+    [*_, end] = shared_tokens.portal.call(events_of, shared_tokens.engine, params)
+    assert isinstance(end, Failed), end
+    assert end.code != "rank_lost"
+    after = shared_tokens.params(seed=8)
+    assert difference(shared_tokens.completed(after).frames, plain(shared_tokens.pipeline, after)) <= 1
+    assert pids() == before
+
+
+def test_cache_that_exchanges_blocks_is_refused(shared_tokens: Served) -> None:
+    params = shared_tokens.params(cache=FirstBlockCache())
+    [*_, end] = shared_tokens.portal.call(events_of, shared_tokens.engine, params)
+    assert isinstance(end, Failed)
+    assert "single GPU" in end.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_request_runs_again_when_a_follower_is_lost(shared_tokens: Served, number: signal.Signals) -> None:
+    params = shared_tokens.params(num_inference_steps=30, seed=3)
+    before = pids()
+
+    async def body(engine: Engine) -> list[AnyEvent]:
+        events: list[AnyEvent] = []
+        with anyio.fail_after(TIMEOUT_S):
+            async for event in engine.generate(params):
+                if isinstance(event, Progress) and not any(isinstance(e, Progress) for e in events):
+                    os.kill(pids()[1], number)
+                events.append(event)
+        return events
+
+    events = shared_tokens.run(body)
+    assert sum(isinstance(event, Restarted) for event in events) == 1
+    assert isinstance(events[-1], Completed)
+    assert difference(events[-1].frames, plain(shared_tokens.pipeline, params)) <= 1
+    assert set(pids().values()).isdisjoint(before.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())
+
+
+def test_halves_of_guidance_and_tokens_are_shared_by_four(shared_rows: Served) -> None:
+    params = shared_rows.params(seed=3, num_inference_steps=5)
+    for _ in range(2):
+        assert difference(shared_rows.completed(params).frames, plain(shared_rows.pipeline, params)) <= 1
+    model = shared_rows.engine.model
+    assert model is not None
+    assert "rows of its calls are shared by 2 groups of ranks" in model.decisions["transformer"]

@@ -1,0 +1,100 @@
+"""Tiles of a decode on several ranks: here threads, which exchange them."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan
+
+from sgld.worker.tiles import Shapes, shared
+
+NUM_RANKS = 2
+
+
+def picture_vae() -> Any:
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=2,
+                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16)  # fmt: skip
+    vae.enable_tiling()
+    return vae
+
+
+def wan_vae() -> Any:
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    vae.enable_tiling(32, 32, 16, 16)
+    return vae
+
+
+def cog_vae() -> Any:
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        sample_height=32, sample_width=32,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    )  # fmt: skip
+    vae.enable_tiling()
+    return vae
+
+
+class Exchange:
+    """What `share` does, between threads."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(NUM_RANKS, timeout=30)
+        self._value: torch.Tensor | None = None
+
+    def of(self, rank: int) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        def share(value: torch.Tensor, owner: int) -> torch.Tensor:
+            if rank == owner:
+                self._value = value
+            self._barrier.wait()
+            assert self._value is not None
+            result = self._value.clone()
+            self._barrier.wait()
+            return result
+
+        return share
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(picture_vae, (1, 4, 24, 24)), (wan_vae, (1, 16, 3, 6, 6)), (cog_vae, (1, 4, 3, 2, 4))],
+    ids=["picture", "wan", "cogvideox"],
+)
+def test_each_rank_computes_a_share_and_gets_the_whole(make: Callable[[], Any], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    vaes = [make().eval() for _ in range(NUM_RANKS)]
+    for vae in vaes:
+        vae.load_state_dict(vaes[0].state_dict())
+    counts = [[0] * 3 for _ in vaes]
+    shapes, exchange = [Shapes() for _ in vaes], Exchange()
+    latents = [torch.randn(shape) for _ in range(3)]
+
+    def run(rank: int) -> list[torch.Tensor]:
+        vae, results, own = vaes[rank], [], vaes[rank].decoder.conv_in.forward
+        with torch.no_grad():
+            for index, z in enumerate(latents):
+
+                def counted(*args: Any, index: int = index, **kwargs: Any) -> Any:
+                    counts[rank][index] += 1
+                    return own(*args, **kwargs)
+
+                vae.decoder.conv_in.forward = counted
+                with shared(vae, rank, NUM_RANKS, shapes[rank], exchange.of(rank)):
+                    results.append(vae.decode(z).sample)
+        return results
+
+    with ThreadPoolExecutor(NUM_RANKS) as pool:
+        ranks = list(pool.map(run, range(NUM_RANKS)))
+    plain = make().eval()
+    plain.load_state_dict(vaes[0].state_dict())
+    with torch.no_grad():
+        wanted = [plain.decode(z).sample for z in latents]
+    for results in ranks:
+        assert all(torch.equal(got, want) for got, want in zip(results, wanted, strict=True))
+    in_first, in_last = sum(count[0] for count in counts), sum(count[2] for count in counts)
+    assert in_last < in_first
+    assert "decode" not in vars(vaes[0])
