@@ -186,7 +186,8 @@ class Runtime:
                 result = function(*args, **kwargs)
             else:
                 fixed, lends = self._replay
-                result = self.graphs.run(module, method, function, tree, fixed, lends=lends)
+                # A graph of compiled code is another one, and the compiler may be done at any time.
+                result = self.graphs.run(module, method, function, tree, (self.variant, fixed), lends=lends)
                 self.variant = "graph" if self.graphs.has_replayed else self.variant
         if module in self._compiled:
             self._proven.add(module)

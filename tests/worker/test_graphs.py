@@ -322,6 +322,16 @@ class TestWhatGoes:
 
 
 class TestRuntime:
+    def test_compiled_code_has_graphs_of_its_own(self) -> None:
+        module = nn.Linear(2, 2)
+        world = World(module)
+        world.run(torch.ones(2), times=UNTIL_REPLAYED)
+        assert world.is_replayed(torch.ones(2))
+        # What other calls of this form run from now on.
+        world.runtime = Runtime(compiled={module: "unet"}, graphs=world.graphs)
+        assert not world.is_replayed(torch.ones(2))
+        assert world.runtime.variant == "compiled"
+
     def test_offloaded_components_have_no_graphs(self) -> None:
         world = World(nn.Linear(2, 2))
         offloaded = {"unet": (world.module, Weights(world.module, CPU, pins=False))}
