@@ -16,8 +16,8 @@ from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.postprocess import Postprocessing
 from sgld.worker.preview import Previewer
-from sgld.worker.residency import Residency
 from sgld.worker.results import Results
+from sgld.worker.runtime import Runtime
 from sgld.worker.steps import count_steps, shift_noise
 from sgld.worker.streaming import can_stream, streamed
 from sgld.worker.task import Task
@@ -38,7 +38,7 @@ class Delivery:
         params: SamplingParams,
         num_threads: int,
         filters: tuple[Filter, ...] = (),
-        residency: Residency | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         self._results = results
         self._request_id = request_id
@@ -53,7 +53,7 @@ class Delivery:
         self._streamed: list[torch.Tensor] = []
         self._params = params
         self._filters = filters
-        self._residency = residency or Residency()
+        self._runtime = runtime or Runtime()
         self._postprocessing: Postprocessing | None = None
 
     @property
@@ -71,7 +71,11 @@ class Delivery:
             shift_noise(bound, self._flow_shift)
         if self._filters:
             device = self._model.device
-            self._postprocessing = Postprocessing(task, self._params, self._filters, device, self._residency)
+            self._postprocessing = Postprocessing(task, self._params, self._filters, device, self._runtime)
+            if self._params.height and self._params.width:
+                # Before anything is computed, where the size is known.
+                limit = self._results.max_frame_bytes
+                self._postprocessing.check_size(self._params.height, self._params.width, max_bytes=limit)
         self._sample_rate = sample_rate_of(bound)
         count_steps(task, bound)
         vae = getattr(bound, "vae", None)

@@ -249,7 +249,7 @@ class Rank:
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
         about = self._results, request_id, self._model, self._previewer, params, num_threads
-        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime.residency)
+        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime)
         self._session.start(
             Job(
                 request_id,

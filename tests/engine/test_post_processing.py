@@ -50,6 +50,10 @@ class Vocoder(nn.Module):
     def device(self) -> torch.device:
         return self.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
     def forward(self, sound: torch.Tensor) -> torch.Tensor:
         return self.weight * sound
 
@@ -171,6 +175,22 @@ async def test_wrong_weights_are_told_before_anything_is_computed(films: Films, 
     assert "upscaling_model_path" in events[-1].message
     assert progress_of(events, "denoise") == []
     assert len(fine.frames) == 3
+
+
+async def test_frames_that_become_too_large_are_refused_before_anything_is_computed() -> None:
+    pipeline, kwargs = build("qwen_image")
+    params = params_of(
+        kwargs | {"height": 2048, "width": 2048},
+        enable_upscaling=True,
+        upscaling_model_path="lanczos",
+        upscaling_scale=8,
+    )
+    async with Engine(CONFIG, rank_factory=InlineReplica(pipeline)) as engine:
+        events = await events_of(engine, params)
+    assert isinstance(events[-1], Failed)
+    assert events[-1].code == "invalid_request"
+    assert "choose a smaller upscaling_scale" in events[-1].message
+    assert not any(isinstance(event, Progress) for event in events)
 
 
 async def test_steps_of_others_run_between_frames(films: Films) -> None:

@@ -15,6 +15,7 @@ from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, single
 from sgld.worker.postprocess import FilterCall, Postprocessing, edge_of, is_out_of_memory, smallest_edge
 from sgld.worker.residency import Residency
+from sgld.worker.runtime import Runtime
 from sgld.worker.session import Job, News, Session
 from sgld.worker.task import Outcome, Raised, Task, Value
 
@@ -67,7 +68,7 @@ def processed(
         enable_upscaling=not all(isinstance(f, Interpolator) for f in filters),
         **chosen,
     )
-    postprocessing = Postprocessing(body, params, filters, CPU, Residency())  # type: ignore[arg-type]
+    postprocessing = Postprocessing(body, params, filters, CPU, Runtime())  # type: ignore[arg-type]
     return list(postprocessing.frames(frames, is_video=is_video, max_bytes=MAX_BYTES))
 
 
@@ -99,7 +100,7 @@ def test_scale_is_reached_whatever_the_network_has(filter_: Filter) -> None:
 
 def test_a_frame_that_can_not_be_sent_is_refused_before_anything_is_done() -> None:
     body, params = Body(), SamplingParams(enable_upscaling=True, upscaling_scale=8)
-    postprocessing = Postprocessing(body, params, (nearest(),), CPU, Residency())  # type: ignore[arg-type]
+    postprocessing = Postprocessing(body, params, (nearest(),), CPU, Runtime())  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=r"40x24, 8 times as large, takes 184320 bytes, 184319 is the limit"):
         next(postprocessing.frames(moving(1), is_video=True, max_bytes=184_319))
     assert body.calls == []
@@ -177,7 +178,7 @@ def test_others_go_on_between_two_frames() -> None:
             params = SamplingParams(enable_frame_interpolation=True)
             filters = (Interpolator(OpticalFlow()),)
             return list(
-                Postprocessing(tasks[request_id], params, filters, CPU, Residency()).frames(
+                Postprocessing(tasks[request_id], params, filters, CPU, Runtime()).frames(
                     frames, is_video=True, max_bytes=MAX_BYTES
                 )
             )
@@ -231,8 +232,10 @@ class Tight(Interpolator):
 
 
 def test_offloaded_components_leave_before_a_filter_fails() -> None:
-    tight, body = Tight(OpticalFlow()), Body()
+    tight, body, runtime = Tight(OpticalFlow()), Body(), Runtime(Tight.residency)
+    vars(runtime)["variant"] = "graph"
     params = SamplingParams(enable_frame_interpolation=True)
-    postprocessing = Postprocessing(body, params, (tight,), CPU, tight.residency)  # type: ignore[arg-type]
+    postprocessing = Postprocessing(body, params, (tight,), CPU, runtime)  # type: ignore[arg-type]
     assert len(list(postprocessing.frames(moving(2), is_video=True, max_bytes=MAX_BYTES))) == 3
     assert (len(body.calls), body.told) == (2, [(1, 1)])
+    assert vars(runtime)["variant"] == "eager"
