@@ -134,7 +134,7 @@ class Comparison:
                     yield json.loads(line)
             code = process.popen.wait(_LEAVE_S)
         except (queue.Empty, subprocess.TimeoutExpired):
-            self._problem(name, what, f"not done after {self._args.limit_s:.0f} s")
+            self._problem(name, what, f"{process.said()}\nnot done after {self._args.limit_s:.0f} s")
         else:
             if code:
                 self._problem(name, what, f"code {code}: {process.said()}")
