@@ -70,6 +70,7 @@ def _options(config: EngineConfig) -> tuple[object, ...]:
     """Those that decide how long forwards take."""
     return (
         config.enable_torch_compile,
+        config.graphs,
         config.vae_tiling,
         config.vae_slicing,
         config.num_cpu_threads,

@@ -19,6 +19,7 @@ import yaml
 
 from sgld.config import AttentionConfig, Precision
 from sgld.errors import ModelError
+from sgld.models.flash3 import adopt_wheel
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # SGLang's names to diffusers' ones; the first that runs here is taken. The order: its own build before one that is
 # downloaded, newer before older.
 _OF_SGLANG = {
-    "auto": ("native",),
     "torch_sdpa": ("native",),
     "torch_cudnn_sdpa": ("_native_cudnn",),
     "dynamic_cudnn_sdpa": ("_native_cudnn",),
@@ -75,7 +75,7 @@ class Attention:
 
 
 def choose(config: AttentionConfig, device_type: str, precision: Precision) -> Attention | None:
-    """Decide on a kernel by trying it on this device; None where nothing is asked for.
+    """Decide on a kernel by trying it on this device; None where nothing is asked for, or `auto`.
 
     :raises ModelError: it is unknown, isn't installed or doesn't run here; says what does.
     """
@@ -86,6 +86,7 @@ def choose(config: AttentionConfig, device_type: str, precision: Precision) -> A
             raise ModelError("attention_backend_config is for a backend; give attention_backend, too")
         return None
     candidates, dtype, problems = _candidates(name), _dtype(precision), []
+    adopt_wheel()
     for backend in candidates:
         if (problem := problem_of(backend, device_type, dtype)) is None:
             return Attention(backend, takes_masks(backend, device_type, dtype), options)
@@ -107,7 +108,8 @@ def _asked_for(config: AttentionConfig) -> str | None:
             f"attention_backend is {config.attention_backend!r}, diffusers_attention_backend is "
             f"{config.diffusers_attention_backend!r}: every model runs in diffusers here, so give one of them"
         )
-    return names.pop() if names else None
+    name = names.pop() if names else "auto"
+    return None if name == "auto" else name
 
 
 def _candidates(name: str) -> tuple[str, ...]:
@@ -117,7 +119,7 @@ def _candidates(name: str) -> tuple[str, ...]:
         raise ModelError(f"attention_backend is {name!r}: that is a kernel of SGLang's own models, diffusers has none")
     if name not in _OF_SGLANG:
         raise ModelError(
-            f"attention_backend is {name!r}, which is unknown; SGLang's names are {', '.join(_OF_SGLANG)}, "
+            f"attention_backend is {name!r}, which is unknown; SGLang's names are auto, {', '.join(_OF_SGLANG)}, "
             f"diffusers' are {', '.join(known_backends())}"
         )
     return _OF_SGLANG[name]
@@ -194,12 +196,12 @@ def _error(backend: str, device_type: str, dtype: "torch.dtype", mask: "torch.Te
     inputs = [torch.randn(2, 8, 2, 64, generator=generator).to(device_type, dtype) for _ in range(3)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        right, made = (_computed(name, inputs, mask).float() for name in ("native", backend))
+        right, made = (computed(name, inputs, mask).float() for name in ("native", backend))
     error = float((made - right).norm() / right.norm())
     return error if error == error else float("inf")
 
 
-def _computed(backend: str, inputs: "Sequence[torch.Tensor]", mask: "torch.Tensor | None") -> "torch.Tensor":
+def computed(backend: str, inputs: "Sequence[torch.Tensor]", mask: "torch.Tensor | None") -> "torch.Tensor":
     """What a kernel makes of query, key and value by itself, without a guard."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 

@@ -14,7 +14,7 @@ import torch
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
-from sgld.models import attention, cache_dit, noise
+from sgld.models import attention, attention_choice, cache_dit, noise
 from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
@@ -133,7 +133,11 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
     sharing, in_tiles = with_tiles(planned.sharing, pipeline.components, config.parallel)
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None
-    said = attention.apply(planned.attention, pipeline.components.items()) if planned.attention is not None else {}
+    parts = pipeline.components.items()
+    if planned.attention is not None:
+        said = attention.apply(planned.attention, parts)
+    else:
+        said = {} if planned.backend.is_whole else attention_choice.settle(parts, device)
     verdict_file = VerdictFile(planned.source, planned.index, planned.components)
     decisions = planned.decisions()
     for notes in (made, said, in_tiles, {"model": note} if note else {}):

@@ -103,6 +103,8 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     cached = cache_dit.choose(config.cache_dit, backend)
     sharing = share(parts, config, device_type, is_whole=backend.is_whole)
     chosen = (backend.note, *(choice.note for choice in (attention, cached) if choice is not None))
+    if attention is None and device_type == "cuda" and not backend.is_whole:
+        chosen = (*chosen, "attention by the kernel that is found to be fastest while it is loaded")
     notes = (
         *source.notes,
         *_source_notes(source, config),

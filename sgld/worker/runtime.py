@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sgld.messages import Variant
+from sgld.models.attention_choice import native_only
 from sgld.models.placement import decompile, dtype_of
 from sgld.worker.graphs import Graphs
 from sgld.worker.precision import cast, computing_in, differs
@@ -119,7 +120,7 @@ class Runtime:
         is_usual = not is_exact and not self.are_changed and dtype is None
         is_graph = is_usual and fixed is not None and not self.residency.is_offloaded(module)
         self._replay = (fixed, lends) if is_graph else None
-        with _eagerly(is_exact and module in self._compiled):
+        with _eagerly(is_exact and module in self._compiled), native_only() if is_exact else contextlib.nullcontext():
             result = self._run(module, method, args, kwargs, dtype)
         if is_exact:
             self.variant = "eager"
@@ -188,7 +189,8 @@ class Runtime:
                 fixed, lends = self._replay
                 # A graph of compiled code is another one, and the compiler may be done at any time.
                 result = self.graphs.run(module, method, function, tree, (self.variant, fixed), lends=lends)
-                self.variant = "graph" if self.graphs.has_replayed else self.variant
+                if self.graphs.has_replayed:
+                    self.variant = "compiled graph" if self.variant == "compiled" else "graph"
         if module in self._compiled:
             self._proven.add(module)
         return result

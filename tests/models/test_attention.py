@@ -60,7 +60,7 @@ def varlen(monkeypatch: pytest.MonkeyPatch) -> str:
     return "sage_varlen"
 
 
-@pytest.mark.parametrize("name", ["auto", "torch_sdpa", "native", "TORCH_SDPA"])
+@pytest.mark.parametrize("name", ["torch_sdpa", "native", "TORCH_SDPA"])
 def test_sglangs_and_diffusers_names_are_known(name: str) -> None:
     assert chosen(attention_backend=name) == Attention("native", takes_masks=True, options=AttentionOptions())
     assert chosen(diffusers_attention_backend=name) == chosen(attention_backend=name)
@@ -68,6 +68,7 @@ def test_sglangs_and_diffusers_names_are_known(name: str) -> None:
 
 def test_nothing_is_chosen_where_nothing_is_asked_for() -> None:
     assert chosen() is None
+    assert chosen(attention_backend="auto") is None
 
 
 @pytest.mark.parametrize(

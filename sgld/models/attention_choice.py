@@ -1,0 +1,224 @@
+"""The fastest kernel of attention on the GPU at hand, where none is asked for: measured once for a model's heads.
+
+Which kernel computes a call follows from the length of its sequence alone, not from its rows: a request gets the same
+one in company as alone, and compiled code has one branch more and no break. It is settled while the model is loaded,
+before anything is compiled or captured, and kept on disk for the device.
+"""
+
+import functools
+import hashlib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from sgld.config import cache_root
+from sgld.models import attention
+from sgld.models.flash3 import adopt_wheel
+from sgld.models.placement import dtype_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+# Kernels that compute exact attention. Torch's own choice among its kernels is `native`, and mostly the fastest.
+CANDIDATES = ("_native_cudnn", "_native_flash", "flash", "_flash_3")
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+# What is less isn't worth other bits.
+MIN_GAIN = 0.03
+_NUM_LAUNCHES = 5
+# The launches wait behind it, so that the time between their events is that of the device. About 5 ms.
+_SLEEP_CYCLES = 10_000_000
+
+
+class Heads(NamedTuple):
+    """The attention of a layer."""
+
+    num: int
+    dim: int
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """`backend` for sequences of `min_length` and more, native for others; `gain`: by how much it is faster there."""
+
+    backend: str
+    min_length: int
+    gain: float
+
+    @property
+    def note(self) -> str:
+        """The choice, for people."""
+        return f"attention by {self.backend} from {self.min_length} positions on, up to {self.gain:.2f} times as fast"
+
+
+Timer = Callable[[str, Heads, int, "torch.dtype"], float]
+"""Seconds of a kernel for these heads and a sequence of this length."""
+
+
+def fastest(seconds: Mapping[str, Sequence[float]]) -> Choice | None:
+    """The kernel that is faster than native from some length on, at all that are longer; None: none is.
+
+    :param seconds: by kernel, at each of LENGTHS.
+    """
+    native, found = seconds["native"], []
+    for backend, own in seconds.items():
+        gains = [before_s / after_s for before_s, after_s in zip(native, own, strict=True)]
+        slow = [index for index, gain in enumerate(gains) if gain < 1 + MIN_GAIN]
+        first = slow[-1] + 1 if slow else 0
+        if first < len(LENGTHS):
+            found.append(Choice(backend=backend, min_length=LENGTHS[first], gain=max(gains[first:])))
+    return max(found, key=lambda choice: (choice.gain, -choice.min_length), default=None)
+
+
+def settle(
+    components: Iterable[tuple[str, "nn.Module"]], device: "torch.device", timer: Timer | None = None
+) -> dict[str, str]:
+    """Let the denoisers compute attention by what is fastest here; returns what is to be said of each."""
+    denoisers = {name: part for name, part in components if attention.is_denoiser(part)}
+    found = {name: heads for name, part in denoisers.items() if (heads := sorted(heads_of(part)))}
+    if device.type != "cuda" or not found:
+        return {}
+    dtype = dtype_of(denoisers[next(iter(found))])
+    adopt_wheel()
+    usable = [name for name in CANDIDATES if attention.problem_of(name, device.type, dtype) is None]
+    file = _file(device, dtype, usable)
+    known = _read(file)
+    wanted = {heads for of_one in found.values() for heads in of_one}
+    if new := [heads for heads in wanted if _name(heads) not in known]:
+        timer = timer or functools.partial(_seconds, device)
+        for own in new:
+            times = {name: [timer(name, own, length, dtype) for length in LENGTHS] for name in ("native", *usable)}
+            logger.debug("attention of %s: %s", _name(own), times)
+            known[_name(own)] = fastest(times)
+        _write(file, known)
+    choices = {heads: choice for heads in wanted if (choice := known[_name(heads)]) is not None}
+    if choices:
+        steer(choices)
+    notes = {
+        name: "; ".join(dict.fromkeys(choices[heads].note for heads in of_one if heads in choices))
+        for name, of_one in found.items()
+    }
+    return {name: note or "attention by native, which is as fast as any here" for name, note in notes.items()}
+
+
+def heads_of(module: "nn.Module") -> set[Heads]:
+    """The heads of those layers of a model that heed what kernel is chosen."""
+    from diffusers.hooks._common import _ATTENTION_CLASSES
+
+    found = set()
+    for layer in module.modules():
+        if not isinstance(layer, _ATTENTION_CLASSES) or not hasattr(layer.processor, "_attention_backend"):
+            continue
+        num, width = getattr(layer, "heads", None), getattr(layer, "inner_dim", None)
+        if isinstance(num, int) and isinstance(width, int) and num:
+            found.add(Heads(num, width // num))
+    return found
+
+
+def steer(choices: Mapping[Heads, Choice]) -> None:
+    """From now on attention without a mask goes to the chosen kernels, where no other is asked for."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    native = inspect.unwrap(Registry._backends[AttentionBackendName.NATIVE])
+    kernels = {
+        tuple(heads): (choice.min_length, inspect.unwrap(Registry._backends[AttentionBackendName(choice.backend)]))
+        for heads, choice in choices.items()
+    }
+
+    @functools.wraps(native)
+    def steered(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        # Attention among one sequence, as that was measured; whatever else is asked for only native is sure to have.
+        if query.shape[2:] == key.shape[2:] and query.shape[1] == key.shape[1] and _is_plain(options):
+            chosen = kernels.get((int(query.shape[2]), int(query.shape[3])))
+            if chosen is not None and query.shape[1] >= chosen[0]:
+                return chosen[1](
+                    query, key, value, scale=options.get("scale"), is_causal=options.get("is_causal", False)
+                )
+        return native(query, key, value, **options)
+
+    Registry._backends[AttentionBackendName.NATIVE] = steered
+
+
+@contextmanager
+def native_only() -> Iterator[None]:
+    """While the block runs attention is computed as if nothing were chosen; for requests whose bits never change."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    steered = Registry._backends[AttentionBackendName.NATIVE]
+    Registry._backends[AttentionBackendName.NATIVE] = inspect.unwrap(steered)
+    try:
+        yield
+    finally:
+        Registry._backends[AttentionBackendName.NATIVE] = steered
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """Whether this is attention and nothing more."""
+    return (
+        options.get("attn_mask") is None
+        and not options.get("dropout_p")
+        and not options.get("enable_gqa")
+        and not options.get("return_lse")
+        and options.get("_parallel_config") is None
+    )
+
+
+def _seconds(device: "torch.device", backend: str, heads: Heads, length: int, dtype: "torch.dtype") -> float:
+    """Of the device alone: in graphs and compiled code nobody waits for launches."""
+    import torch
+
+    inputs = [torch.randn(1, length, *heads, device=device, dtype=dtype) for _ in range(3)]
+    event: Any = functools.partial(torch.cuda.Event, enable_timing=True)
+    start, end, sleep = event(), event(), vars(torch.cuda)["_sleep"]
+    times: list[float] = []
+    with torch.no_grad():
+        attention.computed(backend, inputs, None)
+        for _ in range(2):
+            sleep(_SLEEP_CYCLES)
+            start.record()
+            for _ in range(_NUM_LAUNCHES):
+                attention.computed(backend, inputs, None)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3 / _NUM_LAUNCHES)
+    return min(times)
+
+
+def _name(heads: Heads) -> str:
+    return f"{heads.num}x{heads.dim}"
+
+
+def _file(device: "torch.device", dtype: "torch.dtype", usable: Sequence[str]) -> Path:
+    import torch
+
+    named = msgspec.json.encode(
+        (torch.cuda.get_device_name(device), str(torch.__version__), str(dtype), usable, LENGTHS)
+    )
+    return cache_root() / "learned" / f"attention-{hashlib.sha256(named).hexdigest()[:24]}.json"
+
+
+def _read(file: Path) -> dict[str, Choice | None]:
+    try:
+        known = msgspec.json.decode(file.read_bytes(), type=dict[str, Choice | None])
+    except (OSError, msgspec.DecodeError):
+        return {}
+    return {name: choice for name, choice in known.items() if choice is None or choice.backend in CANDIDATES}
+
+
+def _write(file: Path, known: Mapping[str, Choice | None]) -> None:
+    """Keep it, atomically; where that can't be, the next start measures again."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.encode(known))
+        temporary.replace(file)
+    except OSError as error:
+        logger.warning("what was measured of attention can't be kept: %s", error)
