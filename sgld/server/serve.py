@@ -124,7 +124,8 @@ async def serve(
     inputs = InputPolicy(
         allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels
     )
-    with closing(listener.store) as store:
+    # The socket, too, unless Hypercorn has it by then.
+    with closing(listener.store) as store, closing(listener.socket):
         # The bucket first: that it can't be used is said before a model is loaded.
         async with (
             open_storage(config.storage, listener.folder) as storage,
