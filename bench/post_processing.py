@@ -6,7 +6,9 @@ for `--train-s` seconds on landscapes, against Lanczos on others; and the larges
 Memory: a video of 81 frames goes from a rank of its own through interpolation and upscaling into an MP4; of both
 processes the peaks of what is theirs alone (RssAnon), above what they had after a small video.
 
-    python bench/post_processing.py --out bench/results/post_processing
+    python bench/post_processing.py --out bench/results/post_processing [--device cuda]
+
+On a GPU: what a frame of 832x480 takes there, in milliseconds and MB, and tiles against the whole.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,11 +46,13 @@ from sgld.engine.frames import FrameStore
 from sgld.events import Completed, Failed
 from sgld.media.videos import write_video
 from sgld.models.embedded.scenes import draw_dice, draw_scenes, render
-from sgld.models.filters import Upscaler
+from sgld.models.filters import Interpolator, Upscaler
 from sgld.models.optical_flow import OpticalFlow, warp
+from sgld.models.rife import Rife
 from sgld.models.super_resolution import Compact, Rrdb, label_of
 from sgld.models.tiles import Canvas
 from sgld.sampling_params import SamplingParams
+from sgld.worker.postprocess import edge_of
 
 SIZE: dict[str, Any] = {"height": 192, "width": 256}
 SPEEDS = (4, 10, 20)
@@ -149,6 +153,54 @@ def tiles(network: Compact | Rrdb, edge: int, height: int, width: int) -> dict[s
         "largest": int(difference.max()),
         "mean": float(difference.float().mean()),
     }
+
+
+def on_gpu() -> list[dict[str, Any]]:
+    """What one frame takes: between two others, or enlarged, whole and in tiles; weights are random."""
+    device, size = torch.device("cuda"), {"height": 480, "width": 832}
+    first, last = (torch.randint(0, 256, (2, 1, 480, 832, 3), dtype=torch.uint8, device=device)).unbind()
+    rows = []
+    for between in (Rife(), OpticalFlow()):
+        interpolator = Interpolator(between).to(device)
+        work = functools.partial(interpolator.decode, first, last, 0.5, 1.0)
+        rows.append({"what": between.label, "tiles": 1, **taken(work)[0], "largest": None})
+    for network in (
+        Compact(width=64, num_layers=16, scale=4),
+        Rrdb(width=64, growth=32, num_blocks=23, num_doublings=2),
+    ):
+        about: dict[str, Any] = {"scale": 4, "radius": network.radius, "multiple": 1}
+        upscaler = Upscaler(network, label="", bytes_per_pixel=network.bytes_per_pixel, **about).half().to(device)
+        whole = None
+        for edge in (10**6, edge_of(upscaler, device), 256):
+            work = functools.partial(enlarged, upscaler, first, edge, about | size)
+            spent, result = taken(work)
+            whole = result if whole is None else whole
+            num_tiles = len(Canvas(480, 832, edge=edge, size=(1920, 3328), **about).tiles)
+            largest = int((result.int() - whole.int()).abs().max())
+            rows.append({"what": f"{label_of(network)}, fp16", "tiles": num_tiles, **spent, "largest": largest})
+    return rows
+
+
+def enlarged(upscaler: Upscaler, picture: torch.Tensor, edge: int, about: dict[str, Any]) -> torch.Tensor:
+    scale = about["scale"]
+    canvas = Canvas(edge=edge, size=(about["height"] * scale, about["width"] * scale), **about)
+    for index in range(len(canvas.tiles)):
+        result = upscaler.decode(picture, canvas, index)
+    assert result is not None, "the last tile makes it whole"
+    return result
+
+
+def taken(work: Callable[[], torch.Tensor], repeats: int = 3) -> tuple[dict[str, float], torch.Tensor]:
+    """Milliseconds and MB that something takes once it is warm, and its result."""
+    result = work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, started = torch.cuda.memory_allocated(), time.perf_counter()
+    for _ in range(repeats):
+        result = work()
+    torch.cuda.synchronize()
+    milliseconds = 1000 * (time.perf_counter() - started) / repeats
+    return {"ms": milliseconds, "mb": (torch.cuda.max_memory_allocated() - before) / 1e6}, result
 
 
 class Watch:
@@ -271,7 +323,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--train-s", type=float, default=60.0)
     parser.add_argument("--tiny", action="store_true", help="try it out")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
+    if args.device == "cuda":
+        about = {**reports.where("cuda"), "command": reports.command()}
+        with torch.no_grad():
+            gpu = {**about, "frames": on_gpu()}
+        heading = "One frame of 832x480; largest: difference to the whole, in levels of 255"
+        lines = ["# Post-processing on a GPU", "", f"{gpu['machine']}, {gpu['versions']}", "", f"`{gpu['command']}`"]
+        text = "\n".join([*lines, "", heading, "", *table(gpu["frames"], "{:.1f}"), ""])
+        if args.out:
+            reports.write(args.out, gpu, text)
+        print(text)
+        return
     network = trained(2.0 if args.tiny else args.train_s)
     report: dict[str, Any] = {
         **reports.where("cpu"),
