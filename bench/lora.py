@@ -23,6 +23,7 @@ from diffusers import FluxTransformer2DModel
 
 from sgld.models.lora import LoraLayer
 from sgld.worker.calls import Call, current_context
+from sgld.worker.clock import device_clock
 from sgld.worker.executor import Executor
 from sgld.worker.slots import Applied, Slots
 from sgld.worker.task import Value
@@ -55,8 +56,7 @@ class Bench:
         self.num_layers = 0
         for key in map(str, range(max(NUM_ROWS))):
             self.slots.put(key, self._adapter())
-        synchronize = torch.cuda.synchronize if self.is_gpu else lambda: None
-        self.executor = Executor(synchronize=synchronize)
+        self.executor = Executor(clock=device_clock("cuda" if self.is_gpu else "cpu"))
 
     def _adapter(self) -> dict[str, list[tuple[LoraLayer, float]]]:
         made = {}
@@ -98,11 +98,12 @@ class Bench:
         alone = [call.run(call.args, call.kwargs)[0] for call in calls]
         ticks = [self.executor.run(calls) for _ in range(repeats + 3)]
         last = ticks[-1]
+        last.span.wait()
         assert last.is_merged or len(calls) == 1, self.executor.verdicts.reasons
         values = [outcome.value[0] for outcome in last.outcomes if isinstance(outcome, Value)]
         errors = [float((v - a).float().norm() / a.float().norm()) for v, a in zip(values, alone, strict=True)]
         return {
-            "ms": round(1000 * statistics.median(tick.elapsed_s for tick in ticks[3:]), 2),
+            "ms": round(1000 * statistics.median(tick.span.elapsed_s for tick in ticks[3:]), 2),
             "error": float(f"{max(errors):.2g}"),
         }
 

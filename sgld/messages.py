@@ -146,6 +146,12 @@ class Pending(Reply, frozen=True, kw_only=True, tag="pending"):
     call: CallInfo
 
 
+class Launched(Reply, frozen=True, kw_only=True, tag="launched"):
+    """A tick that the device goes on with: its calls don't wait any more, and `Ran` follows when it is over."""
+
+    call_ids: tuple[int, ...]
+
+
 class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     """A tick: these calls ran; `is_timed` is False where a proof or a retry went into the time."""
 
@@ -282,6 +288,7 @@ AnyReply = (
     | Ready
     | LoadFailed
     | Pending
+    | Launched
     | Ran
     | Judged
     | LoraLoaded

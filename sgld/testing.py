@@ -19,17 +19,19 @@ from sgld.engine.scheduler import Scheduler
 from sgld.errors import ModelError
 from sgld.ipc.channel import channel_pair
 from sgld.ipc.tensor_queue import tensor_queue
-from sgld.messages import Pending, Ran, Stepped
+from sgld.messages import Launched, Pending, Ran, Stepped
 from sgld.models.backend import choose_backend
 from sgld.models.load import LoadedModel, load
 from sgld.models.lora import adaptable
 from sgld.models.verdicts import VerdictFile
 from sgld.sampling_params import LoraChoice, StepCacheParams
 from sgld.worker.adapters import Adapters, source_of
+from sgld.worker.ahead import News
 from sgld.worker.executor import Executor
+from sgld.worker.job import Job
 from sgld.worker.main import serve
 from sgld.worker.runtime import Runtime
-from sgld.worker.session import Job, News, Session
+from sgld.worker.session import Session
 from sgld.worker.task import Outcome, Task, Value
 
 
@@ -83,6 +85,8 @@ def run_together(
                 case Pending(call=call):
                     scheduler.pending(call)
                     denoisers.update([call.component] if call.kind == "denoise" else [])
+                case Launched(call_ids=call_ids):
+                    scheduler.launched(call_ids)
                 case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
                     scheduler.ran(call_ids, elapsed_s)
                 case Stepped(request_id=request_id, step=step):

@@ -43,6 +43,7 @@ from sgld.messages import (
     Heard,
     Idle,
     Judged,
+    Launched,
     LoadFailed,
     LoadLora,
     LoraFailed,
@@ -247,8 +248,8 @@ class Engine:
                 logger.warning("%s; it is started again", problem)
                 self._tally.num_restarts += 1
                 batch, replica.running = replica.running, None
-                blamed = batch.request_ids if batch is not None else None
-                self._requests.run_again(problem, blamed, replica.index)
+                blamed = {*(batch.request_ids if batch is not None else ()), *self._tally.lost(replica.index)}
+                self._requests.run_again(problem, blamed or None, replica.index)
                 self._balance()
                 await anyio.sleep(replica.num_lost_loads)
 
@@ -328,6 +329,9 @@ class Engine:
                 self._tally.judged(reply)
             case Noted(component=component, note=note):
                 self._model = self._model and with_note(self._model, component, note)
+            case Launched(call_ids=call_ids):
+                self._tally.launched(call_ids, replica.index)
+                replica.scheduler.launched(call_ids)
             case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
                 self._tally.ran(reply, replica.index)
                 replica.scheduler.ran(call_ids, elapsed_s)

@@ -128,6 +128,10 @@ class Scheduler:
     def ran(self, call_ids: Iterable[int], elapsed_s: float) -> None:
         """These calls ran in one forward."""
         self._tick_s = max(elapsed_s, _FORGET * self._tick_s)
+        self.launched(call_ids)
+
+    def launched(self, call_ids: Iterable[int]) -> None:
+        """These calls don't wait any more: the device has them, or is done with them."""
         for call_id in call_ids:
             request = self._by_call.pop(call_id, None)
             if request is not None:

@@ -1,5 +1,7 @@
 """What the engine has done and knows: counted as it goes, read as one frozen value."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from sgld.engine.trace import Trace
@@ -92,6 +94,8 @@ class Tally:
         self._calls: dict[str, CallStatistics] = {}
         self._pending: dict[tuple[int, int], CallInfo] = {}
         """By replica and id."""
+        self._launched: dict[tuple[int, int], CallInfo] = {}
+        """Those that a device has."""
 
     @property
     def calls(self) -> tuple[CallStatistics, ...]:
@@ -107,10 +111,21 @@ class Tally:
         """A call waits."""
         self._pending[replica, call.id] = call
 
+    def launched(self, call_ids: Sequence[int], replica: int = 0) -> None:
+        """The device of a replica goes on with these calls."""
+        for key in [(replica, call_id) for call_id in call_ids]:
+            if key in self._pending:
+                self._launched[key] = self._pending.pop(key)
+
+    def lost(self, replica: int = 0) -> set[str]:
+        """A rank is lost; the requests of which its device had calls."""
+        return {self._launched.pop(key).request_id for key in list(self._launched) if key[0] == replica}
+
     def ran(self, reply: Ran, replica: int = 0) -> None:
         """A tick of a replica is over."""
+        self.launched(reply.call_ids, replica)
         keys = [(replica, call_id) for call_id in reply.call_ids]
-        calls = [call for key in keys if (call := self._pending.pop(key, None)) is not None]
+        calls = [call for key in keys if (call := self._launched.pop(key, None)) is not None]
         if not calls:
             return  # of requests that were cancelled meanwhile
         name = reply.cost_key.partition("(")[0]
@@ -160,8 +175,9 @@ class Tally:
 
     def _forget(self, request_id: str) -> None:
         self._skipped.pop(request_id, None)
-        for key in [key for key, call in self._pending.items() if call.request_id == request_id]:
-            del self._pending[key]
+        for calls in (self._pending, self._launched):
+            for key in [key for key, call in calls.items() if call.request_id == request_id]:
+                del calls[key]
 
 
 def _counted(sizes: dict[int, int], reply: Ran) -> dict[int, int]:

@@ -88,9 +88,9 @@ class RankEnd(Generic[SendT, ReceiveT]):
             return None
         return self._decoder.decode(_receive_bytes(self._socket, socket.MSG_DONTWAIT))
 
-    def is_readable(self) -> bool:
-        """Whether `receive` would return or raise at once."""
-        return self._wait_readable(0)
+    def is_readable(self, timeout_s: float = 0.0) -> bool:
+        """Whether `receive` would return or raise at once, now or within `timeout_s`."""
+        return self._wait_readable(timeout_s)
 
     def fileno(self) -> int:
         """The descriptor, for a thread that waits for several things at once."""

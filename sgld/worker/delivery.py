@@ -124,7 +124,7 @@ class Delivery:
             rest = pixels.frames[len(sent) :]
             self._results.frames(self._request_id, len(sent), rest, is_video=pixels.is_video)
 
-    def _preview(self, step: int, picture: Any) -> None:
+    def _preview(self, step: int, picture: torch.Tensor) -> None:
         self._results.preview(self._request_id, step, picture)
 
     @contextmanager

@@ -1,6 +1,5 @@
 """Where the calls of tasks run: single forwards, merged ones, and the proof that merging is right."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from sgld.worker import batch, first_block, proof
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
+from sgld.worker.clock import Clock, HostClock, Span
 from sgld.worker.digests import Digests
 from sgld.worker.reuse import Encodings
 from sgld.worker.runtime import Runtime
@@ -23,7 +23,7 @@ from sgld.worker.verdicts import Recent, Verdicts, axes_key
 
 @dataclass(frozen=True)
 class Tick:
-    """One execution: the outcome of each call and what it took.
+    """One execution: the outcome of each call and what it takes; the device may not be done with it.
 
     `is_merged`: the calls shared a forward. `is_timed`: the time is that of the calls alone. `cost_key`: that of the
     largest call, for where calls of different sizes share a forward, each row takes as long as the largest one.
@@ -31,7 +31,7 @@ class Tick:
     """
 
     outcomes: list[Outcome]
-    elapsed_s: float
+    span: Span
     is_merged: bool
     is_timed: bool
     cost_key: str
@@ -44,7 +44,7 @@ class Executor:
 
     :param verdicts: what is known of merging already.
     :param runtime: runs the components.
-    :param synchronize: waits for the device, so that times are those of the work.
+    :param clock: times the work.
     :param pulse: called after each forward where one command takes several.
     :param max_encodings_bytes: how much is kept of what text encoders returned.
     """
@@ -55,7 +55,7 @@ class Executor:
         runtime: Runtime | None = None,
         *,
         merge: bool = True,
-        synchronize: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
         pulse: Callable[[], None] = lambda: None,
         max_encodings_bytes: int = ConditioningConfig().max_bytes,
     ) -> None:
@@ -66,7 +66,7 @@ class Executor:
         self.num_proofs = 0
         self.num_parted = 0
         """Merged forwards of which some calls left after the first block."""
-        self.synchronize = synchronize
+        self.clock: Clock = clock or HostClock()
         self._digests = Digests()
         self._encodings = Encodings(self._digests, max_encodings_bytes)
         self._max_rows: Recent[int] = Recent()
@@ -86,15 +86,20 @@ class Executor:
         return self.verdicts.merge_key(call, self._digests)
 
     def run(self, calls: Sequence[Call]) -> Tick:
-        """Run calls with equal merge keys, as one forward if that is proved right."""
+        """Run calls with equal merge keys, as one forward if that is proved right.
+
+        :raises RuntimeError: the device has failed.
+        """
         cost_key = max(calls, key=_num_elements).cost_key
         num_irregular = self.runtime.num_irregular
-        start = time.perf_counter()
+        span = self.clock.begin()
         outcomes, is_merged, is_timed, num_reused = self._answer(calls)
-        self.synchronize()
-        elapsed_s = time.perf_counter() - start
+        span.end()
+        if not all(isinstance(outcome, Value) for outcome in outcomes):
+            # Was it the device? Then what failed may be what it was given before, and no call is to blame.
+            self.clock.settle()
         is_timed &= self.runtime.num_irregular == num_irregular
-        return Tick(outcomes, elapsed_s, is_merged, is_timed, cost_key, num_reused, self.runtime.variant)
+        return Tick(outcomes, span, is_merged, is_timed, cost_key, num_reused, self.runtime.variant)
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:
         """Run the calls, except for text that was encoded before; the last is how often that was."""

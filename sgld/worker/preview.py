@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sgld.worker.pixels import to_uint8
 from sgld.worker.rgb import RgbMap
@@ -39,14 +37,15 @@ def predicted_clean(scheduler: Any, model_output: torch.Tensor, timestep: Any, s
     if getattr(scheduler, "step_index", 0) is None:
         scheduler._init_step_index(timestep)
     if hasattr(scheduler, "sigmas") and hasattr(scheduler, "step_index"):
-        sigma = scheduler.sigmas[scheduler.step_index].to(sample.device)
+        # Left on its device, which may be the host: to copy a number waits for the other one.
+        sigma = scheduler.sigmas[scheduler.step_index]
         if hasattr(scheduler, "precondition_outputs"):
             return scheduler.precondition_outputs(sample, model_output, sigma)
         if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
             return _from_signal(prediction, model_output, sample, *scheduler._sigma_to_alpha_sigma_t(sigma))
         return _from_sigma(prediction, model_output, sample, sigma)
     if hasattr(scheduler, "alphas_cumprod"):
-        alpha = scheduler.alphas_cumprod[int(timestep)].to(sample.device)
+        alpha = scheduler.alphas_cumprod[int(timestep)]
         return _from_signal(prediction, model_output, sample, alpha**0.5, (1 - alpha) ** 0.5)
     return None
 
@@ -156,7 +155,7 @@ class Previewer:
     _glue: dict[Geometry, Glue | None] = field(default_factory=dict)
 
     def watch(
-        self, task: Task, bound: Any, real_vae: Any, num_previews: int, send: Callable[[int, NDArray[np.uint8]], None]
+        self, task: Task, bound: Any, real_vae: Any, num_previews: int, send: Callable[[int, torch.Tensor], None]
     ) -> None:
         """Send up to `num_previews` pictures (H, W, 3) with their step while a task denoises."""
         if num_previews == 0 or real_vae is None:
@@ -167,8 +166,11 @@ class Previewer:
         decode = bound.vae.decode
         vars(bound.vae)["decode"] = functools.wraps(decode)(functools.partial(watched.around_decode, decode))
 
-    def picture(self, vae: Any, geometry: Geometry, clean: torch.Tensor) -> NDArray[np.uint8] | None:
-        """Predicted clean latents as RGB, (H, W, 3); of a video the frame in the middle. None: no map fits."""
+    def picture(self, vae: Any, geometry: Geometry, clean: torch.Tensor) -> torch.Tensor | None:
+        """Predicted clean latents as RGB, uint8 (H, W, 3) on their device; of a video the frame in the middle.
+
+        None: no map fits.
+        """
         glue = self._glue[geometry] if geometry in self._glue else guessed_glue(vae, clean)
         rgb = self._rgb_of(vae)
         if glue is None or rgb is None:
@@ -176,7 +178,7 @@ class Previewer:
         latents = glue(clean[:1])[0]
         if latents.ndim == 4:
             latents = latents[:, latents.shape[1] // 2]
-        return to_uint8(rgb(latents) / 2 + 0.5).cpu().numpy()
+        return to_uint8(rgb(latents) / 2 + 0.5)
 
     def learn(self, vae: Any, geometry: Geometry, sample: torch.Tensor, latents: torch.Tensor, decoded: Any) -> None:
         """A request was decoded: what its last sample had become, and the pixels (B, 3, [F,] H, W) in [-1, 1]."""

@@ -38,20 +38,23 @@ from sgld.messages import (
 from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
 from sgld.sampling_params import FirstBlockCache, SamplingParams
+from sgld.worker import ahead
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
 from sgld.worker.arguments import arguments, num_steps, with_pictures
+from sgld.worker.clock import device_clock
 from sgld.worker.compilation import alive_while_compiling
 from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
 from sgld.worker.graphs import graphs_on
+from sgld.worker.job import Job
 from sgld.worker.memory import Memory
 from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
 from sgld.worker.results import Results
 from sgld.worker.runtime import Runtime
-from sgld.worker.session import Job, Session, is_cancelled
+from sgld.worker.session import Session, is_cancelled
 from sgld.worker.slots import Applied
 from sgld.worker.task import Outcome, Raised, Task
 
@@ -83,14 +86,13 @@ class Rank:
         self._results = Results(channel, tensors)
         self._memory = Memory(model.verdict_file)
         is_gpu = model.device.type == "cuda"
-        synchronize = torch.cuda.synchronize if is_gpu else lambda: None
         runtime = self._runtime = self._runtime_of(model, config)
         runtime.ranks = self._leader(seat, config) if seat.num_ranks > 1 else None
         self._executor = Executor(
             self._memory.recall(),
             runtime,
             merge=config.merge,
-            synchronize=synchronize,
+            clock=device_clock(model.device.type),
             pulse=self._pulse,
             max_encodings_bytes=config.conditioning.max_bytes,
         )
@@ -102,6 +104,8 @@ class Rank:
         self._told_loras = LorasHeld()
         self._told_alive_at = 0.0
         self._deliveries: dict[str, Delivery] = {}
+        self._is_order_told = True
+        """The front knows that its last order is done."""
         self._adapters = _adapters(model, config.adapters)
         if runtime.ranks is not None:
             runtime.ranks.follow_adapters(self._adapters.slots)
@@ -125,15 +129,15 @@ class Rank:
         try:
             while True:
                 self._look_at_adapters()
-                # No deadline: a rank without requests has nothing to do, unless it waits for its own thread.
-                match self._channel.receive(LOOK_S if self._is_loading else None):
+                self._session.look()
+                if not self._is_order_told and not self._session.hold(self._channel.is_readable):
+                    self._tell_order()
+                match self._channel.receive(self._patience_s()):
                     case Start(request_id=request_id, params=params):
                         self._admission.add(request_id, params)
                     case Run(call_ids=call_ids, num_ticks=num_ticks):
                         self._session.run(call_ids, num_ticks, self._is_interrupted)
-                        self._tell_verdicts()
-                        self._channel.send(Idle())
-                        self._memory.keep(self._executor.verdicts)
+                        self._is_order_told = False
                     case Cancel(request_id=request_id):
                         if self._admission.cancel(request_id):
                             self._results.message(TaskCancelled(request_id=request_id))
@@ -156,9 +160,28 @@ class Rank:
             self._filters.close()
             self._results.close()
 
-    def _is_interrupted(self) -> bool:
-        """Whether something came up that ends a standing order."""
-        return self._adapters.has_news or self._filters.has_news or self._channel.is_readable()
+    def _patience_s(self) -> float | None:
+        """How long to wait for a command.
+
+        No deadline: a rank without requests has nothing to do, unless its device or its own thread has.
+        """
+        if self._session.is_ahead:
+            return ahead.LOOK_S
+        return LOOK_S if self._is_loading else None
+
+    def _tell_order(self) -> None:
+        """Tell that an order is done.
+
+        As late as the device allows, and after all that came meanwhile, which so has its say in what runs next.
+        """
+        self._is_order_told = True
+        self._tell_verdicts()
+        self._channel.send(Idle())
+        self._memory.keep(self._executor.verdicts)
+
+    def _is_interrupted(self, wait_s: float) -> bool:
+        """Whether something comes up that ends a standing order, within so many seconds."""
+        return self._adapters.has_news or self._filters.has_news or self._channel.is_readable(wait_s)
 
     @property
     def _is_loading(self) -> bool:

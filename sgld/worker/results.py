@@ -1,14 +1,15 @@
 """What leaves a rank: control messages at once, pixels and everything after them through a thread of their own.
 
-The thread waits for the tensor queue, so that a slow front holds up neither the executor nor the tasks, until
-`MAX_WAITING` results wait; then the task that has one more waits with the baton, and the rank stands still.
+The thread waits for the device and for the tensor queue, so that neither pixels that are still computed nor a slow
+front hold up the executor and the tasks, until `MAX_WAITING` results wait; then the task that has one more waits with
+the baton, and the rank stands still.
 """
 
 import queue
 import select
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +29,14 @@ Array = torch.Tensor | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A message that can be made once its pixels are in the tensor queue."""
+    """A message that can be made once its pixels are in the tensor queue.
+
+    `is_there`: an event of a GPU, which computes the pixels before it.
+    """
 
     pixels: Array
     message: Callable[[TensorRef], AnyReply]
+    is_there: torch.cuda.Event | None
 
 
 class Results:
@@ -43,6 +48,8 @@ class Results:
         self._waiting: queue.Queue[_Parcel | AnyReply | None] = queue.Queue(MAX_WAITING)
         self._is_closed = threading.Event()
         self._error: Exception | None = None
+        self._copying: torch.cuda.Stream | None = None
+        """Beside the one that computes: copies don't wait for the next forward, nor it for them."""
         self._thread = threading.Thread(target=self._send_all, name="results", daemon=True)
         self._thread.start()
 
@@ -51,9 +58,9 @@ class Results:
         """Of the largest frame that can be sent."""
         return self._tensors.max_bytes
 
-    def preview(self, request_id: str, step: int, picture: NDArray[np.uint8]) -> None:
+    def preview(self, request_id: str, step: int, picture: Array) -> None:
         """Send a preview, (H, W, 3), uint8."""
-        self._put(_Parcel(picture, lambda ref: Previewed(request_id=request_id, step=step, pixels=ref)))
+        self._put(_parcel(picture, lambda ref: Previewed(request_id=request_id, step=step, pixels=ref)))
 
     def frames(self, request_id: str, index: int, frames: torch.Tensor, *, is_video: bool) -> None:
         """Send frames, (F, H, W, 3), uint8, in pieces that the tensor queue takes.
@@ -69,7 +76,7 @@ class Results:
         for start in range(0, len(frames), per_piece):
             piece, at = frames[start : start + per_piece], index + start
             self._put(
-                _Parcel(
+                _parcel(
                     piece,
                     lambda ref, at=at: Decoded(request_id=request_id, index=at, is_video=is_video, pixels=ref),  # type: ignore[misc]
                 )
@@ -81,7 +88,7 @@ class Results:
         per_piece = max(1, self._tensors.max_bytes // rows.shape[1])
         for start in range(0, len(rows), per_piece):
             self._put(
-                _Parcel(
+                _parcel(
                     rows[start : start + per_piece],
                     lambda ref, at=start: Heard(  # type: ignore[misc]
                         request_id=request_id,
@@ -110,16 +117,14 @@ class Results:
             raise self._error
 
     def _put(self, item: _Parcel | AnyReply) -> None:
-        # CUDA work is ordered by streams: the thread must not copy before the pixels are there.
-        if isinstance(item, _Parcel) and isinstance(item.pixels, torch.Tensor) and item.pixels.is_cuda:
-            torch.cuda.current_stream().synchronize()
         self._waiting.put(item)
 
     def _send_all(self) -> None:
         try:
             while (item := self._waiting.get()) is not None:
                 if isinstance(item, _Parcel):
-                    ref = self._tensors.put(item.pixels, should_stop=self._should_stop)
+                    with self._beside_forwards(item):
+                        ref = self._tensors.put(item.pixels, should_stop=self._should_stop)
                     self._channel.send(item.message(ref))
                 else:
                     self._channel.send(item)
@@ -129,6 +134,18 @@ class Results:
             self._error = error
             self._channel.shutdown()
             self._drain()
+
+    @contextmanager
+    def _beside_forwards(self, parcel: _Parcel) -> Iterator[None]:
+        """Once the pixels are there, copy them while the device goes on computing."""
+        if parcel.is_there is None or not isinstance(parcel.pixels, torch.Tensor):
+            yield
+            return
+        parcel.is_there.synchronize()
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(parcel.pixels.device, priority=-1)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copying):
+            yield
 
     def _should_stop(self) -> bool:
         """Whether nobody will release a slot of the tensor queue any more."""
@@ -143,3 +160,12 @@ class Results:
         """Nobody hears any more: nothing that a task gives may block it."""
         while self._waiting.get() is not None:
             pass
+
+
+def _parcel(pixels: Array, message: Callable[[TensorRef], AnyReply]) -> _Parcel:
+    if not isinstance(pixels, torch.Tensor) or not pixels.is_cuda:
+        return _Parcel(pixels, message, None)
+    # Blocking: the core of a thread that waits is free for others.
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(pixels.device))
+    return _Parcel(pixels, message, event)

@@ -3,50 +3,25 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from sgld.errors import Cancelled
-from sgld.messages import CallInfo, Pending, Ran, Stepped, TickMode
-from sgld.sampling_params import StepCacheParams
+from sgld.messages import CallInfo, Launched, Pending, Ran, Stepped, TickMode
+from sgld.worker.ahead import LOOK_S, Ahead, News
 from sgld.worker.binding import bind, bind_whole, release
 from sgld.worker.calls import Call, Stretch
 from sgld.worker.executor import Executor, Tick
+from sgld.worker.job import Job, seed_of, size_of
 from sgld.worker.probe import probed_axes
-from sgld.worker.slots import Applied, everywhere
+from sgld.worker.slots import everywhere
 from sgld.worker.snapshot import next_hook_id, remove_hooks
 from sgld.worker.task import Outcome, Raised, Task, Value
 
 logger = logging.getLogger(__name__)
-# Arguments whose numbers tell how long a step takes. Of others it matters that they are given, of some not even that.
-_COUNTS = ("height", "width", "num_frames", "num_images_per_prompt", "num_videos_per_prompt", "max_sequence_length")
-_OF_NO_SIZE = ("generator", "num_inference_steps", "output_type")
-News = Pending | Ran | Stepped
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a task runs: a pipeline with arguments.
-
-    `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned. An exact one
-    shares no forward, not even between its own calls. One that is whole runs its models itself, while no other runs.
-    `adapters`: component name to what changes it.
-    """
-
-    request_id: str
-    pipeline: Any
-    kwargs: dict[str, Any]
-    num_steps: int = 0
-    is_exact: bool = False
-    cache: StepCacheParams | None = None
-    is_whole: bool = False
-    adapters: Mapping[str, Applied] = field(default_factory=dict)
-    prepare: Callable[[Task, Any], None] = lambda task, bound: None
-    finish: Callable[[Any], Any] = lambda result: result
 
 
 @dataclass
@@ -83,11 +58,17 @@ class Session:
         self._deferred: dict[str, Job] = {}
         self._news: list[News] = []
         """What happened in this tick."""
+        self._ahead = Ahead(self.executor.clock.now_ns)
 
     @property
     def is_exclusive(self) -> bool:
         """Whether a task goes on alone, as it changes components."""
         return self._exclusive is not None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether ticks are on their way of which nothing was told."""
+        return len(self._ahead) > 0
 
     def start(self, job: Job) -> None:
         """Run a new task to its first call; while an exclusive one goes on, it waits for its end."""
@@ -133,21 +114,24 @@ class Session:
             job.request_id,
             body,
             num_steps=job.num_steps,
-            seed=_seed_of(job),
+            seed=seed_of(job),
             on_step=self._stepped,
             adapters=job.adapters,
             is_exact=job.is_exact,
         )
 
     def run(
-        self, call_ids: Sequence[int], num_ticks: int = 1, is_interrupted: Callable[[], bool] = lambda: False
+        self,
+        call_ids: Sequence[int],
+        num_ticks: int = 1,
+        is_interrupted: Callable[[float], bool] = lambda wait_s: False,
     ) -> None:
         """Run calls as one forward and their tasks to the next ones; then those, `num_ticks` times in all.
 
         It ends early when the next calls don't share a forward, and when `is_interrupted`.
         """
         for tick in range(num_ticks):
-            if tick and is_interrupted():
+            if tick and self.hold(is_interrupted):
                 return
             # While a component isn't what the others expect, its task is the one that goes on.
             calls = self._exclusive.calls[:1] if self._exclusive is not None else self._waiting(call_ids)
@@ -155,6 +139,22 @@ class Session:
             self._tell()
             if not call_ids:
                 return
+
+    def hold(self, is_interrupted: Callable[[float], bool]) -> bool:
+        """Wait as long as the device has enough to do; whether something came up until then.
+
+        :param is_interrupted: whether something came up within so many seconds.
+        """
+        while not is_interrupted(min(spare_s := self._ahead.spare_s(), LOOK_S)):
+            self.look()
+            if not spare_s:
+                return False
+        return True
+
+    def look(self) -> None:
+        """Tell what the device has done by now."""
+        self._note_over()
+        self._tell()
 
     def cancel(self, request_id: str) -> None:
         """End a task at the call where it waits; one that has ended is left alone."""
@@ -182,15 +182,17 @@ class Session:
             return ()
         if isinstance(calls[0], Stretch):
             return self._stretch(calls[0])
-        started_ns, num_proofs = time.monotonic_ns(), self.executor.num_proofs
+        num_proofs = self.executor.num_proofs
         self._expect()
         self.executor.runtime.are_changed = self.is_exclusive
+        self._ahead.wait()
+        self.look()
         tick = self.executor.run(calls)
         is_proof = self.executor.num_proofs > num_proofs
         if tick.is_merged:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
-        self._note_ran(calls, tick, started_ns, "proof" if is_proof else "merged" if tick.is_merged else "single")
+        self._note_ran(calls, tick, "proof" if is_proof else "merged" if tick.is_merged else "single")
         answers: dict[str, list[tuple[Call, Outcome]]] = {}
         for call, outcome in zip(calls, tick.outcomes, strict=True):
             answers.setdefault(call.request_id, []).append((call, outcome))
@@ -201,16 +203,18 @@ class Session:
 
     def _stretch(self, call: Stretch) -> Sequence[int]:
         """Let a task run its models itself, up to its next step."""
-        task, started_ns, start = self._tasks[call.request_id], time.monotonic_ns(), time.perf_counter()
+        self._ahead.wait()
+        self.look()
+        task, span = self._tasks[call.request_id], self.executor.clock.begin()
         num_compilations = self.executor.runtime.num_compilations
         adapters = everywhere(self._jobs[call.request_id].adapters.values())
         with adapters, self.executor.runtime.unchanging(task.is_exact):
             task.advance(Value(None))
-        self.executor.synchronize()
+        span.end()
         is_timed = self.executor.runtime.num_compilations == num_compilations
-        elapsed_s, variant = time.perf_counter() - start, self.executor.runtime.variant
-        tick = Tick([], elapsed_s, is_merged=False, is_timed=is_timed, cost_key=call.cost_key, variant=variant)
-        self._note_ran([call], tick, started_ns, "single")
+        variant = self.executor.runtime.variant
+        tick = Tick([], span, is_merged=False, is_timed=is_timed, cost_key=call.cost_key, variant=variant)
+        self._note_ran([call], tick, "single")
         self._look_at(task)
         return () if task.end is not None else self._following([task], call)
 
@@ -220,20 +224,29 @@ class Session:
             news, self._news = self._news, []
             self.emit(news)
 
-    def _note_ran(self, calls: Sequence[Call], tick: Tick, started_ns: int, mode: TickMode) -> None:
-        self._news.append(
-            Ran(
-                call_ids=tuple(call.id for call in calls),
-                cost_key=tick.cost_key,
-                rows=sum(call.rows for call in calls),
-                elapsed_s=tick.elapsed_s,
-                is_timed=tick.is_timed,
-                started_ns=started_ns,
-                mode=mode,
-                variant=tick.variant,
-                num_reused=tick.num_reused,
-            )
+    def _note_ran(self, calls: Sequence[Call], tick: Tick, mode: TickMode) -> None:
+        call_ids = tuple(call.id for call in calls)
+        ran = Ran(
+            call_ids=call_ids,
+            cost_key=tick.cost_key,
+            rows=sum(call.rows for call in calls),
+            elapsed_s=0.0,
+            is_timed=tick.is_timed,
+            mode=mode,
+            variant=tick.variant,
+            num_reused=tick.num_reused,
         )
+        self._ahead.add(ran, tick.span)
+        self._note_over()
+        if self._ahead:
+            self._news.append(Launched(call_ids=call_ids))
+
+    def _note_over(self) -> None:
+        for tick in self._ahead.over():
+            self._news += [tick.ran, *tick.steps]
+            for tell_end in tick.ends:
+                self._tell()
+                tell_end()
 
     def _following(self, tasks: list[Task], ran: Call) -> Sequence[int]:
         """The tasks' next calls, if they are like the one that ran and may share a forward."""
@@ -295,9 +308,13 @@ class Session:
         assert task.end is not None
         if isinstance(task.end, Value) and task.exclusive_because is None and task.whole is None:
             self.executor.verdicts.forget_exclusive()
+        if isinstance(task.end, Raised) and not is_cancelled(task.end):
+            # Was it the device? Then what failed may be what others gave it, and this raises.
+            self.executor.clock.settle()
         # What is said of its end doesn't wait for the rest of the tick, and must come after all else about it.
-        self._tell()
-        self.ended(task, task.end)
+        if not self._ahead.ended(functools.partial(self.ended, task, task.end)):
+            self._tell()
+            self.ended(task, task.end)
         if task is self._exclusive:
             self._exclusive = None
             self.executor.runtime.changed(None)
@@ -363,15 +380,16 @@ class Session:
     def _stepped(self, task: Task) -> None:
         is_of_tick = bool(self._news)
         skips = task.skips.num
-        self._news.append(
-            Stepped(
-                request_id=task.request_id,
-                step=task.step,
-                num_steps=task.num_steps,
-                stage=task.stage,
-                num_skipped_calls=skips,
-            )
+        step = Stepped(
+            request_id=task.request_id,
+            step=task.step,
+            num_steps=task.num_steps,
+            stage=task.stage,
+            num_skipped_calls=skips,
         )
+        if self._ahead.stepped(step):
+            return
+        self._news.append(step)
         if not is_of_tick:
             self._tell()  # nothing ran for this step: the tick may be long
 
@@ -379,15 +397,6 @@ class Session:
 def is_cancelled(outcome: Outcome) -> bool:
     """Whether a task ended because it was told to."""
     return isinstance(outcome, Raised) and isinstance(outcome.error, Cancelled)
-
-
-def size_of(kwargs: Mapping[str, Any]) -> str:
-    """What of the arguments tells how long a step of a whole pipeline takes."""
-    counts = [f"{name}={value}" for name, value in sorted(kwargs.items()) if name in _COUNTS and value is not None]
-    others = [
-        name for name, value in sorted(kwargs.items()) if name not in (*_COUNTS, *_OF_NO_SIZE) and value is not None
-    ]
-    return ",".join([*counts, *others])
 
 
 def seldom(pulse: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
@@ -401,8 +410,3 @@ def seldom(pulse: Callable[[], None], clock: Callable[[], float] = time.monotoni
             pulse()
 
     return called
-
-
-def _seed_of(job: Job) -> int:
-    generator = job.kwargs.get("generator")
-    return generator.initial_seed() if isinstance(generator, torch.Generator) else 0

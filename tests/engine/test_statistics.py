@@ -66,6 +66,28 @@ def test_calls_of_requests_that_ended_are_forgotten() -> None:
     assert tally.calls == ()
 
 
+def test_calls_that_a_device_has_are_counted_when_it_is_done() -> None:
+    tally = Tally(None)
+    tally.pending(call(1))
+    tally.launched([1])
+    num_before = len(tally.calls)
+    tally.ran(ran(1))
+    assert num_before == 0
+    assert [counted.num_calls for counted in tally.calls] == [1]
+    assert tally.lost() == set()
+
+
+def test_requests_whose_calls_a_lost_device_had_are_known() -> None:
+    tally = Tally(None)
+    for number in range(3):
+        tally.pending(call(number, f"r{number}-0"), replica=number // 2)
+    tally.launched([0])
+    tally.launched([2], replica=1)
+    assert tally.lost() == {"r0-0"}
+    assert tally.lost() == set()
+    assert tally.lost(replica=1) == {"r2-0"}
+
+
 def test_verdicts_are_the_last_told() -> None:
     tally = Tally(None)
     tally.judged(Judged(modes={"unet": "interleave"}, reasons={"unet": "it differs"}))

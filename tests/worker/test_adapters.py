@@ -20,9 +20,11 @@ from sgld.sampling_params import LoraChoice, SamplingParams
 from sgld.testing import run_together
 from sgld.worker.adapters import Adapters, Source
 from sgld.worker.admission import Admission
+from sgld.worker.ahead import News
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
-from sgld.worker.session import Job, News, Session
+from sgld.worker.job import Job
+from sgld.worker.session import Session
 from sgld.worker.slots import Applied
 from sgld.worker.task import Outcome, Value
 from worker.requests import picture, request

@@ -10,6 +10,7 @@ from torch import nn
 
 from sgld.worker.axes import Batched, CallAxes
 from sgld.worker.calls import Call
+from sgld.worker.clock import HostClock
 from sgld.worker.executor import Executor, Tick
 from sgld.worker.task import Outcome, Raised, Value
 from sgld.worker.verdicts import RECHECK_EVERY, axes_key
@@ -87,7 +88,7 @@ def test_calls_that_were_proved_share_one_forward() -> None:
 
     assert (tick.is_merged, tick.is_timed) == (True, True)
     assert model.batches == [3]
-    assert tick.elapsed_s > 0
+    assert tick.span.elapsed_s > 0
 
 
 def test_a_call_alone_runs_with_the_very_arguments_of_its_task() -> None:
@@ -661,8 +662,19 @@ def _rest(call: Call) -> tuple[Any, Any]:
     return call.context.default_device, call.context.cache
 
 
-def test_time_of_a_tick_includes_the_wait_for_the_device() -> None:
-    waited: list[int] = []
-    executor = Executor(synchronize=lambda: waited.append(1))
+class Settled(HostClock):
+    """Says how often somebody waited for all that the device has to do."""
+
+    num_settled = 0
+
+    def settle(self) -> None:
+        self.num_settled += 1
+
+
+def test_failed_call_is_to_blame_only_if_the_device_is_fine() -> None:
+    clock = Settled()
+    executor = Executor(clock=clock)
     executor.run([call_of(Model(linear), rows(1)[0])])
-    assert waited == [1]
+    assert clock.num_settled == 0
+    executor.run([call_of(Model(lambda x: x[:, 9]), rows(1)[0])])
+    assert clock.num_settled == 1

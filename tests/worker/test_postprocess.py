@@ -11,12 +11,14 @@ from sgld.models.filters import Filter, Interpolator, Lanczos, Upscaler
 from sgld.models.optical_flow import OpticalFlow
 from sgld.models.super_resolution import Compact
 from sgld.sampling_params import SamplingParams
+from sgld.worker.ahead import News
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, single
+from sgld.worker.job import Job
 from sgld.worker.postprocess import FilterCall, Postprocessing, edge_of, is_out_of_memory, smallest_edge
 from sgld.worker.residency import Residency
 from sgld.worker.runtime import Runtime
-from sgld.worker.session import Job, News, Session
+from sgld.worker.session import Session
 from sgld.worker.task import Outcome, Raised, Task, Value
 
 CPU = torch.device("cpu")

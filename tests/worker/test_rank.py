@@ -1,8 +1,11 @@
 """What a rank does with components that are offloaded or compiled, up to what its front hears."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from engine.streams import completed, difference, events_of, params_of, plain
@@ -10,11 +13,13 @@ from pipelines import build
 
 from sgld.config import EngineConfig, MemoryConfig
 from sgld.engine.engine import Engine
-from sgld.events import Completed, Preview
+from sgld.events import Completed, Preview, Progress
 from sgld.models.load import LoadedModel
 from sgld.models.resolve import EMBEDDED
 from sgld.sampling_params import SamplingParams
 from sgld.testing import InlineReplica
+from sgld.worker.clock import DeviceClock
+from worker.devices import LateEvent
 
 CONFIG = EngineConfig(device="cpu", merge=False)
 
@@ -40,6 +45,26 @@ async def test_offloaded_components_make_the_same_pictures_and_previews() -> Non
     assert any(isinstance(event, Preview) for event in events)
     assert isinstance(events[-1], Completed)
     assert difference(events[-1].frames, expected) == 0
+
+
+@pytest.mark.parametrize("num_outputs", [1, 2])
+async def test_rank_that_is_ahead_of_its_device_makes_the_same_pictures(
+    num_outputs: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sgld.worker.rank.device_clock", lambda _: DeviceClock(LateEvent, lambda: None))
+    pipeline, kwargs = build("pixart")
+    params = params_of(kwargs, num_outputs_per_prompt=num_outputs, num_previews=1)
+    trace = tmp_path / "trace.json"
+    config = msgspec.structs.replace(CONFIG, trace=str(trace), merge=True)
+    async with Engine(config, rank_factory=InlineReplica(pipeline)) as engine:
+        events = await events_of(engine, params)
+    for index, event in enumerate(event for event in events if isinstance(event, Completed)):
+        assert difference(event.frames, plain(pipeline, params.output(index))) <= 1
+    steps = [event.step for event in events if isinstance(event, Progress) and event.output_index == 0]
+    assert steps[-1:] == [3]
+    spans = [event for event in json.loads(trace.read_text()) if event["name"] == "transformer.forward"]
+    assert sum(len(span["args"]["calls"]) for span in spans) == 3 * num_outputs
+    assert all(span["dur"] >= 0 for span in spans)
 
 
 async def test_front_hears_that_a_component_is_not_compiled() -> None:

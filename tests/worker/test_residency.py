@@ -17,9 +17,10 @@ from sgld.testing import run_together
 from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
+from sgld.worker.job import Job
 from sgld.worker.residency import Held, Residency, Weights, leaving
 from sgld.worker.runtime import Runtime
-from sgld.worker.session import Job, Session
+from sgld.worker.session import Session
 from sgld.worker.task import Task, Value
 from worker.requests import picture, request
 

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from pipelines import BUILDERS, build
 from torch import nn
 
-from sgld.messages import Pending, Ran, Stepped
+from sgld.messages import Launched, Pending, Ran, Stepped
 from sgld.testing import run_together
+from sgld.worker.ahead import News
 from sgld.worker.executor import Executor
-from sgld.worker.session import Job, News, Session
+from sgld.worker.job import Job
+from sgld.worker.session import Session
 from sgld.worker.task import Outcome, Task, Value
+from worker.devices import FakeDevice
 from worker.requests import Doubling, Doublings, Sum, requests
 
 
@@ -101,7 +105,7 @@ def test_standing_order_goes_on_as_long_as_the_calls_are_alike(log: Log) -> None
 
 def test_standing_order_ends_when_it_is_interrupted(log: Log) -> None:
     log.start("a")
-    log.session.run([log.waiting()["a"].call.id], num_ticks=100, is_interrupted=lambda: True)
+    log.session.run([log.waiting()["a"].call.id], num_ticks=100, is_interrupted=lambda _: True)
     assert sum(isinstance(reply, Ran) for reply in log.replies) == 1
     assert "a" not in log.ends
 
@@ -252,3 +256,101 @@ def test_nothing_of_a_request_waits_for_the_garbage_collector(name: str, merge: 
     finally:
         gc.enable()
     assert after <= before
+
+
+class OnDevice(Doubling):
+    """A denoiser that goes on while its caller does; notes how much the device has to do when it is called."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        super().__init__()
+        self._fake = device
+        self.backlogs: list[float] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.backlogs.append(max(0.0, self._fake.free_at_s - self._fake.now_s))
+        self._fake.work(0.5)
+        return super().forward(x)
+
+
+@dataclass
+class Ahead:
+    """A session whose device is never done at once."""
+
+    device: FakeDevice = field(default_factory=FakeDevice)
+    told: list[News | str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = OnDevice(self.device)
+        executor = Executor(clock=self.device.clock())
+        self.session = Session(
+            executor, self.told.extend, lambda task, _: self.told.append(f"end of {task.request_id}")
+        )
+
+    def start(self, request_id: str, num_steps: int) -> None:
+        kwargs = {"x": torch.ones(1, 1), "num_inference_steps": num_steps}
+        self.session.start(Job(request_id, Doublings(self.model), kwargs, num_steps=num_steps))
+
+    def is_interrupted(self, wait_s: float) -> bool:
+        self.device.now_s += wait_s
+        return False
+
+    def run(self, num_ticks: int = 1) -> None:
+        (call_id,) = [news.call.id for news in self.told if isinstance(news, Pending)][-1:]
+        self.session.run([call_id], num_ticks, self.is_interrupted)
+
+
+@pytest.fixture
+def ahead() -> Iterator[Ahead]:
+    made = Ahead()
+    yield made
+    made.session.close()
+
+
+def test_next_tick_is_launched_before_the_device_is_done_with_the_last(ahead: Ahead) -> None:
+    ahead.start("a", num_steps=6)
+    ahead.run(num_ticks=6)
+    # How long it takes is known after the first two; from then on the host takes its time, but the device never waits.
+    assert ahead.model.backlogs[0] == 0.0
+    assert all(0.4 < backlog <= 0.5 for backlog in ahead.model.backlogs[1:3])
+    assert all(0.0 < backlog < 0.05 for backlog in ahead.model.backlogs[3:])
+
+
+def test_what_is_on_its_way_is_told_and_what_came_of_it_when_it_is_over(ahead: Ahead) -> None:
+    ahead.start("a", num_steps=3)
+    ahead.run()
+    kinds = [type(news) for news in ahead.told]
+    assert kinds == [Pending, Launched, Pending], "the next call waits, and nobody knows how long the tick takes"
+    assert ahead.session.is_ahead
+    ahead.device.settle()
+    ahead.session.look()
+    assert [type(news) for news in ahead.told[3:]] == [Ran, Stepped]
+    ran = ahead.told[3]
+    assert isinstance(ran, Ran)
+    assert ran.elapsed_s == pytest.approx(0.501)
+    assert not ahead.session.is_ahead
+
+
+def test_steps_of_a_task_are_told_before_its_end(ahead: Ahead) -> None:
+    ahead.start("a", num_steps=3)
+    ahead.run(num_ticks=3)
+    ahead.device.settle()
+    ahead.session.look()
+    end = ahead.told.index("end of a")
+    assert [news.step for news in ahead.told[:end] if isinstance(news, Stepped)] == [1, 2, 3]
+    assert not any(isinstance(news, Stepped) for news in ahead.told[end:])
+    assert sum(isinstance(news, Ran) for news in ahead.told) == 3
+
+
+def test_fault_of_the_device_is_no_fault_of_a_task() -> None:
+    class Faulty(FakeDevice):
+        def settle(self) -> None:
+            raise RuntimeError("illegal memory access")
+
+    ahead = Ahead(Faulty())
+    ahead.start("a", num_steps=3)
+    ahead.model.forward = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ahead.run()
+    assert "end of a" not in ahead.told
+    ahead.device.__class__ = FakeDevice
+    ahead.session.close()

@@ -11,7 +11,8 @@ from sgld.errors import Cancelled
 from sgld.worker.binding import bind
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, single
-from sgld.worker.session import Job, Session
+from sgld.worker.job import Job
+from sgld.worker.session import Session
 from sgld.worker.task import Outcome, Raised, Task, Value
 from worker.requests import Doubling, call_of, calls_until_end, picture, request, run_to_end, running
 

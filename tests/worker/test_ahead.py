@@ -1,0 +1,129 @@
+import time
+
+import pytest
+
+from sgld.messages import Ran, Stepped
+from sgld.worker.ahead import MARGIN_S, MARGIN_SHARE, Ahead
+from sgld.worker.clock import DeviceClock, HostClock
+from worker.devices import FakeDevice
+
+
+def ran(*call_ids: int, is_timed: bool = True) -> Ran:
+    return Ran(call_ids=call_ids, cost_key="unet", rows=len(call_ids), elapsed_s=0.0, is_timed=is_timed)
+
+
+def step(request_id: str, number: int = 1) -> Stepped:
+    return Stepped(request_id=request_id, step=number, num_steps=9)
+
+
+class Launching:
+    """A rank that gives its device one tick after the other."""
+
+    def __init__(self) -> None:
+        self.device = FakeDevice()
+        self.clock: DeviceClock = self.device.clock()
+        self.ahead = Ahead(self.device.now_ns)
+
+    def tick(self, call_id: int, seconds: float, launch_s: float = 0.001) -> None:
+        span = self.clock.begin()
+        self.device.work(seconds, launch_s)
+        span.end()
+        self.ahead.add(ran(call_id), span)
+
+
+@pytest.fixture
+def rank() -> Launching:
+    return Launching()
+
+
+def test_what_a_cpu_did_is_told_at_once() -> None:
+    ahead = Ahead(time.monotonic_ns)
+    span = HostClock().begin()
+    span.end()
+    ahead.add(ran(1), span)
+    (tick,) = ahead.over()
+    assert (tick.ran.call_ids, tick.ran.elapsed_s, tick.ran.started_ns) == ((1,), span.elapsed_s, span.started_ns)
+    assert len(ahead) == 0
+    assert not ahead.stepped(step("a")), "nobody would tell it"
+
+
+def test_tick_and_its_steps_are_told_when_the_device_is_done(rank: Launching) -> None:
+    rank.tick(1, 0.5)
+    assert rank.ahead.stepped(step("a"))
+    rank.tick(2, 0.25)
+    assert rank.ahead.stepped(step("b"))
+    assert list(rank.ahead.over()) == []
+    rank.device.now_s += 0.51
+    (tick,) = rank.ahead.over()
+    assert tick.ran.call_ids == (1,)
+    assert tick.ran.elapsed_s == pytest.approx(0.501)
+    assert tick.steps == [step("a")]
+    rank.device.settle()
+    assert [tick.steps for tick in rank.ahead.over()] == [[step("b")]]
+
+
+def test_host_is_no_more_than_one_tick_ahead(rank: Launching) -> None:
+    start_s = rank.device.now_s
+    for call_id in range(4):
+        rank.ahead.wait()
+        list(rank.ahead.over())
+        rank.tick(call_id, 0.5)
+        assert len(rank.ahead) <= 2
+    # The third waits for the first, the fourth for the second.
+    assert rank.device.now_s - start_s == pytest.approx(1.0, abs=0.01)
+
+
+def test_end_of_a_task_is_told_after_its_last_tick(rank: Launching) -> None:
+    ended: list[str] = []
+    assert not rank.ahead.ended(lambda: ended.append("a")), "nobody would tell it"
+    rank.tick(1, 0.5)
+    assert rank.ahead.ended(lambda: ended.append("b"))
+    rank.device.settle()
+    (tick,) = rank.ahead.over()
+    for tell in tick.ends:
+        tell()
+    assert ended == ["b"]
+
+
+def test_next_tick_may_wait_until_the_device_needs_it(rank: Launching) -> None:
+    assert rank.ahead.spare_s() == 0.0, "an idle device needs it now"
+    rank.tick(1, 0.5, launch_s=0.0)
+    assert rank.ahead.spare_s() == 0.0, "who knows how long it takes?"
+    rank.device.settle()
+    list(rank.ahead.over())
+
+    rank.tick(2, 0.5, launch_s=0.1)
+    # It began with the first kernel, 0.1 s ago; launching took nothing the last time.
+    assert rank.ahead.spare_s() == pytest.approx(0.4 - MARGIN_S - MARGIN_SHARE * 0.5)
+    rank.device.now_s += 0.3
+    assert rank.ahead.spare_s() == pytest.approx(0.1 - MARGIN_S - MARGIN_SHARE * 0.5)
+    rank.device.now_s += 0.3
+    assert rank.ahead.spare_s() == 0.0
+
+
+def test_time_to_launch_is_left(rank: Launching) -> None:
+    rank.tick(1, 0.5, launch_s=0.2)
+    rank.device.settle()
+    list(rank.ahead.over())
+    rank.tick(2, 0.5, launch_s=0.2)
+    assert rank.ahead.spare_s() == pytest.approx(0.7 - 0.2 - 0.2 - MARGIN_S - MARGIN_SHARE * 0.7)
+
+
+def test_two_ticks_on_their_way_keep_the_device_busy_for_both(rank: Launching) -> None:
+    rank.tick(1, 0.5, launch_s=0.0)
+    rank.device.settle()
+    list(rank.ahead.over())
+    rank.tick(2, 0.5, launch_s=0.0)
+    rank.tick(3, 0.5, launch_s=0.0)
+    assert rank.ahead.spare_s() == pytest.approx(1.0 - MARGIN_S - MARGIN_SHARE * 1.0)
+
+
+def test_what_a_proof_took_says_nothing_of_the_next_tick(rank: Launching) -> None:
+    span = rank.clock.begin()
+    rank.device.work(5.0)
+    span.end()
+    rank.ahead.add(ran(1, is_timed=False), span)
+    rank.device.settle()
+    list(rank.ahead.over())
+    rank.tick(2, 0.5)
+    assert rank.ahead.spare_s() == 0.0
