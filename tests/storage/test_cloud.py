@@ -11,6 +11,7 @@ import anyio
 import httpx2
 import pytest
 from anyio.to_thread import run_sync
+from blockbuster import blockbuster_ctx
 
 from sgld.storage import s3
 from sgld.storage.cloud import CloudStorage, open_storage
@@ -73,6 +74,18 @@ async def test_a_file_is_in_the_bucket_when_it_is_kept(server: S3Server, tmp_pat
     assert {name: (found.value, found.metadata["Content-Type"]) for name, found in server.objects.items()} == {
         "b/0.png": (b"one", "image/png")
     }
+
+
+async def test_the_event_loop_is_never_blocked(server: S3Server, tmp_path: Path) -> None:
+    async with storage_of(server, tmp_path) as storage:
+        with blockbuster_ctx():
+            await storage.put("a/0.mp4", b"x" * (PART_BYTES + 1), "video/mp4")
+            await storage.put("a/1.mp4", write_one, "video/mp4", grows=True)
+            assert await storage.url("a/0.mp4") is not None
+            assert await storage.read("a/1.mp4") == b"one"
+            await storage.delete("a")
+
+    assert server.objects == {}
 
 
 async def test_the_local_file_is_kept_where_that_is_asked(server: S3Server, tmp_path: Path) -> None:
