@@ -164,6 +164,7 @@ class Engine:
             costs=tuple(
                 CostStatistics(key=k, num_rows=n, variant=v, elapsed_s=s) for k, n, v, s in self._cost.current()
             ),
+            etas=self._tally.etas.statistics,
             replicas=tuple(replica.statistics(self._requests) for replica in self._replicas),
             adapters=self._loras.held,
         )

@@ -73,6 +73,7 @@ class Requests:
             scheduler = self._scheduler_of(entry)
             position = scheduler.position(entry.request.id, now)
             eta_s = scheduler.eta_s(entry.request.id, now)
+            self._tally.etas.told(entry.request.id, "queued", eta_s, now)
             entry.put(entry.event(Queued, position=position, eta_s=eta_s))
         return entries
 
@@ -86,7 +87,8 @@ class Requests:
         for request_id in self._schedulers[replica].admit(time.monotonic()):
             entry = self._entries[request_id]
             entry.change(RequestState.RUNNING)
-            self._tally.started(entry.request, time.monotonic())
+            self._tally.started(entry.request, now := time.monotonic())
+            self._tally.etas.told(request_id, "started", self._schedulers[replica].eta_s(request_id, now), now)
             entry.put(entry.event(Started))
             commands.append(Start(request_id=request_id, params=entry.request.params))
         return commands
@@ -158,7 +160,9 @@ class Requests:
                 else:
                     scheduler.processed(reply.request_id, num_steps - step)
                 self._tally.stepped(reply)
-                eta_s = scheduler.eta_s(reply.request_id, time.monotonic())
+                eta_s = scheduler.eta_s(reply.request_id, now := time.monotonic())
+                if 2 * step >= num_steps and stage == "denoise":
+                    self._tally.etas.told(reply.request_id, "halfway", eta_s, now)
                 entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s, stage=stage))
             case Finished(postprocessing=postprocessing):
                 entry.postprocessing = postprocessing

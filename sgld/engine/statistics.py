@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from sgld.engine.eta import EtaErrors, EtaStatistics
 from sgld.engine.trace import Trace
 from sgld.ipc.channel import ChannelStatistics
 from sgld.ipc.tensor_queue import TensorQueueStatistics
@@ -76,6 +77,8 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     merging: dict[str, MergeStatistics]
     """By component."""
     costs: tuple[CostStatistics, ...]
+    etas: tuple[EtaStatistics, ...] = ()
+    """How far predictions were from what came."""
     replicas: tuple[ReplicaStatistics, ...]
     adapters: LorasHeld = LorasHeld()
     """LoRA adapters that the first rank holds."""
@@ -86,6 +89,7 @@ class Tally:
 
     def __init__(self, trace: Trace | None) -> None:
         self.trace = trace
+        self.etas = EtaErrors()
         self.num_restarts = 0
         self.num_skipped_calls = 0
         self._skipped: dict[str, int] = {}
@@ -163,6 +167,7 @@ class Tally:
     def ended(self, request: Request, state: RequestState, now: float) -> None:
         """A request is over; calls of it that wait never run."""
         self.num_ended[state] += 1
+        self.etas.ended(request.id, now, is_completed=state is RequestState.COMPLETED)
         self._forget(request.id)
         if self.trace is not None:
             self.trace.ended(request.id, state.value, now)

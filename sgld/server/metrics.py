@@ -4,6 +4,7 @@ Prompts and ids are never labels: they are private, and there is no end of them.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sgld.engine.eta import BOUNDS, EtaStatistics
 from sgld.engine.statistics import CallStatistics, Statistics
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Progress, Queued, Started
 from sgld.server.edge import Activity
@@ -20,7 +22,6 @@ from sgld.server.requests import LiveRequest
 from sgld.server.services import Services, services_of
 
 _LATENCIES_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1200)
-_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _NUMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # SGLang's: which part of a server it is, and which of several.
 _ROLE = {"role": "server", "replica": "0"}
@@ -50,15 +51,9 @@ class RequestMetrics:
             buckets=_LATENCIES_S,
             registry=registry,
         ).labels(**_ROLE)
-        self._eta_error = Histogram(
-            "sgld:eta_error_ratio",
-            "difference between what was predicted on arrival and what it took, as part of that",
-            buckets=_RATIOS,
-            registry=registry,
-        )
         self._steps = Counter("sgld:steps", "denoising steps of requests", registry=registry)
-        self._arrived: dict[tuple[str, int], tuple[float, float | None]] = {}
-        """When outputs that are on their way came, and how long they were predicted to take."""
+        self._arrived: dict[tuple[str, int], float] = {}
+        """When outputs that are on their way came."""
 
     def observe(self, live: LiveRequest, event: AnyEvent, now: float) -> None:
         """Count an event.
@@ -66,10 +61,10 @@ class RequestMetrics:
         :param now: seconds on any clock.
         """
         key = (live.id, event.output_index)
-        arrived_at, eta_s = self._arrived.get(key, (now, None))
+        arrived_at = self._arrived.get(key, now)
         match event:
             case Queued():
-                self._arrived[key] = now, event.eta_s
+                self._arrived[key] = now
             case Started():
                 self._queue_time.observe(now - arrived_at)
             case Progress():
@@ -81,8 +76,6 @@ class RequestMetrics:
                 self._ended.labels(**_ROLE, status=status, is_warmup=is_warmup).inc()
                 if isinstance(event, Completed):
                     self._latency.observe(event.elapsed_s)
-                    if eta_s is not None and event.elapsed_s > 0:
-                        self._eta_error.observe(abs(event.elapsed_s - eta_s) / event.elapsed_s)
 
 
 class ServerCollector(Collector):
@@ -138,6 +131,7 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
     for cost in statistics.costs[:_MAX_COSTS]:
         costs.add_metric((cost.key, str(cost.num_rows), cost.variant), cost.elapsed_s)
     yield costs
+    yield _of_etas(statistics.etas)
     held = statistics.adapters
     yield _gauge("sgld:lora_adapters", "LoRA adapters in memory", held.num_adapters)
     yield _gauge("sgld:lora_adapter_bytes", "memory that they take", held.adapter_bytes)
@@ -148,6 +142,18 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
         if (queue := replica.tensor_queue) is not None:
             used.add_metric((str(index),), 1 - queue.num_free / queue.num_slots)
     yield used
+
+
+def _of_etas(etas: Iterable[EtaStatistics]) -> Metric:
+    family = HistogramMetricFamily(
+        "sgld:eta_error_ratio",
+        "difference between the seconds that were predicted and those that it took from there, as part of these",
+        labels=("told",),
+    )
+    for eta in etas:
+        bounds = [*map(str, BOUNDS), "+Inf"]
+        family.add_metric((eta.told,), list(zip(bounds, accumulate(eta.buckets), strict=True)), eta.error_sum)
+    return family
 
 
 def _of_calls(calls: Iterable[CallStatistics]) -> Iterator[Metric]:

@@ -6,6 +6,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from sgld.engine.eta import EtaStatistics
 from sgld.engine.statistics import CallStatistics, CostStatistics, MergeStatistics
 from sgld.events import Cancelled, Queued, Started
 from sgld.server.metrics import RequestMetrics
@@ -75,6 +76,7 @@ async def test_what_the_engine_knows_is_told(tmp_path: Path) -> None:
         num_running=3,
         calls=(call,),
         merging={"transformer": MergeStatistics(mode="merge")},
+        etas=(EtaStatistics(told="started", num=3, error_sum=0.5, buckets=(2, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0)),),
         costs=(CostStatistics(key="transformer(64)", num_rows=2, variant="graph", elapsed_s=0.5),),
     )
     async with running(tmp_path, engine) as server:
@@ -90,9 +92,12 @@ async def test_what_the_engine_knows_is_told(tmp_path: Path) -> None:
     assert found[key("sgld:reused_calls_total", **about)] == 4
     assert found[key("sgld:merge_mode", component="transformer", mode="merge")] == 1
     assert found[key("sgld:forward_cost_seconds", key="transformer(64)", rows="2", variant="graph")] == 0.5
+    assert found[key("sgld:eta_error_ratio_sum", told="started")] == 0.5
+    assert found[key("sgld:eta_error_ratio_bucket", told="started", le="0.3")] == 2
+    assert found[key("sgld:eta_error_ratio_count", told="started")] == 3
 
 
-async def test_predictions_are_compared_with_what_came() -> None:
+async def test_time_in_the_queue_is_counted() -> None:
     registry = CollectorRegistry()
     counted = RequestMetrics(registry)
     live = live_request()
@@ -102,5 +107,4 @@ async def test_predictions_are_compared_with_what_came() -> None:
     other = live_request(1)
     counted.observe(other, Cancelled(request_id=other.id), 13.0)
 
-    assert registry.get_sample_value("sgld:eta_error_ratio_sum") == 0.5
     assert registry.get_sample_value("sglang:diffusion_queue_time_seconds_sum", ROLE) == 2.0
