@@ -1,12 +1,14 @@
 """What does the engine add to a bare pipeline, per denoising step and per picture?
 
 The same model, sizes and seeds run as plain `pipeline(...)` in this process and through an engine whose rank is a
-process of its own, in turns. A step is the time from one forward of the denoiser to the next, by a hook here and by
-the trace there; the lower quartile of all of them counts, as noise only ever adds time. A second model is the first one
-with as many layers as make a step take about `--step-ms`. CPU time, that of the front and the rank together, is what
-holds on a machine that others use, too.
+process of its own, in turns; and that in several fresh processes, as the same loop takes 40 to 60 ms in different ones.
+A step is the time from one forward of the denoiser to the next, by a hook here and by the trace there; the lower
+quartile of all of them counts, as noise only ever adds time. Further models have as many layers as make a step take
+about `--step-ms`: small ones, whose launches take all the time on a GPU, and large ones, as users have them. What is
+lost of the device is the part of a request's denoising in which no forward ran. CPU time, that of the front and the
+rank together, is what holds on a machine that others use, too.
 
-    python bench/overhead.py --repeats 5 [--device cuda] [--out bench/results/overhead_cpu]
+    python bench/overhead.py --repeats 5 [--device cuda --processes 3] [--out bench/results/overhead_cpu]
 """
 
 import argparse
@@ -14,6 +16,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,12 +35,13 @@ import reports
 import torch
 from diffusers import DiffusionPipeline
 
-from sgld.config import EngineConfig
+from sgld.config import EngineConfig, GraphConfig
 from sgld.engine.engine import Engine
 from sgld.events import Completed
 from sgld.models.resolve import EMBEDDED
 from sgld.sampling_params import SamplingParams
 from sgld.testing import InlineReplica
+from sgld.worker.clock import Span, device_clock
 
 PROMPT = "a red circle on the left of a blue square"
 
@@ -62,6 +66,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     engine_picture_ms: float
     added_cpu_ms: float
     """CPU time per step, everything that is done per picture included."""
+    bare_device_ms: float
+    """A forward on the device; on a CPU the same as its time."""
+    lost: float
+    """The share of denoising in the engine in which no forward ran."""
 
     @property
     def added_step_ms(self) -> float:
@@ -69,8 +77,35 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def added_outside_ms(self) -> float:
-        """Without what noise does to the forwards themselves; on a GPU those of the bare pipeline end unseen."""
-        return self.added_step_ms - (self.engine_forward_ms - self.bare_forward_ms)
+        """Without what noise does to the forwards themselves."""
+        return self.added_step_ms - (self.engine_forward_ms - self.bare_device_ms)
+
+    @property
+    def added(self) -> float:
+        """The share of a bare step that the engine adds."""
+        return self.added_step_ms / self.bare_step_ms
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One process: a row for each model."""
+
+    rows: list[Row]
+
+
+def medians(results: list[Result]) -> list[Row]:
+    """Of each model and number."""
+    columns = [[result.rows[index] for result in results] for index in range(len(results[0].rows))]
+    names = [name for name in Row.__struct_fields__ if name != "name"]
+    return [
+        Row(name=rows[0].name, **{name: statistics.median(getattr(row, name) for row in rows) for name in names})
+        for rows in columns
+    ]
+
+
+def spread(results: list[Result], index: int, value: str, factor: float = 1.0) -> str:
+    """From the least to the most over processes."""
+    numbers = sorted(factor * getattr(result.rows[index], value) for result in results)
+    return f"{numbers[0]:.1f} to {numbers[-1]:.1f}"
 
 
 class Halving(torch.nn.Module):
@@ -133,18 +168,39 @@ class Bare:
         self.pipeline = DiffusionPipeline.from_pretrained(case.model_path, dtype=_dtype(device)).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.spans: Spans = []
-        denoiser = self.pipeline.transformer
-        denoiser.register_forward_pre_hook(lambda *_: self.spans.append((1e3 * time.perf_counter(), 0.0)))
-        denoiser.register_forward_hook(lambda *_: self._end())
+        self._clock = device_clock(device)
+        self._forwards: list[Span] = []
         self._case = case
+        self._watch()
+
+    def replace_denoiser(self, config: dict[str, Any], device: str) -> None:
+        """Another one, of the same class."""
+        made = type(self.pipeline.transformer).from_config(config)
+        self.pipeline.transformer = made.to(device, _dtype(device))
+        self._watch()
+
+    def _watch(self) -> None:
+        denoiser = self.pipeline.transformer
+        denoiser.register_forward_pre_hook(lambda *_: self._begin())
+        denoiser.register_forward_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self.spans.append((1e3 * time.perf_counter(), 0.0))
+        self._forwards.append(self._clock.begin())
 
     def _end(self) -> None:
+        self._forwards[-1].end()
         start_ms, _ = self.spans.pop()
         self.spans.append((start_ms, 1e3 * time.perf_counter() - start_ms))
+
+    def device_ms(self) -> list[float]:
+        """What the forwards of the last picture took on the device."""
+        return [1e3 * forward.elapsed_s for forward in self._forwards]
 
     def run(self, num_steps: int) -> float:
         """Milliseconds of a picture, to pixels on the host."""
         self.spans.clear()
+        self._forwards.clear()
         start = time.perf_counter()
         images = self.pipeline(
             PROMPT,
@@ -206,10 +262,15 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
     """Run both in turns; the first round isn't counted."""
     bare = Bare(case, args.device)
     bare_runs: list[Spans] = []
+    device_ms: list[float] = []
     pictures: list[tuple[float, float]] = []
     cpu: list[float] = []
     config = EngineConfig(
-        model_path=case.model_path, device=args.device, num_cpu_threads=args.threads, trace=str(trace)
+        model_path=case.model_path,
+        device=args.device,
+        num_cpu_threads=args.threads,
+        trace=str(trace),
+        graphs=GraphConfig(graph_memory=0),  # the same forwards in both
     )
     async with Engine(config) as engine:
         await engine.ready()
@@ -221,6 +282,7 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
             clocks.append(cpu_ms())
             cpu.append(clocks[2] - 2 * clocks[1] + clocks[0])
             bare_runs.append(list(bare.spans))
+            device_ms = bare.device_ms()
     engine_runs = spans_of(trace)[1:]
     lengths = [[length for spans in runs for _, length in spans] for runs in (bare_runs[1:], engine_runs)]
     return Row(
@@ -232,29 +294,42 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
         bare_picture_ms=min(ms for ms, _ in pictures[1:]),
         engine_picture_ms=min(ms for _, ms in pictures[1:]),
         added_cpu_ms=statistics.median(cpu[1:]) / args.steps,
+        bare_device_ms=quartile(device_ms),
+        lost=statistics.median(lost_of(spans) for spans in engine_runs),
     )
 
 
-def heavier(folder: Path, case: Case, device: str, step_ms: float) -> Case:
-    """A copy of a model with so many layers that a step takes about `step_ms`, with random weights."""
+def lost_of(spans: Spans) -> float:
+    """The part of the time from the first forward to the last in which none ran."""
+    (first_ms, _), (last_ms, length_ms) = spans[0], spans[-1]
+    return 1 - sum(length for _, length in spans) / (last_ms + length_ms - first_ms)
+
+
+def heavier(folder: Path, case: Case, device: str, step_ms: float, **width: int) -> Case:
+    """A copy of a model with so many layers that a step takes about `step_ms`, with random weights.
+
+    :param width: of its layers.
+    """
     bare = Bare(case, device)
-    bare.run(8)
-    bare.run(24)
-    config = dict(bare.pipeline.transformer.config)
-    config["num_layers"] = max(1, round(config["num_layers"] * step_ms / quartile(steps_of([bare.spans]))))
-    torch.manual_seed(0)
-    pipeline = bare.pipeline
-    pipeline.transformer = type(pipeline.transformer).from_config(config)
-    pipeline.to("cpu", torch.float32).save_pretrained(folder)
+    config = {**bare.pipeline.transformer.config, **width}
+    for _ in range(2):
+        torch.manual_seed(0)
+        bare.replace_denoiser(config, device)
+        bare.run(4)
+        bare.run(12)
+        config["num_layers"] = max(1, round(config["num_layers"] * step_ms / quartile(steps_of([bare.spans]))))
+    bare.replace_denoiser(config, device)
+    bare.pipeline.save_pretrained(folder)
     (folder / "sgld_defaults.json").write_text((EMBEDDED["sgld/tiny-image"] / "sgld_defaults.json").read_text())
-    return Case(name=f"{config['num_layers']} layers, {case.size}", model_path=str(folder), size=case.size)
+    size = f", {config['num_attention_heads'] * config['attention_head_dim']} wide" if width else ""
+    return Case(name=f"{config['num_layers']} layers{size}, {case.size}", model_path=str(folder), size=case.size)
 
 
 def _dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def table(rows: list[Row], report: dict[str, Any]) -> str:
+def table(results: list[Result], report: dict[str, Any]) -> str:
     """The report for people."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
@@ -263,34 +338,60 @@ def table(rows: list[Row], report: dict[str, Any]) -> str:
         f"`{report['command']}`",
         "",
         f"{report['machine']}; {versions}. Load of the machine: {report['load']}. Milliseconds; steps are lower"
-        " quartiles, pictures the fastest.",
+        " quartiles, pictures the fastest; of several processes the median, and from the least to the most.",
         "",
         f"A tick whose forward takes no time adds {report['tick_cpu_ms']:.2f} ms of CPU time, front and rank together.",
     ]
-    if not rows:
+    if not results or not results[0].rows:
         return "\n".join(lines) + "\n"
     lines += [
         "",
-        "| model and size | step, bare | step, engine | added | of a step | added outside the forward | of a step "
-        "| picture, bare | picture, engine | CPU time added per step |",
+        "| model and size | step, bare | forward on the device, bare | step, engine | added | of a step "
+        "| lost of the device | picture, bare | picture, engine | CPU time added per step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        pictures = f"{row.bare_picture_ms:.0f} | {row.engine_picture_ms:.0f}"
-        added = " | ".join(
-            f"{ms:.2f} | {100 * ms / row.bare_step_ms:.1f} %" for ms in (row.added_step_ms, row.added_outside_ms)
-        )
+    for index, row in enumerate(medians(results)):
+        added = f"{100 * row.added:.1f} % ({spread(results, index, 'added', 100)})"
+        lost = f"{100 * row.lost:.1f} % ({spread(results, index, 'lost', 100)})"
         lines.append(
-            f"| {row.name} | {row.bare_step_ms:.2f} | {row.engine_step_ms:.2f} | {added} | {pictures} "
+            f"| {row.name} | {row.bare_step_ms:.2f} | {row.bare_device_ms:.2f} | {row.engine_step_ms:.2f} "
+            f"| {row.added_step_ms:.2f} | {added} | {lost} | {row.bare_picture_ms:.0f} | {row.engine_picture_ms:.0f} "
             f"| {row.added_cpu_ms:.2f} |"
         )
-    lines += [
-        "",
-        "The forwards of both are the same work in processes of their own, and on a GPU plain loops of it took 40 to 60"
-        " ms from one process to the next. So what is outside of them is known better than the sum; whether forwards"
-        " are slower in the engine isn't settled by such a run.",
-    ]
     return "\n".join(lines) + "\n"
+
+
+def cases_of(args: argparse.Namespace, folder: Path) -> list[Case]:
+    """The models: the small one, a deep one and, on a GPU, a wide one."""
+    model_path = str(EMBEDDED["sgld/tiny-image"])
+    cases = [Case(name=f"tiny-image, {size}", model_path=model_path, size=size) for size in args.sizes]
+    if cases:
+        small = Case(name="", model_path=model_path, size=max(args.sizes))
+        cases.append(heavier(folder / "deep", small, args.device, args.step_ms))
+        if args.device == "cuda":
+            width = {"num_attention_heads": 16, "attention_head_dim": 128, "cross_attention_dim": 2048}
+            cases.append(heavier(folder / "wide", small, args.device, args.step_ms, num_layers=8, **width))
+    return cases
+
+
+def in_fresh_processes(args: argparse.Namespace, cases: list[Case], folder: Path) -> list[Result]:
+    """Each measures all cases."""
+    results = []
+    given, out = folder / "cases.json", folder / "result.json"
+    given.write_bytes(msgspec.json.encode(cases))
+    for _ in range(args.processes):
+        command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(given), str(out)]
+        subprocess.run(command, check=True)
+        results.append(msgspec.json.decode(out.read_bytes(), type=Result))
+    return results
+
+
+def measure(args: argparse.Namespace) -> None:
+    """In such a process."""
+    given, out = args.measure
+    cases = msgspec.json.decode(Path(given).read_bytes(), type=list[Case])
+    rows = [anyio.run(measured, case, args, Path(given).parent / "trace.json") for case in cases]
+    Path(out).write_bytes(msgspec.json.encode(Result(rows)))
 
 
 def main() -> None:
@@ -300,34 +401,37 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward, in both")
     parser.add_argument("--step-ms", type=float, default=40.0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=[64, 128], help="sizes of pictures of the small model; none: ticks only"
     )
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(args.threads)
-    folder = str(EMBEDDED["sgld/tiny-image"])
-    cases = [Case(name=f"tiny-image, {size}", model_path=folder, size=size) for size in args.sizes]
+    if args.measure:
+        measure(args)
+        return
     load_before = os.getloadavg()[0]
     tick_ms = anyio.run(tick_cpu_ms, args.device)
     with tempfile.TemporaryDirectory() as temporary:
-        small = Case(name="", model_path=folder, size=max(args.sizes, default=0))
-        cases += [heavier(Path(temporary) / "model", small, args.device, args.step_ms)] if cases else []
-        rows = [anyio.run(measured, case, args, Path(temporary) / "trace.json") for case in cases]
+        cases = cases_of(args, Path(temporary))
+        results = in_fresh_processes(args, cases, Path(temporary)) if cases else []
     report = {
         "command": f"python bench/overhead.py --repeats {args.repeats} --device {args.device} --threads {args.threads}"
-        f" --sizes {' '.join(map(str, args.sizes))}".rstrip(),
+        f" --processes {args.processes} --sizes {' '.join(map(str, args.sizes))}".rstrip(),
         **reports.where(args.device),
         "load": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after",
         "tick_cpu_ms": round(tick_ms, 3),
-        "rows": [
-            {n: round(v, 3) if isinstance(v, float) else v for n, v in msgspec.to_builtins(r).items()} for r in rows
+        "processes": [
+            [{n: round(v, 4) if isinstance(v, float) else v for n, v in msgspec.to_builtins(r).items()} for r in x.rows]
+            for x in results
         ],
     }
-    print(table(rows, report))
+    print(table(results, report))
     if args.out:
-        reports.write(args.out, report, table(rows, report))
+        reports.write(args.out, report, table(results, report))
 
 
 if __name__ == "__main__":
