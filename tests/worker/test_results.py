@@ -173,3 +173,25 @@ def test_pixels_that_the_queue_refuses_do_not_stop_the_rest(ends: Ends) -> None:
         results.frames("a", 0, too_large, is_video=True)
     results.message(Finished(request_id="b"))
     assert front.receive() == Finished(request_id="b")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_picture_on_a_gpu_does_not_wait_for_what_is_launched_after_it(ends: Ends) -> None:
+    results, front, _ = ends
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    results.preview("a", 1, torch.full((1, 2, 3), 6, dtype=torch.uint8, device="cuda"))
+    front.pixels(received(front))  # the first copy takes longer
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    results.preview("a", 2, torch.full((1, 2, 3), 7, dtype=torch.uint8, device="cuda"))
+    for _ in range(500):
+        x @ x
+    done.record()
+    assert front.pixels(received(front)).tolist() == [[[7] * 3] * 2]
+    assert not done.query()  # type: ignore[no-untyped-call]
+
+
+def received(front: Front) -> Previewed:
+    message = front.receive()
+    assert isinstance(message, Previewed)
+    return message
