@@ -159,7 +159,7 @@ def measure(seat: Seat, model: LoadedModel, config: EngineConfig, chosen: list[A
     for name, kind, _, method, kwargs in chosen:
         part = model.pipeline.components[name.partition(",")[0]]
         run = lambda part=part, method=method, kwargs=kwargs: runtime.run_here(part, method, (), dict(kwargs))  # noqa: E731
-        whole[name] = run()
+        whole[name] = run()  # type: ignore[no-untyped-call]
         found[name] = {"name": name, "kind": kind, "one_ms": median_ms(run, device, repeats)}
     runtime.ranks = lead(seat, model, config, lambda component, note: print(component, note, file=sys.stderr))
     for name, kind, _, method, kwargs in chosen:

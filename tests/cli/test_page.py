@@ -1,7 +1,7 @@
 """SGLang Diffusion's page of the command line, command by command, with `sgld` in the place of `sglang`.
 
 Models are tiny ones of the same architecture, and sizes and steps are small. The commands with parallel options
-(`--num-gpus 4 --ulysses-degree 2 --ring-degree 2`) run without them: there is one device here. A command with a flag
+(`--num-gpus 4 --ulysses-degree 2 --ring-degree 2`) run without them, but for one. A command with a flag
 that sgld doesn't have yet must be refused by the name of that flag; it runs as soon as the flag is there.
 """
 
@@ -86,7 +86,7 @@ def page(capsys: pytest.CaptureFixture[str]) -> Page:
     """
 
     def run(command: str, *, model: Path | str | None = None, more: str = "", **replaced: Path | str) -> Outcome:
-        argv = arguments(command, model=model, more=more, **replaced)
+        argv = arguments(command, model=model, more=more, is_parallel=False, **replaced)
         code = main(argv, engine_class=in_this_process)
         captured = capsys.readouterr()
         done = Outcome(code, captured.out.splitlines(), captured.err.splitlines())
@@ -100,8 +100,10 @@ def page(capsys: pytest.CaptureFixture[str]) -> Page:
     return run
 
 
-def arguments(command: str, *, model: Path | str | None = None, more: str = "", **replaced: Path | str) -> list[str]:
-    """The arguments of a command: without its parallel options, with `model`, and with the values of flags replaced."""
+def arguments(
+    command: str, *, model: Path | str | None = None, more: str = "", is_parallel: bool = False, **replaced: Path | str
+) -> list[str]:
+    """The arguments of a command: with `model`, the values of flags replaced, and parallel options if `is_parallel`."""
     name, *words = shlex.split(command.replace("\\\n", " "))
     assert name == "sglang"
     values = {"--model-path": model} if model is not None else {}
@@ -109,7 +111,7 @@ def arguments(command: str, *, model: Path | str | None = None, more: str = "", 
     argv: list[str] = []
     tokens = iter(words)
     for token in tokens:
-        if token in _PARALLEL:
+        if token in _PARALLEL and not is_parallel:
             next(tokens)
         elif token in values:
             argv += [token, str(values[token])]
@@ -389,7 +391,9 @@ def test_further_arguments_of_a_pipeline_in_a_file(page: Page, models: Models, t
 
 
 @asynccontextmanager
-async def served(argv: list[str], folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
+async def served(
+    argv: list[str], folder: Path, engine_class: Callable[[EngineConfig], Engine] = in_this_process
+) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the server that a command starts, which runs here until the block ends."""
     started: list[tuple[EngineConfig, server.Listener]] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -401,7 +405,7 @@ async def served(argv: list[str], folder: Path) -> AsyncIterator[httpx2.AsyncCli
     ((config, listener),) = started
     url = listener.url
     async with anyio.create_task_group() as tasks:
-        services = await tasks.start(partial(server.serve, config, listener, in_this_process))
+        services = await tasks.start(partial(server.serve, config, listener, engine_class))
         async with httpx2.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
             yield client
         services.stopping.set()
@@ -429,15 +433,17 @@ _SERVE_WAN = """sglang serve \\
 
 @pytest.mark.parametrize("offload", ["", "--text-encoder-cpu-offload --pin-cpu-memory"])
 async def test_serve(offload: str, models: Models, tmp_path: Path) -> None:
-    """Its port is a free one."""
+    """Its port is a free one. With offload it has its four ranks, as processes, and tokens enough for these."""
     command = _SERVE_WAN.format(offload=offload)
-    argv = arguments(command, model=models("wan"), port="0", more="--device cpu --num-cpu-threads 1")
+    small = "--device cpu --num-cpu-threads 1"
+    argv = arguments(command, model=models("wan"), port="0", more=small, is_parallel=bool(offload))
     if waiting := not_yet(argv):
         assert main(argv) == 2
         pytest.xfail(f"refused as it should be, until it is there: {', '.join(waiting)}")
-    async with served(argv, tmp_path) as client:
+    async with served(argv, tmp_path, Engine if offload else in_this_process) as client:
         kwargs = dict(BUILDERS["wan"].kwargs)
-        size = f"{kwargs.pop('width')}x{kwargs.pop('height')}"
+        size = "32x64" if offload else f"{kwargs.pop('width')}x{kwargs.pop('height')}"
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("width", "height")}
         content = await video_from(client, prompt="a cat", size=size, num_inference_steps=2, **kwargs)
     (tmp_path / "x.mp4").write_bytes(content)
     assert num_frames(tmp_path / "x.mp4") == 9

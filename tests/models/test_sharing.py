@@ -1,0 +1,61 @@
+"""What several ranks share, decided before anything is loaded."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgld.config import EngineConfig
+from sgld.errors import ModelError
+from sgld.models.sharing import share
+from sgld.models.sources import ComponentSource
+from sgld.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    class_name: str
+    source: ComponentSource = field(default_factory=lambda: ComponentSource("nowhere", None, None))
+    library: str = "diffusers"
+
+
+def config(**parallel: Any) -> EngineConfig:
+    return EngineConfig(parallel=ParallelConfig(**parallel))
+
+
+VAE = Part("vae", "AutoencoderKL")
+
+
+def test_denoisers_and_vaes_are_shared() -> None:
+    encoder = Part("text_encoder", "T5EncoderModel", library="transformers")
+    parts = [Part("transformer", "FluxTransformer2DModel"), VAE, encoder]
+    found = share(parts, config(num_gpus=2), "cpu", is_whole=False)
+    assert found.names == {"transformer", "vae"}
+    assert found.notes == ("2 = dp 1 x cfg 1 x sp 2 (ulysses 2 x ring 1) x tp 1",)
+    assert share(parts, config(num_gpus=2, vae_sp=False), "cpu", is_whole=False).vaes == ()
+    assert not share(parts, config(), "cpu", is_whole=False).names
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel", "NoSuchModel"])
+def test_model_without_a_plan_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name}\) has no plan .* sp_degree is 2; use --enable-cfg-parallel"):
+        share([Part("unet", name)], config(num_gpus=2), "cpu", is_whole=False)
+    assert share([Part("unet", name)], config(enable_cfg_parallel=True), "cpu", is_whole=False).denoisers == ("unet",)
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_numbers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 5}))
+    part = Part("transformer", "WanTransformer3DModel", ComponentSource(str(tmp_path), None, None))
+    with pytest.raises(ModelError, match="has 5 attention heads, which ulysses_degree 2 x ring_degree 2 can't share"):
+        share([part], config(ulysses_degree=2, ring_degree=2), "cpu", is_whole=False)
+    with pytest.raises(ModelError, match="has 5 attention heads, too few for ulysses_degree 8"):
+        share([part], config(num_gpus=8), "cpu", is_whole=False)
+    assert share([part], config(num_gpus=2), "cpu", is_whole=False).denoisers == ("transformer",)
+
+
+def test_pipelines_that_run_whole_have_one_gpu() -> None:
+    with pytest.raises(ModelError, match="with --backend diffusers pipelines run their models themselves"):
+        share([VAE], config(enable_cfg_parallel=True), "cpu", is_whole=True)
