@@ -5,6 +5,7 @@ A field is a flag (`--model-path`), a key of the config file (`model_path`) and 
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -245,6 +246,30 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise FieldError("dit_layerwise_offload", True, problem)
 
 
+class CalibrationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Forwards that a server measures before it says that it is ready.
+
+    :raises FieldError: a size isn't one, or the limit is out of its range.
+    """
+
+    calibrate: Annotated[
+        bool, _field("sgld serve: measure forwards with synthetic requests first; later starts know the times")
+    ] = False
+    calibrate_sizes: Annotated[
+        tuple[str, ...],
+        _field(
+            "sizes for that, as 1024x1024; default: the model's own, and for pictures 512, 768, 1024 and 1536 squared"
+        ),
+    ] = ()
+    calibrate_limit_s: Annotated[float, Meta(gt=0), _field("no such request begins after so many seconds")] = 300.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for size in self.calibrate_sizes:
+            if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}|default", size):
+                raise FieldError("calibrate_sizes", size, "a size is WIDTHxHEIGHT, as 1024x1024, or default")
+
+
 class GraphConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Forwards that are replayed as CUDA graphs.
 
@@ -318,6 +343,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantized: QuantizationConfig = QuantizationConfig()
     adapters: LoraConfig = LoraConfig()
     graphs: GraphConfig = GraphConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 from av import FFmpegError
 
-from sgld.config import EngineConfig
+from sgld.config import CalibrationConfig, EngineConfig
 from sgld.errors import ModelError, SgldError, StorageError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.sampling_params import SamplingParams
@@ -74,7 +74,9 @@ async def _generate(settings: Settings, files: Files, as_json: bool, engine_clas
     async with open_uploads(settings.output.storage) as uploads:
         with open_display() as display:
             job = Job(settings, files, display, as_json=as_json, uploads=uploads)
-            async with engine_class(settings.engine) as engine:
+            async with engine_class(
+                msgspec.structs.replace(settings.engine, calibration=CalibrationConfig())
+            ) as engine:
                 await job.run(engine)
             return job.exit_code
 

@@ -7,7 +7,7 @@ from sgld.engine.cost import Cost
 from sgld.engine.demand import Profiles, call_class, seconds_of
 from sgld.engine.order import Level
 from sgld.engine.remaining import Tracked
-from sgld.messages import CallInfo
+from sgld.messages import CallInfo, CallKind
 
 
 def as_many_as_pay(
@@ -45,6 +45,16 @@ def as_many_as_pay(
         if gain_s > best_gain_s:
             best_gain_s, best_size = gain_s, len(batch)
     return batch[:best_size]
+
+
+def all_together(waiting: Sequence[Tracked], max_batch_size: int) -> list[tuple[Tracked, CallInfo]]:
+    """The calls that are the least far, all that may share a forward: requests that started together stay together."""
+    stages: dict[CallKind, int] = {"encode": 0, "denoise": 1, "decode": 2}
+    every = [(request, call) for request in waiting for call in request.calls.values()]
+    first = min(every, key=lambda pair: (stages.get(pair[1].kind, len(stages)), pair[1].step_index, pair[0].number))
+    key = first[1].merge_key
+    others = [pair for pair in every if pair is not first and key is not None and pair[1].merge_key == key]
+    return [first, *others][:max_batch_size]
 
 
 def _candidates(ordered: Sequence[tuple[Level, Tracked]], first: CallInfo) -> Iterator[tuple[int, Tracked, CallInfo]]:

@@ -17,6 +17,7 @@ from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.adapters import EngineLoras
+from sgld.engine.calibration import calibrate, sizes_of
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.entry import Entry
@@ -94,6 +95,7 @@ class Engine:
         self._learned_file: LearnedFile | None = None
         self._kept_version = self._cost.version
         self._load_error: ModelError | None = None
+        self._calibrated: tuple[str, ...] = ()
         self._is_decided = anyio.Event()
         """The model is loaded, or can't be."""
         self._is_open = False
@@ -129,7 +131,8 @@ class Engine:
     @property
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while all ranks are lost."""
-        return self._model if any(replica.rank is not None for replica in self._replicas) else None
+        is_there = self._is_decided.is_set() and any(replica.rank is not None for replica in self._replicas)
+        return self._model if is_there else None
 
     @property
     def loras(self) -> EngineLoras:
@@ -291,6 +294,7 @@ class Engine:
         learned = await to_thread.run_sync(self._learned_file.read)
         self._cost.recall(learned.times)
         self._profiles.recall(learned.profiles)
+        self._calibrated = learned.calibrated
         self._kept_version = self._cost.version
 
     async def _keep_learned(self) -> None:
@@ -303,7 +307,28 @@ class Engine:
         if self._learned_file is None or self._kept_version == self._cost.version:
             return
         self._kept_version = self._cost.version
-        await to_thread.run_sync(self._learned_file.write, self._cost.learned(), self._profiles.learned())
+        await to_thread.run_sync(
+            self._learned_file.write, self._cost.learned(), self._profiles.learned(), self._calibrated
+        )
+
+    async def _calibrate(self, model: ModelInfo) -> None:
+        """Measure what wasn't measured at an earlier start; then the model is said to be served."""
+        wanted = sizes_of(self._config.calibration.calibrate_sizes, model)
+        try:
+            done = await calibrate(
+                [size for size in wanted if size not in self._calibrated],
+                self.generate,
+                self._profiles,
+                self._cost,
+                max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
+                limit_s=self._config.calibration.calibrate_limit_s,
+            )
+            self._calibrated = (*self._calibrated, *done)
+            await self._keep()
+        finally:
+            for replica in self._replicas:
+                replica.scheduler.is_calibrating = False
+            self._is_decided.set()
 
     def _tell_ranks(self, command: LoadLora | UnloadLora) -> list[int]:
         """Tell the ranks that are there; returns the indices of their replicas."""
@@ -318,7 +343,12 @@ class Engine:
                 replica.rank, self._model, self._requests.fps = rank, model, model.fps
                 if model.is_whole:
                     replica.scheduler.run_singly()
-                self._is_decided.set()
+                if not self._config.calibration.calibrate or self._is_decided.is_set():
+                    self._is_decided.set()
+                elif not replica.scheduler.is_calibrating and all(other.rank for other in self._replicas):
+                    for each in self._replicas:
+                        each.scheduler.is_calibrating = True
+                    self._tasks.start_soon(self._calibrate, model)
             case LoadFailed(message=message):
                 self._fail_load(message)
             case Pending(call=call):

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Iterable
 
 import msgspec
 
@@ -29,6 +30,8 @@ class Learned(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     times: tuple[LearnedTime, ...] = ()
     profiles: tuple[Profile, ...] = ()
+    calibrated: tuple[str, ...] = ()
+    """Sizes that were measured at a start with `--calibrate`."""
 
 
 class LearnedFile:
@@ -49,13 +52,14 @@ class LearnedFile:
             return Learned()
         return learned if learned.format == _FORMAT and _is_sound(learned) else Learned()
 
-    def write(self, times: list[LearnedTime], profiles: list[Profile]) -> None:
+    def write(self, times: list[LearnedTime], profiles: list[Profile], calibrated: Iterable[str] = ()) -> None:
         """Keep it, atomically. A folder that can't be written to is no error: the next start learns again."""
         learned = Learned(
             device=self._model.device_name,
             model=self._model.model_path,
             times=tuple(times),
             profiles=tuple(profiles),
+            calibrated=tuple(calibrated),
         )
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:

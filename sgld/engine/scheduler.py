@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from sgld.engine.batching import as_many_as_pay, preparing, together_s
+from sgld.engine.batching import all_together, as_many_as_pay, preparing, together_s
 from sgld.engine.cost import Cost
 from sgld.engine.demand import Demand, Profiles
 from sgld.engine.order import Level, in_order, score
@@ -57,6 +57,8 @@ class Scheduler:
         self._max_running = max_running_requests
         self._max_queued = max_queued_requests
         self._max_batch_size = max_batch_size
+        self.is_calibrating = False
+        """Calls share forwards wherever they can, whether that pays or not: to find out whether it does."""
         self._queued: dict[str, Tracked] = {}
         self._running: dict[str, Tracked] = {}
         self._by_call: dict[int, Tracked] = {}
@@ -168,7 +170,9 @@ class Scheduler:
         exclusive = [request for request in waiting if any(call.is_exclusive for call in request.calls.values())]
         ordered = self._ordered(exclusive or waiting, now)
         batch = self._batch(ordered)
-        if len(batch) < min(self._max_batch_size, len(self._by_call)):
+        if self.is_calibrating:
+            batch = all_together(exclusive or waiting, self._max_batch_size)
+        elif len(batch) < min(self._max_batch_size, len(self._by_call)):
             place = preparing(ordered, batch, self._num_requests, self._cost, self._profiles)
             if place is not None:
                 batch = self._batch([ordered.pop(place), *ordered])

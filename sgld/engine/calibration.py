@@ -1,0 +1,105 @@
+"""`--calibrate`: synthetic requests at start, so that the first users are predicted, and merged, by what was measured.
+
+They go the ordinary way, so that what is compiled or captured is what will run. Of each size ever more run in lock
+step, until more rows gain nothing.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import anyio
+
+from sgld.engine.cost import Cost
+from sgld.engine.demand import Profiles, demand_of
+from sgld.errors import SgldError
+from sgld.events import AnyEvent, Completed, Failed
+from sgld.messages import ModelInfo
+from sgld.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+Generate = Callable[[SamplingParams], AsyncIterator[AnyEvent]]
+# Those of the mixes with which servers are compared.
+SQUARES = ("512x512", "768x768", "1024x1024", "1536x1536")
+DEFAULT = "default"
+_PROMPT = "a lighthouse on a cliff above the sea at dusk"
+# With one row: two runs before a graph is captured, the capture, its comparison, and two replays. A merged forward is
+# proved first.
+NUM_STEPS = 8
+# More rows are tried while twice as many take less than this share of twice the time.
+PAYS = 0.97
+
+
+def sizes_of(given: Sequence[str], model: ModelInfo) -> tuple[str, ...]:
+    """What is measured where that isn't said: the size that the model's author recommends, and pictures' usual ones."""
+    return tuple(given) or (DEFAULT, *(() if model.fps is not None else SQUARES))
+
+
+def params_of(size: str, seed: int = 0) -> SamplingParams:
+    """A synthetic request."""
+    width, height = (None, None) if size == DEFAULT else map(int, size.split("x"))
+    return SamplingParams(prompt=_PROMPT, width=width, height=height, seed=seed, num_inference_steps=NUM_STEPS)
+
+
+async def calibrate(
+    sizes: Sequence[str],
+    generate: Generate,
+    profiles: Profiles,
+    cost: Cost,
+    *,
+    max_rows: int,
+    limit_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[str]:
+    """Measure forwards of these sizes; returns those that were done.
+
+    :param generate: runs a request; those that run at the same time share all forwards that they can.
+    :param max_rows: as many requests run together at most.
+    :param limit_s: no request begins after so many seconds.
+    """
+    done: list[str] = []
+    until = clock() + limit_s
+    for index, size in enumerate(sizes):
+        num, before_s = 1, None
+        while num <= max_rows:
+            if clock() > until:
+                logger.warning("calibration ends after %g s; not done: %s", limit_s, ", ".join(sizes[index:]))
+                return done
+            if (problem := await _run(size, num, generate)) is not None:
+                logger.warning("calibration of %s with %d at a time failed: %s", size, num, problem)
+                # What no single request can be isn't done; for what memory has no room for that is the answer.
+                done += [size] if num > 1 else []
+                break
+            step = profiles.step_of(demand_of(params_of(size)))
+            step_s = cost.predict(step[0], num * step[1]) if step is not None else None
+            logger.info("calibration: %s, %d at a time, %s a step", size, num, _ms(step_s))
+            has_gained = step_s is not None and (before_s is None or step_s <= 2 * PAYS * before_s)
+            if not has_gained or 2 * num > max_rows:
+                done.append(size)
+                break
+            num, before_s = 2 * num, step_s
+    return done
+
+
+async def _run(size: str, num: int, generate: Generate) -> str | None:
+    """So many requests at the same time; why one of them failed."""
+    problems: list[str] = []
+
+    async def one(seed: int) -> None:
+        try:
+            async for event in generate(params_of(size, seed)):
+                if isinstance(event, Failed):
+                    problems.append(event.message)
+                elif isinstance(event, Completed):
+                    return
+        except SgldError as error:
+            problems.append(str(error))
+
+    async with anyio.create_task_group() as tasks:
+        for seed in range(num):
+            tasks.start_soon(one, seed)
+    return problems[0] if problems else None
+
+
+def _ms(seconds: float | None) -> str:
+    return "unknown time" if seconds is None else f"{1e3 * seconds:.1f} ms"
