@@ -37,10 +37,12 @@ class Measured(Class):
 
 
 def read(cache: Path) -> Learned:
-    """What the server kept that had this folder for what it learns.
+    """What the server kept that had this folder for what it learns; or what is in this file of it.
 
     :raises FileNotFoundError: it kept nothing.
     """
+    if cache.is_file():
+        return msgspec.json.decode(cache.read_bytes(), type=Learned)
     files = sorted(cache.glob("learned/times-*.json"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise FileNotFoundError(f"no times were learned in {cache}")
@@ -54,10 +56,10 @@ def classes(learned: Learned, mix: Sequence[Class], max_rows: int) -> list[Measu
     """
     cost = CostModel()
     cost.recall(learned.times)
-    return [_measured(of, _profile(of, learned.profiles), cost, max_rows) for of in mix]
+    return [_measured(of, *_profile(of, learned.profiles), cost, max_rows) for of in mix]
 
 
-def _measured(of: Class, profile: Profile, cost: CostModel, max_rows: int) -> Measured:
+def _measured(of: Class, profile: Profile, num_steps: int, cost: CostModel, max_rows: int) -> Measured:
     def seconds(kind: CallKind, requests: int = 1) -> float:
         """Of all calls of a kind, that so many requests make together."""
         total = 0.0
@@ -69,16 +71,17 @@ def _measured(of: Class, profile: Profile, cost: CostModel, max_rows: int) -> Me
                 total += number * elapsed_s
         return total
 
-    steps = [seconds("denoise", requests) / of.num_steps for requests in range(1, max_rows + 1)]
+    steps = [seconds("denoise", requests) / num_steps for requests in range(1, max_rows + 1)]
     return Measured(of.side, of.num_steps, of.share, tuple(steps), seconds("encode"), seconds("decode"))
 
 
-def _profile(of: Class, profiles: Sequence[Profile]) -> Profile:
-    start = re.escape(f"({of.side}, {of.side}, 1, {of.num_steps},")
-    found = [profile for profile in profiles if re.match(start, profile.like)]
+def _profile(of: Class, profiles: Sequence[Profile]) -> tuple[Profile, int]:
+    """A request of that size and its number of steps: those of the class if there was one, else as of a calibration."""
+    start = re.compile(rf"\({of.side}, {of.side}, 1, (\d+),")
+    found = [(profile, int(match[1])) for profile in profiles if (match := start.match(profile.like))]
     if not found:
-        raise LookupError(f"no request with {of.num_steps} steps at {of.name} was completed")
-    return found[-1]
+        raise LookupError(f"no request at {of.name} was completed")
+    return next((pair for pair in reversed(found) if pair[1] == of.num_steps), found[-1])
 
 
 def as_rows(mix: Sequence[Measured]) -> list[Mapping[str, object]]:

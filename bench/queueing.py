@@ -5,6 +5,8 @@ on one H200. The scheduler and the cost model are the real ones, and learn from 
 know all times. Load 1 is what the GPU can do without merging.
 
     python bench/queueing.py [--requests 10000] [--runs 2] [--results bench/results]
+    python bench/queueing.py --times FILE       with the times that a server learned, as with `sgld serve --calibrate`:
+                                                its learned/times-*.json, or the folder that holds learned/
 """
 
 import argparse
@@ -19,8 +21,9 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
+import measured
 from charts import line_chart
-from policies import MIXES, POLICIES, SLO_SCALE, Class, Job, Policy, Sgld
+from policies import MAX_BATCH_SIZE, MIXES, POLICIES, SLO_SCALE, Class, Job, Policy, Sgld
 
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 # A tick takes longer than the table says, by this share in the mean (exponentially distributed).
@@ -208,7 +211,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="in each of the runs that make a point")
     parser.add_argument("--runs", type=int, default=2, help="for each point")
     parser.add_argument("--results", type=Path, help="folder of the report, its numbers and charts")
+    parser.add_argument("--times", type=Path, help="take the times of forwards from this file of a server's")
     args = parser.parse_args()
+    if args.times:
+        learned = measured.read(args.times)
+        MIXES.update({name: tuple(measured.classes(learned, mix, MAX_BATCH_SIZE)) for name, mix in MIXES.items()})
     points = []
     for mix in MIXES:
         for load in LOADS:
