@@ -10,6 +10,7 @@ from diffusers.models._modeling_parallel import ContextParallelConfig
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from sgld.errors import ModelError
 from sgld.parallel import ParallelConfig
 
 # Plans for models that have none of their own, by class name.
@@ -23,6 +24,22 @@ def plan_of(cls: type) -> dict[str, Any] | None:
     return dict(plan) if plan else None
 
 
+def check_attention(component: Any) -> None:
+    """See that tokens can be shared with the kernel of attention that was chosen.
+
+    :raises ModelError: they can't; says with which they can.
+    """
+    registry = attention_dispatch._AttentionBackendRegistry
+    for part in component.modules():
+        chosen = getattr(getattr(part, "processor", None), "_attention_backend", None)
+        backend = (
+            registry.get_active_backend()[0] if chosen is None else attention_dispatch.AttentionBackendName(chosen)
+        )
+        if not registry._is_context_parallel_available(backend):
+            able = ", ".join(sorted(map(str, registry._supports_context_parallel)))
+            raise ModelError(f"attention backend {backend.value} can't share tokens between GPUs; use one of {able}")
+
+
 class Sequence:
     """The tokens of one component, shared by the ranks of a mesh ("ring", "ulysses").
 
@@ -33,6 +50,7 @@ class Sequence:
     def __init__(self, component: Any, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device) -> None:
         plan = plan_of(type(component))
         assert plan is not None, "it was checked before anything was loaded"
+        check_attention(component)
         self._parallel = parallel
         self._config = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses)
         config = _modeling_parallel.ParallelConfig(context_parallel_config=self._config)
