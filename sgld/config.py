@@ -220,6 +220,14 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     :raises FieldError: two options exclude each other.
     """
 
+    performance_mode: Annotated[
+        Literal["auto", "speed", "memory", "manual"],
+        _field(
+            "speed: compile denoisers at once; auto: large ones on a GPU, when that pays; memory: offload all that can"
+            " be; manual: only what other options say",
+            aliases=("mode",),
+        ),
+    ] = "auto"
     text_encoder_precision: Annotated[
         tuple[Precision, ...],
         _field(
@@ -244,6 +252,11 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.dit_cpu_offload and self.dit_layerwise_offload:
             problem = "dit_cpu_offload is set, too; a denoiser is offloaded either as a whole or by layers"
             raise FieldError("dit_layerwise_offload", True, problem)
+
+    def offloads(self, option: str) -> bool:
+        """Whether an option for offloading is set, or follows from the mode."""
+        follows = self.performance_mode == "memory" and option != "dit_cpu_offload"
+        return bool(getattr(self, option)) or (follows and not (option[:4] == "dit_" and self.dit_cpu_offload))
 
 
 class CalibrationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -328,7 +341,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         60.0
     )
     enable_torch_compile: Annotated[
-        bool, _field("compile the denoiser; the first forwards take minutes, later starts use what was compiled")
+        bool, _field("compile denoisers, in another process while requests go on; later starts use what was compiled")
     ] = False
     trace: Annotated[
         str | None, _field("write a trace of every tick and request to this file, for Perfetto or chrome://tracing")

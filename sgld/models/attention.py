@@ -273,7 +273,15 @@ def guard(chosen: Attention) -> None:
         masked = functools.partial(_refuse, chosen.backend)
     names = set(inspect.signature(kernel).parameters)
     Registry._backends[name] = guarded(kernel, masked, names)
+    vars(Registry._backends[name])["set_up"] = functools.partial(guard, chosen)
     Registry._supported_arg_names[name] = supported | Registry._supported_arg_names[native]
+
+
+def set_ups() -> list[Callable[[], None]]:
+    """What was done to the kernels of this process; another one that calls these has the same."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
+
+    return [kernel.set_up for kernel in Registry._backends.values() if hasattr(kernel, "set_up")]
 
 
 def guarded(kernel: Callable[..., Any], masked: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:

@@ -144,6 +144,7 @@ def steer(choices: Mapping[Heads, Choice]) -> None:
         return native(query, key, value, **options)
 
     Registry._backends[AttentionBackendName.NATIVE] = steered
+    vars(steered)["set_up"] = functools.partial(_steer_again, choices)
 
 
 @contextmanager
@@ -158,6 +159,12 @@ def native_only() -> Iterator[None]:
         yield
     finally:
         Registry._backends[AttentionBackendName.NATIVE] = steered
+
+
+def _steer_again(choices: Mapping[Heads, Choice]) -> None:
+    """In another process."""
+    adopt_wheel()
+    steer(choices)
 
 
 def _is_plain(options: Mapping[str, Any]) -> bool:

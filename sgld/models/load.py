@@ -14,11 +14,12 @@ import torch
 from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
-from sgld.models import attention, attention_choice, cache_dit, noise
+from sgld.models import attention, attention_choice, cache_dit, noise, performance
 from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
 from sgld.models.modular import load_modular
+from sgld.models.performance import Compilation
 from sgld.models.placement import compile_components, dtype_of, place
 from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.quantized import quantize_components
@@ -51,7 +52,9 @@ class LoadedModel:
     offloaded: tuple[str, ...] = ()
     """Components that wait on the host, whole."""
     compiled: tuple[str, ...] = ()
-    """Components that their first forwards compile."""
+    """Components that are compiled, now or later."""
+    compilation: Compilation | None = None
+    """How."""
     sharing: Sharing = NOTHING
     """What all ranks have."""
     refresh: Callable[[int], None] | None = None
@@ -140,11 +143,14 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
         said = {} if planned.backend.is_whole else attention_choice.settle(parts, device)
     verdict_file = VerdictFile(planned.source, planned.index, planned.components)
     decisions = planned.decisions()
-    for notes in (made, said, in_tiles, {"model": note} if note else {}):
-        decisions = with_notes(decisions, notes)
-    compiled = tuple(part.name for part in planned.components if part.is_compiled)
-    compile_components({name: pipeline.components[name] for name in compiled})
     is_whole = planned.backend.is_whole
+    compilation = performance.choose(config, device.type, is_whole=is_whole)
+    denoisers = {part.name: pipeline.components[part.name] for part in planned.components if part.can_be_compiled}
+    compiled, of_compilation = compilation.components(denoisers) if compilation is not None else ((), {})
+    if compilation is not None and not compilation.is_aside:
+        compile_components({name: denoisers[name] for name in compiled})
+    for notes in (made, said, in_tiles, {"model": note} if note else {}, of_compilation):
+        decisions = with_notes(decisions, notes)
     return LoadedModel(
         pipeline,
         device,
@@ -156,6 +162,7 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
         offloaded=() if is_whole else tuple(part.name for part in planned.components if part.place == "offload"),
         compiled=compiled,
         sharing=sharing,
+        compilation=compilation,
         refresh=refresh,
     )
 

@@ -70,19 +70,28 @@ def compile_components(components: Mapping[str, Any]) -> None:
 
     One compilation is for all sizes and numbers of rows, but for one row.
     """
-    if not components:
-        return
+    for component in components.values():
+        for part in regions(component) if isinstance(component, nn.Module) else ():
+            compile_module(part)
+
+
+def regions(component: nn.Module) -> list[nn.Module]:
+    """What of a component is compiled by itself: the layers that it repeats, if it names them, else all of it."""
+    names = getattr(component, "_repeated_blocks", None) or ()
+    return [part for part in component.modules() if type(part).__name__ in names] or [component]
+
+
+def compile_module(module: nn.Module) -> None:
+    """Have a module compiled in place by its first forwards."""
     import torch._dynamo.config  # takes a second, and only compilation needs it
+    import torch.fx.experimental._config
 
     torch._dynamo.config.recompile_limit = _MAX_FORMS
-    for component in components.values():
-        if not isinstance(component, nn.Module):
-            continue
-        blocks = getattr(component, "_repeated_blocks", None) or ()
-        if any(type(part).__name__ in blocks for part in component.modules()):
-            component.compile_repeated_blocks(dynamic=True)  # type: ignore[operator]
-        else:
-            component.compile(dynamic=True)
+    # All is dynamic from the start. What is compiled doesn't depend on what was before, so another process can do it;
+    # nor on lengths that happen to be equal, as two rows and two heads: three rows would be compiled once more.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch.fx.experimental._config.use_duck_shape = False
+    module.compile(dynamic=True)
 
 
 def decompile(parts: Iterable[nn.Module]) -> None:

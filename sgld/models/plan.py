@@ -48,7 +48,7 @@ class ComponentPlan:
     """Files that its weights come from, if not from its source by its library's own loader."""
     quantization: Quantization | None = None
     place: Place = "device"
-    is_compiled: bool = False
+    can_be_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,13 @@ def _placed(
         place = place_of.get(part.name, "device")
         if place != "device" and part.quantization is not None and part.quantization.family == "bitsandbytes":
             raise ModelError(f"{part.name} is quantized by bitsandbytes, whose weights can't be offloaded")
-        is_denoiser = roles[part.name] == "dit"
-        is_compiled = config.enable_torch_compile and is_denoiser and place != "layerwise"
+        can_be_compiled = roles[part.name] == "dit" and place != "layerwise"
         said = [notes[part.name]] if part.name in notes else []
-        if config.enable_torch_compile and is_denoiser:
-            said.append("compiled" if is_compiled else "not compiled, as its layers come and go")
+        if config.enable_torch_compile and place == "layerwise":
+            said.append("not compiled, as its layers come and go")
         told = (*part.notes, *said)
         precision = precision_of.get(part.name)
-        placed.append(replace(part, precision=precision, notes=told, place=place, is_compiled=is_compiled))
+        placed.append(replace(part, precision=precision, notes=told, place=place, can_be_compiled=can_be_compiled))
     return tuple(placed), of_model
 
 

@@ -77,9 +77,11 @@ def places(
     notes: dict[str, str] = {}
     of_model: list[str] = []
     for option, of_role, place in _OFFLOADS:
-        if not getattr(config.memory, option):
+        if not config.memory.offloads(option):
             continue
         names = [name for name, does in roles.items() if does == of_role]
+        if not names and not getattr(config.memory, option):
+            continue
         if not names:
             of_model.append(f"{option} does nothing: the model has no {_NAMES[of_role]}")
         elif device_type == "cpu":

@@ -13,12 +13,13 @@ from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
 from sgld.worker.clock import Clock, HostClock, Span
 from sgld.worker.digests import Digests
+from sgld.worker.recent import Recent
 from sgld.worker.reuse import Encodings
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Unmixable
 from sgld.worker.task import Outcome, Raised, Value, forget_locals
 from sgld.worker.trees import Path
-from sgld.worker.verdicts import Recent, Verdicts, axes_key
+from sgld.worker.verdicts import Verdicts, axes_key
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
 from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.clock import device_clock
-from sgld.worker.compilation import alive_while_compiling
+from sgld.worker.compilation import alive_while_compiling, swap_of
 from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
@@ -122,7 +122,8 @@ class Rank:
         """
         for loaded in self._adapters.all():
             self._tell_loaded(loaded)
-        with alive_while_compiling(self._channel, self._runtime) if self._model.compiled else nullcontext():
+        is_inline = self._model.compiled and self._runtime.swap is None
+        with alive_while_compiling(self._channel, self._runtime) if is_inline else nullcontext():
             self._serve()
 
     def _serve(self) -> None:
@@ -158,6 +159,7 @@ class Rank:
             self._session.close()
             self._adapters.close()
             self._filters.close()
+            self._runtime.close()
             self._results.close()
 
     def _patience_s(self) -> float | None:
@@ -218,13 +220,17 @@ class Rank:
     def _runtime_of(self, model: "LoadedModel", config: EngineConfig) -> Runtime:
         parts = model.pipeline.components
         offloaded = {name: parts[name] for name in model.offloaded}
-
-        return Runtime(
+        names = {parts[name]: name for name in model.compiled}
+        is_aside = model.compilation is not None and model.compilation.is_aside
+        runtime = Runtime(
             residency(model.device, offloaded, pins=config.memory.pin_cpu_memory),
-            {parts[name]: name for name in model.compiled},
+            {} if is_aside else names,
             self._note,
             graphs_on(model.device, config.graphs.max_bytes, parts, self._note),
         )
+        if model.compilation is not None and is_aside:
+            runtime.swap = swap_of(names, model.compilation, runtime, self._channel, self._note)
+        return runtime
 
     def _leader(self, seat: Seat, config: EngineConfig) -> "Leader":
         """Lead the others, as soon as they have all loaded the model."""

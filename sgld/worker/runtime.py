@@ -16,11 +16,12 @@ from torch import nn
 
 from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
-from sgld.models.placement import decompile, dtype_of
+from sgld.models.placement import compile_components, decompile, dtype_of
 from sgld.worker.graphs import Graphs
 from sgld.worker.precision import cast, computing_in, differs
 from sgld.worker.residency import Residency
 from sgld.worker.rows import RowAxes
+from sgld.worker.swap import COMPILED, IRREGULAR, Swap
 from sgld.worker.trees import leaves
 
 if TYPE_CHECKING:
@@ -47,13 +48,15 @@ class Runtime:
     ) -> None:
         self.residency = residency or Residency()
         self.graphs = graphs
+        self.swap: Swap | None = None
+        """Has components compiled by another process."""
         self.num_compilations = 0
         """Forwards in which something was compiled took longer than the next ones will."""
         self.variant: Variant = "eager"
         """How the last invocation ran."""
         self.are_changed = False
         """A task changes components while it runs: they aren't what graphs were captured of."""
-        self._compiled = compiled or {}
+        self._compiled = dict(compiled or {})
         self._parts = {module: tuple(module.modules()) for module in self._compiled}
         """Of these; a step cache has others in the place of blocks now and then."""
         self._proven: set[nn.Module] = set()
@@ -63,6 +66,10 @@ class Runtime:
         self._casts: set[tuple[nn.Module, str]] = set()
         """Components and methods that refuse arguments of another precision than their own."""
         self._note = note
+        self._compiling: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}
+        """Entered around calls that compile their component, beside those that did so from the start."""
+        self._is_exact = False
+        """Of the call that runs."""
         self.ranks: Leader | None = None
         """Of several GPUs: run what they share."""
         self._replay: tuple[Hashable, bool] | None = None
@@ -120,7 +127,10 @@ class Runtime:
         is_usual = not is_exact and not self.are_changed and dtype is None
         is_graph = is_usual and fixed is not None and not self.residency.is_offloaded(module)
         self._replay = (fixed, lends) if is_graph else None
-        with _eagerly(is_exact and module in self._compiled), native_only() if is_exact else contextlib.nullcontext():
+        self._is_exact = is_exact
+        if self.swap is not None:
+            self.swap.look()
+        with _eagerly(is_exact and self._has_code(module)), native_only() if is_exact else contextlib.nullcontext():
             result = self._run(module, method, args, kwargs, dtype)
         if is_exact:
             self.variant = "eager"
@@ -141,10 +151,12 @@ class Runtime:
                 raise
             retry = self._invoked
         except RuntimeError as error:
-            is_of_compiler = module in self._compiled and _is_of_compiler(error)
+            is_of_compiler = self._has_code(module) and _is_of_compiler(error)
             # What a model raises while it is traced has a name of its own.
             is_of_model = not is_of_compiler or type(error).__name__ == "TorchRuntimeError"
-            if is_of_model and differs(tree, dtype or dtype_of(module)):
+            if self.swap is not None and self.swap.missed(module, form(method, tree), error):
+                retry = self._invoked
+            elif is_of_model and differs(tree, dtype or dtype_of(module)):
                 retry = self._with_casts
             elif is_of_compiler:
                 retry = functools.partial(self._uncompiled, problem=_in_short(error))
@@ -161,7 +173,28 @@ class Runtime:
     @property
     def num_irregular(self) -> int:
         """Forwards that took longer than the next ones will: something was compiled or captured in them."""
-        return self.num_compilations + (self.graphs.num_trials if self.graphs is not None else 0)
+        parts = (self.graphs.num_trials if self.graphs else 0, self.swap.num_irregular if self.swap else 0)
+        return self.num_compilations + sum(parts)
+
+    def compile_inline(
+        self, module: nn.Module, name: str, compiling: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """From now on calls of a component compile it themselves.
+
+        :param compiling: entered around these.
+        """
+        compile_components({name: module})
+        self._compiled[module] = name
+        self._parts[module] = tuple(module.modules())
+        self._compiling[module] = compiling
+
+    def close(self) -> None:
+        """End what runs beside this process."""
+        if self.swap is not None:
+            self.swap.close()
+
+    def _has_code(self, module: nn.Module) -> bool:
+        return module in self._compiled or (self.swap is not None and self.swap.has_code(module))
 
     def unchanging(self, is_exact: bool) -> AbstractContextManager[Any]:
         """While the block runs components run the same kernels as ever, if `is_exact`: who runs them is no matter."""
@@ -177,22 +210,37 @@ class Runtime:
             yield
 
     def _invoked(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
-        function = module if method == "forward" else getattr(module, method)
-        args, kwargs = tree
         self.residency.bring(module)
         is_eager = (module, form(method, tree)) in self._eager if self._eager else False
         self.variant = "compiled" if module in self._compiled and not is_eager else "eager"
         with computing_in(module, dtype), _eagerly(is_eager):
-            if self.graphs is None or self._replay is None:
-                result = function(*args, **kwargs)
-            else:
-                fixed, lends = self._replay
-                # A graph of compiled code is another one, and the compiler may be done at any time.
-                result = self.graphs.run(module, method, function, tree, (self.variant, fixed), lends=lends)
-                if self.graphs.has_replayed:
-                    self.variant = "compiled graph" if self.variant == "compiled" else "graph"
+            result = self._forward(module, method, tree)
         if module in self._compiled:
             self._proven.add(module)
+        return result
+
+    def _forward(self, module: nn.Module, method: str, tree: Any) -> Any:
+        """Compiled or not, as it is the turn of such calls."""
+        function: Callable[..., Any] = module if method == "forward" else getattr(module, method)
+        if self.swap is None or module not in self.swap or self._is_exact:
+            with self._compiling.get(module, contextlib.nullcontext)():
+                return self._replayed(module, method, function, tree)
+        of_form = form(method, tree)
+        mode = self.swap.mode(module, of_form)
+        self.variant = "compiled" if mode in COMPILED else "eager"
+        if mode in IRREGULAR:
+            return self.swap.run(module, of_form, mode, lambda: function(*tree[0], **tree[1]))
+        return self.swap.run(module, of_form, mode, lambda: self._replayed(module, method, function, tree))
+
+    def _replayed(self, module: nn.Module, method: str, function: Callable[..., Any], tree: Any) -> Any:
+        """As a CUDA graph, where that can be."""
+        if self.graphs is None or self._replay is None:
+            return function(*tree[0], **tree[1])
+        fixed, lends = self._replay
+        # A graph of compiled code is another one, and the compiler may be done at any time.
+        result = self.graphs.run(module, method, function, tree, (self.variant, fixed), lends=lends)
+        if self.graphs.has_replayed:
+            self.variant = "compiled graph" if self.variant == "compiled" else "graph"
         return result
 
     def _with_casts(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
@@ -209,6 +257,9 @@ class Runtime:
         2. Calls of other forms have run compiled. They stay so, and this form runs eagerly: a request that is sent
            twice gets the same bits.
         """
+        if self.swap is not None and module in self.swap:
+            self.swap.refuse(module, form(method, tree), problem)
+            return self._invoked(module, method, tree, dtype)
         was_proven = module in self._proven
         with _eagerly():
             result = self._run(module, method, tree[0], tree[1], dtype)

@@ -1,20 +1,17 @@
 """What an executor knows of merging: axes, proofs, and what doesn't merge. It decides; it runs nothing."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from sgld.worker.axes import CallAxes, Unmergeable, form, hypothesis, with_results
 from sgld.worker.batch import Trait, merge_key
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
+from sgld.worker.recent import Recent
 from sgld.worker.trees import Path
 
 logger = logging.getLogger(__name__)
-# Merge keys tell apart sizes and prompt lengths, so a long-lived server meets many.
-MAX_KEYS = 4096
 # A form of calls with so many refused keys and no proof isn't tried with further ones.
 MAX_REFUSALS = 3
 # One merged forward in so many is checked again.
@@ -22,28 +19,11 @@ RECHECK_EVERY = 1000
 
 AxesKey = tuple[str, str, str]
 """Component, method and form of a call."""
-T = TypeVar("T")
 
 
 def axes_key(call: Call) -> AxesKey:
     """Calls with an equal one have equal axes."""
     return call.component, call.method, form(call.tree)
-
-
-class Recent(OrderedDict[str, T]):
-    """A dict of the entries that were set or got last, `MAX_KEYS` at most."""
-
-    def __setitem__(self, key: str, value: T) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        while len(self) > MAX_KEYS:
-            self.popitem(last=False)
-
-    def recall(self, key: str) -> T | None:
-        """The value of a key, if there is one."""
-        if key in self:
-            self.move_to_end(key)
-        return super().get(key)
 
 
 @dataclass

@@ -9,7 +9,8 @@ from sgld.models.resolve import model_index, resolve
 from sgld.models.verdicts import VerdictFile
 from sgld.worker.axes import Batched, CallAxes, Mask
 from sgld.worker.memory import Memory
-from sgld.worker.verdicts import Proof, Recent, Verdicts
+from sgld.worker.recent import Recent
+from sgld.worker.verdicts import Proof, Verdicts
 
 KEY = ("transformer", "forward", "hidden_states:T3")
 AXES = CallAxes(

@@ -1,0 +1,131 @@
+"""Compiling aside: what a forward tells of its layers goes to a process that compiles them.
+
+The process is told all at once and ends with its work; nothing here waits for it.
+"""
+
+import hashlib
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import torch
+from torch import nn
+
+from sgld.models import attention
+from sgld.worker.compiler import CompileJob, CompileResult, TorchState
+from sgld.worker.sketch import CannotSketch, sketched
+
+
+class Watch:
+    """While the block runs, takes note of the arguments with which modules run.
+
+    :param modules: those that are compiled, each by itself.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._hooks: list[Any] = []
+        self._seen: dict[tuple[nn.Module, bytes], TorchState] = {}
+        self._problem: CannotSketch | None = None
+
+    def __enter__(self) -> Self:
+        self._hooks = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in self._modules]
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._problem is not None:
+            return
+        try:
+            self._seen.setdefault((module, sketched((args, kwargs))), TorchState.now())
+        except CannotSketch as error:
+            self._problem = error
+
+    def jobs(self) -> list[CompileJob]:
+        """What is to be compiled for such a forward; modules that are alike are one.
+
+        :raises CannotSketch: something of it can't be made in another process.
+        """
+        if self._problem is not None:
+            raise self._problem
+        modules = {module: sketched(module) for module, _ in self._seen}
+        jobs = (CompileJob(modules[module], arguments, state) for (module, arguments), state in self._seen.items())
+        return list(dict.fromkeys(jobs))
+
+
+class CompilerProcess:
+    """The process that compiles; it ends with its work, with this process, or when it is closed."""
+
+    def __init__(self, jobs: Sequence[CompileJob]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="sgld-compile-")
+        jobs_path, self._result_path = Path(self._folder.name, "jobs"), Path(self._folder.name, "result")
+        # What the jobs are made of is found on the path.
+        jobs_path.write_bytes(pickle.dumps((sys.path, pickle.dumps((attention.set_ups(), list(jobs))))))
+        # Its stdin tells it that this process is gone. In a session of its own, Ctrl-C doesn't reach it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sgld.worker.compiler", str(jobs_path), str(self._result_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def result(self) -> CompileResult | None:
+        """What came of it; None while it goes on."""
+        status = self._process.poll()
+        if status is None:
+            return None
+        try:
+            return msgspec.json.decode(self._result_path.read_bytes(), type=CompileResult)
+        except (OSError, msgspec.DecodeError):
+            return CompileResult(problem=f"the process that compiles ended with status {status}")
+
+    def close(self) -> None:
+        """End the process, if it goes on."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._folder.cleanup()
+
+
+class Known:
+    """Which jobs were compiled, now or before an earlier start: they are in the cache.
+
+    :param folder: of that cache; so who removes it removes this.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder / "sgld" if folder is not None else None
+
+    def has(self, job: CompileJob) -> bool:
+        return self._folder is not None and (self._folder / _name(job)).exists()
+
+    def add(self, job: CompileJob) -> None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / _name(job)).touch()
+
+
+def _name(job: CompileJob) -> str:
+    is_on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpu = torch.cuda.get_device_name() if is_on_gpu else "none"
+    versions = (*map(version, ("torch", "diffusers", "transformers")), gpu)
+    return hashlib.sha256(pickle.dumps((job, versions))).hexdigest()

@@ -1,0 +1,271 @@
+"""Which calls run compiled code: no call waits for a compiler, which works in a process of its own.
+
+A call whose form isn't known runs as it always did, and what its layers were given goes to that process. When they are
+compiled, the next call of that form takes their code from the cache, which is a matter of seconds.
+"""
+
+import functools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, assert_never
+
+import torch
+from torch import nn
+
+from sgld.models.placement import compile_module, regions
+from sgld.worker.aside import CompilerProcess, Known, Watch
+from sgld.worker.compiler import CompileJob, CompileResult, run_job
+from sgld.worker.recent import Recent
+from sgld.worker.sketch import CannotSketch
+
+logger = logging.getLogger(__name__)
+Mode = Literal["eager", "watched", "tried", "taken", "compiled"]
+"""How a call runs. `watched`: eagerly, to see what is to be compiled. `tried`: with the code that is there, if that
+fits. `taken`: with code that was just read from the cache; what isn't there yet is read now."""
+State = Literal["pending", "built", "ready", "missed", "refused"]
+"""Of a form. `pending`: it is being compiled, or its code is read; `built`: that is done; `ready`: a call has run so;
+`missed`: the code that is there isn't for it; `refused`: it can't be compiled."""
+IRREGULAR: frozenset[Mode] = frozenset({"watched", "tried", "taken"})
+COMPILED: frozenset[Mode] = frozenset({"tried", "taken", "compiled"})
+_NEXT_MODE: dict[State, Mode] = {
+    "pending": "eager",
+    "built": "taken",
+    "ready": "compiled",
+    "missed": "watched",
+    "refused": "eager",
+}
+# A pause between two steps that is longer than this isn't one of computing.
+_MAX_STEP_S = 1.0
+_MAX_PROBLEM_CHARS = 300
+
+
+class Swap:
+    """Code that is compiled aside, for the components of one rank.
+
+    :param names: the components that are compiled, by module.
+    :param after_s: so long a component computes before it is worth compiling.
+    :param inline: told which component its calls compile themselves, as no other process can; None: they don't.
+    :param note: told of a component what came of it.
+    :param changed: told which component runs other code from now on.
+    :param compiling: entered where this process compiles.
+    :param cache: the folder of compiled code.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[nn.Module, str],
+        *,
+        after_s: float = 0.0,
+        inline: Callable[[nn.Module], None] | None = None,
+        note: Callable[[str, str], None] = lambda component, note: None,
+        changed: Callable[[nn.Module], None] = lambda module: None,
+        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        cache: Path | None = None,
+        compiles: Callable[[nn.Module], None] = compile_module,
+        start: Callable[[Sequence[CompileJob]], CompilerProcess] = CompilerProcess,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.num_irregular = 0
+        """Calls that took longer than the next ones will."""
+        self._names = dict(names)
+        # A step cache has other modules in the place of these now and then.
+        self._regions = {module: regions(module) for module in names}
+        self._after_s, self._clock = after_s, clock
+        self._note, self._changed, self._compiling, self._start = note, changed, compiling, start
+        self._inline, self._compiles = inline, compiles
+        self._said: set[tuple[nn.Module, str]] = set()
+        self._known = Known(cache)
+        self._states: Recent[State] = Recent()
+        self._swapped: set[nn.Module] = set()
+        self._busy_s = dict.fromkeys(names, 0.0)
+        self._last_s = dict.fromkeys(names, clock())
+        self._queue: dict[str, tuple[nn.Module, list[CompileJob]]] = {}
+        """Forms that wait for a process, and those that one compiles now."""
+        self._readings: deque[Callable[[], None]] = deque()
+        """What is to be done until code of the cache is in this process, a second or two each."""
+        self._process: CompilerProcess | None = None
+        self._compiled_now: list[str] = []
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return module in self._names
+
+    def has_code(self, module: nn.Module) -> bool:
+        """Whether some of its calls run compiled."""
+        return module in self._swapped
+
+    def mode(self, module: nn.Module, form: str) -> Mode:
+        """How a call of this form runs now.
+
+        :param form: calls with an equal one are compiled alike.
+        """
+        form = self._form(module, form)
+        if (state := self._states.recall(form)) is not None:
+            return _NEXT_MODE[state]
+        if module in self._swapped:
+            return "tried"
+        now = self._clock()
+        self._busy_s[module] += min(now - self._last_s[module], _MAX_STEP_S)
+        self._last_s[module] = now
+        return "watched" if self._busy_s[module] >= self._after_s else "eager"
+
+    def run(self, module: nn.Module, form: str, mode: Mode, forward: Callable[[], Any]) -> Any:
+        """Run a call as `mode` says.
+
+        :raises RuntimeError: `missed` tells whether it is because there is no code for it.
+        """
+        form = self._form(module, form)
+        if mode == "watched":
+            with self._stance(module, mode), Watch(self._regions[module]) as watch:
+                result = forward()
+            self.num_irregular += 1
+            self._submit(module, form, watch)
+            return result
+        with self._stance(module, mode):
+            result = forward()
+        if mode in ("tried", "taken"):
+            self._states[form] = "ready"
+        return result
+
+    def missed(self, module: nn.Module, form: str, error: BaseException) -> bool:
+        """Whether a call failed because there is no code for it; then it runs otherwise from now on."""
+        if module not in self._swapped or "fail_on_recompile" not in str(error):
+            return False
+        self.num_irregular += 1
+        self._states[self._form(module, form)] = "missed"
+        return True
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.close()
+
+    def _stance(self, module: nn.Module, mode: Mode) -> AbstractContextManager[Any]:
+        """What torch does where code is missing while a call runs."""
+        match mode:
+            case "eager" | "watched":
+                is_plain = module not in self._swapped
+                return nullcontext() if is_plain else _stance("force_eager")
+            case "tried" | "compiled":
+                return _stance("fail_on_recompile")
+            case "taken":
+                return self._compiling()
+            case unknown:
+                assert_never(unknown)
+
+    def _form(self, module: nn.Module, form: str) -> str:
+        return f"{self._names[module]}.{form}"
+
+    def _submit(self, module: nn.Module, form: str, watch: Watch) -> None:
+        try:
+            jobs = watch.jobs()
+        except CannotSketch as error:
+            self._refuse(module, [form], str(error))
+            return
+        if all(map(self._known.has, jobs)):
+            self._build(module, form, jobs)
+            return
+        self._states[form] = "pending"
+        self._queue[form] = module, jobs
+        if self._process is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Have all that waits compiled."""
+        self._compiled_now = list(self._queue)
+        jobs = [job for _, of_form in self._queue.values() for job in of_form]
+        logger.info("compiling %s in a process of its own", ", ".join(self._names[m] for m, _ in self._queue.values()))
+        try:
+            self._process = self._start(list(dict.fromkeys(jobs)))
+        except OSError as error:
+            self._end(CompileResult(problem=str(error)))
+
+    def look(self) -> None:
+        """Between two calls: see whether the process is done, and read a part of what it compiled."""
+        if self._readings:
+            self._readings.popleft()()
+        if self._process is None or (result := self._process.result()) is None:
+            return
+        self._process.close()
+        self._process = None
+        self._end(result)
+        if self._queue:
+            self._begin()
+
+    def _end(self, result: CompileResult) -> None:
+        forms, self._compiled_now = self._compiled_now, []
+        done = {form: self._queue.pop(form) for form in forms}
+        if result.problem is not None:
+            for module in dict.fromkeys(module for module, _ in done.values()):
+                self._refuse(module, [form for form, (of, _) in done.items() if of is module], result.problem)
+                if module in self._names and module not in self._swapped:
+                    # Nor is anything else of it.
+                    del self._names[module]
+            return
+        logger.info("compiled in %.0f s", result.elapsed_s)
+        for form, (module, jobs) in done.items():
+            for job in jobs:
+                self._known.add(job)
+            self._build(module, form, jobs)
+
+    def _build(self, module: nn.Module, form: str, jobs: Sequence[CompileJob]) -> None:
+        """The code of a form is in the cache: it is read part by part between calls, then the next one takes it.
+
+        All at once would hold up everybody: for 13 s of FLUX on an H200's host, with four graphs and torch's own code.
+        """
+        self._states[form] = "pending"
+        self._readings.append(_import_compiler)
+        self._readings.extend(functools.partial(self._read, job) for job in jobs)
+        self._readings.append(functools.partial(self._swap, module, form))
+
+    def _read(self, job: CompileJob) -> None:
+        """What is compiled for one module is there for all that are like it."""
+        try:
+            with self._compiling():
+                run_job(job)
+        except Exception as error:  # noqa: BLE001 - memory may be short: then the call that comes reads it itself
+            logger.debug("not read in advance: %r", error)
+        self.num_irregular += 1
+
+    def _swap(self, module: nn.Module, form: str) -> None:
+        self._states[form] = "built"
+        self._changed(module)
+        if module not in self._swapped:
+            self._swapped.add(module)
+            for part in self._regions[module]:
+                self._compiles(part)
+            self._note(self._names[module], "compiled")
+
+    def refuse(self, module: nn.Module, form: str, problem: str) -> None:
+        """A form runs eagerly from now on."""
+        self._refuse(module, [self._form(module, form)], problem)
+
+    def _refuse(self, module: nn.Module, forms: Sequence[str], problem: str) -> None:
+        """What no process can compile calls do themselves, if that was asked for; else it stays as it is."""
+        problem = problem[:_MAX_PROBLEM_CHARS]
+        if self._inline is not None:
+            self._say(module, f"compiled by its calls, as no other process can: {problem}")
+            del self._names[module]
+            self._inline(module)
+            return
+        for form in forms:
+            self._states[form] = "refused"
+        self._say(module, f"some calls run without compilation: {problem}")
+
+    def _say(self, module: nn.Module, said: str) -> None:
+        if (module, said) not in self._said:
+            self._said.add((module, said))
+            logger.warning("%s: %s", self._names[module], said)
+            self._note(self._names[module], said)
+
+
+def _import_compiler() -> None:
+    """Take the seconds of that apart from others."""
+    import torch._inductor.compile_fx  # noqa: F401
+
+
+def _stance(name: Literal["force_eager", "fail_on_recompile"]) -> AbstractContextManager[Any]:
+    return torch.compiler.set_stance(name)  # type: ignore[no-any-return]

@@ -1,0 +1,74 @@
+"""The process that compiles, itself."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sgld.worker.aside import CompilerProcess, Known, Watch
+from sgld.worker.compiler import CompileJob, CompileResult, TorchState, graphs_of_cache, run_job
+from sgld.worker.sketch import sketched
+from worker.requests import Doubling
+
+
+def waited(process: CompilerProcess) -> CompileResult:
+    for _ in range(12_000):
+        if (result := process.result()) is not None:
+            return result
+        time.sleep(0.02)
+    raise AssertionError("the process isn't done after four minutes")
+
+
+def jobs_of(module: nn.Module, x: torch.Tensor) -> list[CompileJob]:
+    with torch.no_grad(), Watch([module]) as watch:
+        module(x)
+    return watch.jobs()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+def test_what_the_process_compiled_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Headers that are compiled in advance take longer than one small graph.
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
+    jobs = jobs_of(Doubling(), torch.ones(2, 8))
+    with CompilerProcess(jobs) as process:
+        result = waited(process)
+    assert (result.problem, result.num_compiled) == (None, 1)
+    num_found, num_missed = graphs_of_cache()
+    run_job(jobs[0])
+    assert graphs_of_cache() == (num_found + 1, num_missed)
+    torch._dynamo.reset()
+
+
+def test_problem_of_the_process_is_told() -> None:
+    job = CompileJob(b"nothing", b"", TorchState.now())
+    with CompilerProcess([job]) as process:
+        assert "UnpicklingError" in str(waited(process).problem)
+
+
+def test_process_that_is_closed_is_gone() -> None:
+    process = CompilerProcess([])
+    process.close()
+    assert "ended with status -9" in str(process.result() and process.result().problem)  # type: ignore[union-attr]
+
+
+def test_jobs_are_known_by_what_they_are(tmp_path: Path) -> None:
+    known, (job,) = Known(tmp_path), jobs_of(Doubling(), torch.ones(2, 8))
+    assert not known.has(job)
+    known.add(job)
+    assert Known(tmp_path).has(jobs_of(Doubling(), torch.ones(2, 8))[0])
+    assert not known.has(jobs_of(Doubling(), torch.ones(3, 8))[0])
+    assert not Known(None).has(job)
+
+
+def test_state_of_torch_is_told_and_entered() -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        state = TorchState.now()
+    assert (state.is_grad_enabled, state.autocast) == (False, (("cpu", torch.bfloat16),))
+    with state.entered():
+        assert TorchState.now() == state
+    assert sketched(state)

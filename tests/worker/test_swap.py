@@ -1,0 +1,249 @@
+"""Calls while another process compiles for them. It is a fake here; tests/worker/test_aside.py has the real one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sgld.worker.aside import CompilerProcess
+from sgld.worker.compiler import CompileJob, CompileResult
+from sgld.worker.runtime import Runtime
+from sgld.worker.swap import Swap
+
+
+class Block(nn.Module):
+    """A layer as denoisers have many of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.gelu(self.inner(x))
+
+
+class Denoiser(nn.Module):
+    """Layers one after the other."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class FakeProcess(CompilerProcess):
+    """Done when it is said so."""
+
+    def __init__(self, jobs: Sequence[CompileJob]) -> None:
+        self.jobs, self.is_closed = jobs, False
+        self.said: CompileResult | None = None
+
+    def result(self) -> CompileResult | None:
+        return self.said
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Bench:
+    """A component in a runtime with compilers that compile nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        self.module = Denoiser()
+        self.processes: list[FakeProcess] = []
+        self.notes: list[str] = []
+        self.changed: list[nn.Module] = []
+        self.num_graphs = 0
+        self.runtime = Runtime()
+        self.runtime.swap = Swap(
+            {self.module: "transformer"},
+            note=lambda _, note: self.notes.append(note),
+            changed=self.changed.append,
+            compiling=self._compiling,
+            compiles=self._compile,
+            start=self._start,
+            **options,
+        )
+        self.num_compiling = 0
+
+    def _start(self, jobs: Sequence[CompileJob]) -> FakeProcess:
+        self.processes.append(FakeProcess(jobs))
+        return self.processes[-1]
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        self.num_compiling += 1
+        yield
+
+    def _compile(self, module: nn.Module) -> None:
+        module.compile(backend=self, dynamic=True)
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        self.num_graphs += 1
+        return graph.forward
+
+    def run(self, rows: int, *, is_exact: bool = False) -> str:
+        """One call, which gives what it should; how it ran."""
+        x = torch.randn(rows, 8)
+        expected = x
+        for layer in self.module.layers:
+            expected = layer.forward(expected)
+        assert torch.equal(self.runtime.run(self.module, "forward", (x,), {}, is_exact=is_exact), expected)
+        return self.runtime.variant
+
+    def until_compiled(self, rows: int) -> None:
+        """The process is done; calls until one runs compiled."""
+        self.processes[-1].said = CompileResult()
+        assert any(self.run(rows) == "compiled" for _ in range(9))
+
+
+@pytest.fixture(autouse=True)
+def _inert(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # What is read of a cache that holds nothing would be compiled.
+    monkeypatch.setattr("sgld.worker.swap.run_job", lambda job: None)
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def test_calls_go_on_as_they_were_until_the_process_is_done() -> None:
+    bench = Bench()
+    assert [bench.run(2) for _ in range(3)] == ["eager"] * 3
+    assert (len(bench.processes), bench.num_graphs, bench.notes) == (1, 0, [])
+    bench.until_compiled(2)
+    assert bench.run(3) == "compiled"
+    assert (bench.num_graphs, len(bench.processes), bench.notes) == (1, 1, ["compiled"])
+    assert bench.changed == [bench.module]
+    assert bench.processes[0].is_closed
+
+
+def test_layers_that_are_alike_are_one_job() -> None:
+    bench = Bench()
+    bench.run(2)
+    assert len(bench.processes[0].jobs) == 1
+
+
+def test_call_for_which_there_is_no_code_goes_to_the_process_in_turn() -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.until_compiled(2)
+    # One row is another form; it doesn't compile in the call.
+    assert [bench.run(1), bench.run(1)] == ["eager"] * 2
+    assert (bench.num_graphs, len(bench.processes)) == (1, 2)
+    assert bench.run(2) == "compiled"
+    bench.until_compiled(1)
+    assert bench.num_graphs == 2
+    assert [bench.run(rows) for rows in (1, 2, 3)] == ["compiled"] * 3
+
+
+def test_forms_that_come_meanwhile_are_compiled_together() -> None:
+    bench = Bench()
+    for rows in (1, 2, 3, 2):
+        bench.run(rows)
+    assert [len(process.jobs) for process in bench.processes] == [1]
+    bench.processes[0].said = CompileResult()
+    bench.run(1)
+    assert [len(process.jobs) for process in bench.processes] == [1, 2]
+
+
+def test_exact_calls_never_run_that_code_and_ask_for_none() -> None:
+    bench = Bench()
+    assert bench.run(2, is_exact=True) == "eager"
+    assert bench.processes == []
+    bench.run(2)
+    bench.until_compiled(2)
+    num_graphs = bench.num_graphs
+    assert bench.run(2, is_exact=True) == bench.run(1, is_exact=True) == "eager"
+    assert bench.num_graphs == num_graphs
+
+
+def test_process_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.processes[0].said = CompileResult(problem="InductorError: no C++ compiler")
+    assert [bench.run(2), bench.run(2)] == ["eager"] * 2
+    assert len(caplog.messages) == 1
+    assert "no C++ compiler" in bench.notes[0]
+    assert len(bench.processes) == 1
+
+
+def test_after_a_failure_no_other_size_starts_a_process_again() -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.processes[0].said = CompileResult(problem="no C++ compiler")
+    assert [bench.run(rows) for rows in (2, 3, 4)] == ["eager"] * 3
+    assert len(bench.processes) == len(bench.notes) == 1
+
+
+def test_where_it_was_asked_for_calls_compile_themselves_then() -> None:
+    told: list[nn.Module] = []
+    bench = Bench(inline=told.append)
+    bench.run(2)
+    bench.processes[0].said = CompileResult(problem="it is killed")
+    bench.run(2)
+    assert told == [bench.module]
+    assert "compiled by its calls" in bench.notes[0]
+
+
+def test_layer_that_another_process_cannot_make_stays_as_it_is() -> None:
+    bench = Bench()
+    bench.module.layers[0].register_forward_hook(lambda *_: None)
+    assert [bench.run(2), bench.run(2)] == ["eager"] * 2
+    assert bench.processes == []
+    assert len(bench.notes) == 1
+
+
+def test_what_was_compiled_before_an_earlier_start_needs_no_process(tmp_path: Path) -> None:
+    first = Bench(cache=tmp_path)
+    first.run(2)
+    first.until_compiled(2)
+    second = Bench(cache=tmp_path)
+    assert any(second.run(2) == "compiled" for _ in range(9))
+    assert second.processes == []
+
+
+def test_code_is_read_in_parts_between_calls() -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.processes[0].said = CompileResult()
+    before = bench.num_compiling
+    assert [bench.run(2) for _ in range(3)] == ["eager"] * 3
+    assert bench.num_compiling == before + 1
+    assert bench.run(2) == "compiled"
+
+
+def test_process_starts_when_computing_has_taken_long_enough() -> None:
+    times = [0.0]
+    bench = Bench(after_s=2.0, clock=lambda: times[-1])
+    num_processes = []
+    for time_s in (0.5, 1.0, 100.0, 100.5):
+        times.append(time_s)
+        bench.run(2)
+        num_processes.append(len(bench.processes))
+    # What a pause takes isn't computing.
+    assert num_processes == [0, 0, 1, 1]
+
+
+def test_closing_ends_the_process() -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.runtime.close()
+    assert bench.processes[0].is_closed
+
+
+def test_other_errors_of_a_model_are_its_own() -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.until_compiled(2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        bench.runtime.run(bench.module, "forward", (torch.ones(2, 9),), {})
