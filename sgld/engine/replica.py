@@ -201,7 +201,11 @@ def _first_death(processes: Sequence[_Process], timeout_s: float) -> str | None:
         if (cause := _cause_of_death(process, 0)) is not None:
             return cause if len(processes) == 1 else f"rank {index}: {cause}"
     if timeout_s:
-        wait([process.sentinel for process in processes], timeout_s)
+        ended = wait([process.sentinel for process in processes], timeout_s)
+        for process in processes:
+            # Its pipes are closed a moment before it can be reaped.
+            if process.sentinel in ended:
+                process.join(timeout_s)
         return _first_death(processes, 0)
     return None
 
