@@ -163,7 +163,7 @@ async def test_what_is_deleted_while_the_server_is_away_goes_when_it_is_back(ser
 
 
 async def test_what_is_deleted_while_it_is_uploaded_isnt_left(server: S3Server, tmp_path: Path) -> None:
-    server.hold = lambda request: request.startswith("HEAD")
+    server.hold = lambda request: request.startswith("PUT") and "0.png" in request
     async with storage_of(server, tmp_path) as storage, anyio.create_task_group() as tasks:
         tasks.start_soon(storage.put, "a/0.png", b"zero", "image/png")
         await run_sync(server.held.wait, abandon_on_cancel=True)
@@ -174,7 +174,7 @@ async def test_what_is_deleted_while_it_is_uploaded_isnt_left(server: S3Server, 
 
 
 async def test_a_file_that_takes_the_place_of_another_is_what_arrives(server: S3Server, tmp_path: Path) -> None:
-    server.hold = lambda request: request.startswith("HEAD")
+    server.hold = lambda request: request.startswith("PUT") and "0.png" in request
     async with storage_of(server, tmp_path) as storage, anyio.create_task_group() as tasks:
         tasks.start_soon(storage.put, "a/0.png", b"old", "image/png")
         await run_sync(server.held.wait, abandon_on_cancel=True)

@@ -4,6 +4,7 @@ import random
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import anyio
@@ -114,12 +115,28 @@ async def test_an_object_that_isnt_whole_is_an_error(
     async with open_bucket(server.config()) as bucket:
         put = bucket._client.put_object
 
-        async def half(Body: bytes, ContentMD5: str, **about: str) -> None:  # noqa: N803  # S3's names
-            await put(Body=Body[:3], **about)
+        async def half(Body: bytes, ContentMD5: str, **about: str) -> Any:  # noqa: N803  # S3's names
+            return await put(Body=Body[:3], **about)
 
         monkeypatch.setattr(bucket._client, "put_object", half)
         with pytest.raises(StorageError, match="3 bytes in the bucket, and 9 here"):
             await bucket.upload("small.png", small(tmp_path), "image/png")
+
+
+async def test_a_bucket_may_have_other_tags_than_checksums(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that encrypts with keys of its own."""
+    async with open_bucket(server.config()) as bucket:
+        put = bucket._client.put_object
+
+        async def encrypted(**about: Any) -> Any:
+            return await put(**about) | {"ETag": '"0123"'}
+
+        monkeypatch.setattr(bucket._client, "put_object", encrypted)
+        await bucket.upload("small.png", small(tmp_path), "image/png")
+
+    assert f"HEAD /{BUCKET}/small.png" in server.requests
 
 
 async def test_objects_are_deleted_and_missing_ones_too(server: S3Server, tmp_path: Path) -> None:
