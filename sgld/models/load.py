@@ -132,7 +132,8 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
         )
     except LOAD_ERRORS as error:
         raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
-    _set_up_vae(pipeline, config)
+    if not rank or "vae" in planned.sharing.names:
+        _set_up_vae(pipeline, config)
     sharing, in_tiles = with_tiles(planned.sharing, pipeline.components, config.parallel)
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None

@@ -157,8 +157,12 @@ class Member:
     ) -> Any:
         # Models take things out of the dicts that they are given.
         args, kwargs = rows.copied(tree)
+        # Of rows that are parted others wait for the result only.
+        waits = invoke.component in self._sequences or self.is_tiled(invoke.component)
         with self._in_tiles(invoke.component, module):
-            return runtime.run_here(module, invoke.method, args, kwargs, dtype, is_exact=invoke.is_exact)
+            return runtime.run_here(
+                module, invoke.method, args, kwargs, dtype, is_exact=invoke.is_exact, is_shared=waits
+            )
 
     def _in_tiles(self, component: str, module: nn.Module) -> AbstractContextManager[None]:
         shapes = self._tiled.get(component)

@@ -92,6 +92,7 @@ class Executor:
         :raises RuntimeError: the device has failed.
         """
         cost_key = max(calls, key=_num_elements).cost_key
+        self.runtime.look()
         num_irregular = self.runtime.num_irregular
         span = self.clock.begin()
         outcomes, is_merged, is_timed, num_reused = self._answer(calls)

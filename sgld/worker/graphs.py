@@ -116,7 +116,7 @@ class Graphs:
         """The component isn't what it was: its weights are others, or its code is."""
         self._remove(self._policy.forget(lambda key: key.module is module))
 
-    def evict_all(self) -> bool:
+    def make_room(self) -> bool:
         """Free what graphs take, as memory is short; false if there were none."""
         return self._remove(self._policy.evict_all())
 

@@ -70,6 +70,8 @@ class Runtime:
         """Entered around calls that compile their component, beside those that did so from the start."""
         self._is_exact = False
         """Of the call that runs."""
+        self._is_shared = False
+        """Of the call that runs: other ranks wait for it while it goes on."""
         self.ranks: Leader | None = None
         """Of several GPUs: run what they share."""
         self._replay: tuple[Hashable, bool] | None = None
@@ -122,15 +124,18 @@ class Runtime:
         is_exact: bool = False,
         fixed: Hashable | None = None,
         lends: bool = False,
+        is_shared: bool = False,
     ) -> Any:
-        """Invoke a component on this rank; as `run`."""
+        """Invoke a component on this rank; as `run`.
+
+        :param is_shared: other ranks wait for this one inside of the forward, so it mustn't begin it once more.
+        """
         is_usual = not is_exact and not self.are_changed and dtype is None
         is_graph = is_usual and fixed is not None and not self.residency.is_offloaded(module)
         self._replay = (fixed, lends) if is_graph else None
-        self._is_exact = is_exact
-        if self.swap is not None:
-            self.swap.look()
-        with _eagerly(is_exact and self._has_code(module)), native_only() if is_exact else contextlib.nullcontext():
+        self._is_exact, self._is_shared = is_exact, is_shared
+        is_eager = (is_exact and self._has_code(module)) or (self.are_changed and self._has_swapped(module))
+        with _eagerly(is_eager), native_only() if is_exact else contextlib.nullcontext():
             result = self._run(module, method, args, kwargs, dtype)
         if is_exact:
             self.variant = "eager"
@@ -146,8 +151,7 @@ class Runtime:
         try:
             return self._invoked(module, method, tree, dtype)
         except torch.OutOfMemoryError:
-            # Graphs are only a cache.
-            if not (self.graphs is not None and self.graphs.evict_all()) and not self.residency.make_room(module):
+            if not self._make_room(module) or self._is_shared:
                 raise
             retry = self._invoked
         except RuntimeError as error:
@@ -164,6 +168,21 @@ class Runtime:
                 raise
         # Here, where nothing refers to what the failed forward allocated.
         return retry(module, method, tree, dtype)
+
+    def _make_room(self, module: nn.Module) -> bool:
+        """Free what a call of `module` can do without; false if there is nothing."""
+        # Graphs are only a cache, and what is compiled aside can be compiled later.
+        freed = [cache.make_room() for cache in (self.graphs, self.swap) if cache is not None]
+        return any(freed) or self.residency.make_room(module)
+
+    def look(self) -> None:
+        """Between two ticks: take over what was compiled meanwhile.
+
+        Not within one, as a proof compares forwards that run alike; nor while components are changed, as what they
+        were before comes back then.
+        """
+        if self.swap is not None and not self.are_changed:
+            self.swap.look()
 
     def forget(self, module: nn.Module) -> None:
         """The component isn't what it was: its weights are others, or its code is."""
@@ -194,7 +213,10 @@ class Runtime:
             self.swap.close()
 
     def _has_code(self, module: nn.Module) -> bool:
-        return module in self._compiled or (self.swap is not None and self.swap.has_code(module))
+        return module in self._compiled or self._has_swapped(module)
+
+    def _has_swapped(self, module: nn.Module) -> bool:
+        return self.swap is not None and self.swap.has_code(module)
 
     def unchanging(self, is_exact: bool) -> AbstractContextManager[Any]:
         """While the block runs components run the same kernels as ever, if `is_exact`: who runs them is no matter."""
@@ -222,7 +244,7 @@ class Runtime:
     def _forward(self, module: nn.Module, method: str, tree: Any) -> Any:
         """Compiled or not, as it is the turn of such calls."""
         function: Callable[..., Any] = module if method == "forward" else getattr(module, method)
-        if self.swap is None or module not in self.swap or self._is_exact:
+        if self.swap is None or module not in self.swap or self._is_exact or self.are_changed:
             with self._compiling.get(module, contextlib.nullcontext)():
                 return self._replayed(module, method, function, tree)
         of_form = form(method, tree)

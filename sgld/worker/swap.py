@@ -138,6 +138,18 @@ class Swap:
         self._states[self._form(module, form)] = "missed"
         return True
 
+    def make_room(self) -> bool:
+        """Memory is short: end the process, which has some of the device's, until more was computed; false: none is."""
+        if self._process is None:
+            return False
+        self.close()
+        self._process, self._compiled_now = None, []
+        for form, (module, _) in self._queue.items():
+            self._states.pop(form, None)
+            self._busy_s[module] = 0.0
+        self._queue.clear()
+        return True
+
     def close(self) -> None:
         """End the process, if there is one."""
         if self._process is not None:
@@ -175,6 +187,10 @@ class Swap:
 
     def _begin(self) -> None:
         """Have all that waits compiled."""
+        # Meanwhile a component may have left: its calls compile it, or nothing does.
+        self._queue = {form: entry for form, entry in self._queue.items() if entry[0] in self._names}
+        if not self._queue:
+            return
         self._compiled_now = list(self._queue)
         jobs = [job for _, of_form in self._queue.values() for job in of_form]
         logger.info("compiling %s in a process of its own", ", ".join(self._names[m] for m, _ in self._queue.values()))
@@ -197,7 +213,7 @@ class Swap:
 
     def _end(self, result: CompileResult) -> None:
         forms, self._compiled_now = self._compiled_now, []
-        done = {form: self._queue.pop(form) for form in forms}
+        done = {form: entry for form in forms if (entry := self._queue.pop(form))[0] in self._names}
         if result.problem is not None:
             for module in dict.fromkeys(module for module, _ in done.values()):
                 self._refuse(module, [form for form, (of, _) in done.items() if of is module], result.problem)
@@ -231,6 +247,8 @@ class Swap:
         self.num_irregular += 1
 
     def _swap(self, module: nn.Module, form: str) -> None:
+        if module not in self._names:
+            return
         self._states[form] = "built"
         self._changed(module)
         if module not in self._swapped:

@@ -86,7 +86,14 @@ def shared(vae: Any, rank: int, num_ranks: int, shapes: Shapes, share: Share) ->
     own = vae.decode
 
     def decode(*args: Any, **kwargs: Any) -> Any:
-        return _decoded(vae, own, args, kwargs, _Recorder(vae, _latents(args, kwargs), rank, num_ranks, shapes), share)
+        known = dict(shapes.known)
+        try:
+            recorder = _Recorder(vae, _latents(args, kwargs), rank, num_ranks, shapes)
+            return _decoded(vae, own, args, kwargs, recorder, share)
+        except BaseException:
+            # Others may have come further, or not as far; all know the same again.
+            shapes.known = known
+            raise
 
     vars(vae)["decode"] = decode
     try:

@@ -12,6 +12,7 @@ from sgld.config import EngineConfig, SourceConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.models.load import LoadedModel, load
 from sgld.models.resolve import DEFAULTS_FILE, INDEX_FILE
+from sgld.parallel import ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("threads_as_before")
 
@@ -114,6 +115,14 @@ def test_vae_decodes_in_tiles_and_slices_when_asked(sdxl_folder: Path) -> None:
     assert (vae.use_tiling, vae.use_slicing) == (True, True)
     vae = loaded(sdxl_folder).pipeline.vae
     assert (vae.use_tiling, vae.use_slicing) == (False, False)
+
+
+def test_rank_without_a_vae_has_nothing_to_set_up(sdxl_folder: Path) -> None:
+    parallel = ParallelConfig(enable_cfg_parallel=True, vae_sp=False)
+    config = EngineConfig(
+        model_path=str(sdxl_folder), device="cpu", num_cpu_threads=1, vae_tiling=True, parallel=parallel
+    )
+    assert load(config, 1).pipeline.vae is None
 
 
 def test_tiling_of_a_vae_that_has_none_is_refused(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

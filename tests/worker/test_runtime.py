@@ -235,3 +235,16 @@ def test_memory_that_nobody_else_takes_is_missing() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         Runtime().run(hungry, "forward", (torch.ones(1),), {})
     assert hungry.num_calls == 1
+
+
+def test_forward_inside_of_which_other_ranks_wait_is_not_begun_once_more() -> None:
+    other = nn.Linear(2, 2)
+    hungry = Hungry(other, other.weight.data_ptr())
+    residency = Residency(None, {"other": (other, Weights(other, torch.device("cpu"), pins=False))})
+    runtime = Runtime(residency)
+    residency.expect([other])
+    residency.bring(other)
+    with pytest.raises(torch.OutOfMemoryError):
+        runtime.run_here(hungry, "forward", (torch.ones(1),), {}, is_shared=True)
+    # The next one has the room.
+    assert (hungry.num_calls, residency.held) == (1, ())

@@ -75,6 +75,7 @@ class Bench:
             **options,
         )
         self.num_compiling = 0
+        self.is_running = False
 
     def _start(self, jobs: Sequence[CompileJob]) -> FakeProcess:
         self.processes.append(FakeProcess(jobs))
@@ -98,7 +99,10 @@ class Bench:
         expected = x
         for layer in self.module.layers:
             expected = layer.forward(expected)
+        self.runtime.look()
+        self.is_running = True
         assert torch.equal(self.runtime.run(self.module, "forward", (x,), {}, is_exact=is_exact), expected)
+        self.is_running = False
         return self.runtime.variant
 
     def until_compiled(self, rows: int) -> None:
@@ -247,3 +251,63 @@ def test_other_errors_of_a_model_are_its_own() -> None:
     bench.until_compiled(2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         bench.runtime.run(bench.module, "forward", (torch.ones(2, 9),), {})
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["in the process", "while it is read"])
+def test_what_was_begun_for_a_component_is_dropped_where_its_calls_compile_it(is_read: bool) -> None:
+    told: list[nn.Module] = []
+    bench = Bench(inline=told.append)
+    bench.run(2)
+    process = bench.processes[0]
+    if is_read:
+        process.said = CompileResult()
+        bench.run(2)
+    # Another form can't be made elsewhere.
+    bench.module.layers[0].register_forward_hook(lambda *_: None)
+    bench.run(3)
+    assert told == [bench.module]
+    process.said = CompileResult(problem="killed")
+    assert [bench.run(2) for _ in range(5)] == ["eager"] * 5
+    assert bench.changed == []
+
+
+def test_nothing_is_taken_over_while_a_task_changes_components() -> None:
+    bench = Bench()
+    bench.run(2)
+    bench.processes[0].said = CompileResult()
+    bench.runtime.are_changed = True
+    assert [bench.run(2) for _ in range(9)] == ["eager"] * 9
+    bench.runtime.are_changed = False
+    bench.until_compiled(2)
+    # Nor does what is changed run it, or ask for its own.
+    bench.runtime.are_changed = True
+    assert [bench.run(2), bench.run(1)] == ["eager"] * 2
+    assert len(bench.processes) == 1
+
+
+def test_process_gives_way_where_memory_is_short_and_comes_back_after_as_much_computing() -> None:
+    times, failures = [0.0], [torch.OutOfMemoryError("too large")]
+    bench = Bench(after_s=1.0, clock=lambda: times[-1])
+
+    def run() -> str:
+        times.append(times[-1] + 0.6)
+        return bench.run(2)
+
+    assert [run(), run(), len(bench.processes)] == ["eager", "eager", 1]
+    block: Any = bench.module.layers[0]
+    inner, own = block.inner, nn.Linear.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if failures and bench.is_running:
+            raise failures.pop()
+        return own(inner, x)
+
+    inner.forward = forward
+    assert run() == "eager"
+    assert bench.processes[0].is_closed
+    assert not failures
+    del inner.forward
+    assert len(bench.processes) == 1
+    run()
+    run()
+    assert len(bench.processes) == 2

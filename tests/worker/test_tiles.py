@@ -98,3 +98,19 @@ def test_each_rank_computes_a_share_and_gets_the_whole(make: Callable[[], Any], 
     in_first, in_last = sum(count[0] for count in counts), sum(count[2] for count in counts)
     assert in_last < in_first
     assert "decode" not in vars(vaes[0])
+
+
+def test_decode_that_fails_leaves_nothing_known_that_others_may_not_know() -> None:
+    vae, shapes, results = picture_vae(), Shapes(), [1, 1]
+    own = vae.decoder.conv_in.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not results:
+            raise torch.OutOfMemoryError("too large")
+        results.pop()
+        return own(*args, **kwargs)
+
+    vae.decoder.conv_in.forward = forward
+    with pytest.raises(torch.OutOfMemoryError), shared(vae, 0, 1, shapes, lambda value, _: value), torch.no_grad():
+        vae.decode(torch.randn(1, 4, 24, 24))
+    assert shapes.known == {}
