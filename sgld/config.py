@@ -332,7 +332,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     vae_tiling: Annotated[bool, _field("decode in tiles, which needs less memory")] = False
     vae_slicing: Annotated[bool, _field("decode one sample at a time, which needs less memory")] = False
     num_cpu_threads: Annotated[int, Meta(ge=1), _field("CPU threads of a forward; default: all cores")] | None = None
-    max_running_requests: Annotated[int, Meta(ge=1), _field("requests that are denoised at the same time")] = 32
+    max_running_requests: Annotated[
+        int, Meta(ge=1), _field("requests that are denoised at the same time, by each copy of the model")
+    ] = 32
     max_queued_requests: Annotated[int, Meta(ge=1), _field("requests that may wait; more are refused")] = 1024
     max_batch_size: Annotated[int, Meta(ge=1), _field("calls that share a forward at most")] = 16
     merge: Annotated[bool, _field("let calls of several requests share a forward, where that is proved exact")] = True

@@ -68,9 +68,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def with_note(model: ModelInfo, component: str, note: str) -> ModelInfo:
-    """The model with one more decision."""
-    said = "; ".join(filter(None, [model.decisions.get(component), note]))
-    return msgspec.structs.replace(model, decisions=model.decisions | {component: said})
+    """The model with one more decision; several replicas may find out the same."""
+    said = model.decisions.get(component)
+    if said and f"; {note}; " in f"; {said}; ":
+        return model
+    return msgspec.structs.replace(model, decisions=model.decisions | {component: f"{said}; {note}" if said else note})
 
 
 class Command(msgspec.Struct, frozen=True, tag_field="type"):

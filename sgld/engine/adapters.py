@@ -107,8 +107,9 @@ class EngineLoras:
     def lost(self, replica: int = 0) -> None:
         """The rank of a replica is gone; a new one loads what requests need."""
         self._held = LorasHeld()
-        for source in list(self._loads):
-            self._heard_from(replica, source, None)
+        for source, load in list(self._loads.items()):
+            if replica in load.told:
+                self._heard_from(replica, source, None)
 
     def _heard_from(self, replica: int, source: Source, reply: LoraLoaded | LoraFailed | None) -> None:
         load = self._loads.get(source)

@@ -49,12 +49,14 @@ async def calibrate(
     *,
     max_rows: int,
     limit_s: float,
+    num_replicas: int = 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
     """Measure forwards of these sizes; returns those that were done.
 
     :param generate: runs a request; those that run at the same time share all forwards that they can.
     :param max_rows: as many requests run together at most.
+    :param num_replicas: each gets as many, for requests are spread evenly: all are to be warm.
     :param limit_s: no request begins after so many seconds.
     """
     done: list[str] = []
@@ -65,7 +67,7 @@ async def calibrate(
             if clock() > until:
                 logger.warning("calibration ends after %g s; not done: %s", limit_s, ", ".join(sizes[index:]))
                 return done
-            if (problem := await _run(size, num, generate)) is not None:
+            if (problem := await _run(size, num * num_replicas, generate)) is not None:
                 logger.warning("calibration of %s with %d at a time failed: %s", size, num, problem)
                 # What no single request can be isn't done; for what memory has no room for that is the answer.
                 done += [size] if num > 1 else []

@@ -70,6 +70,8 @@ logger = logging.getLogger(__name__)
 _START_BYTES = 1024
 # So many ranks in a row may be lost before they are ready, where one was ready before.
 MAX_LOST_LOADS = 3
+# So long at most a replica pauses before it tries again to load, while others serve.
+MAX_PAUSE_S = 60
 # How often what was learned is kept while the engine is open.
 KEEP_S = 60.0
 _ANY_INPUT = InputPolicy()
@@ -131,8 +133,12 @@ class Engine:
     @property
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while all ranks are lost."""
-        is_there = self._is_decided.is_set() and any(replica.rank is not None for replica in self._replicas)
-        return self._model if is_there else None
+        return self._model if self._is_decided.is_set() and self._has_rank else None
+
+    @property
+    def _has_rank(self) -> bool:
+        """Whether one of the replicas has a rank that is ready."""
+        return any(replica.rank is not None for replica in self._replicas)
 
     @property
     def loras(self) -> EngineLoras:
@@ -221,8 +227,9 @@ class Engine:
         demand = demand_of(params)
         if waited_s:
             demand = dataclasses.replace(demand, deadline_s=None)
-        num_each = -(-params.num_outputs_per_prompt // len(self._replicas))
-        place(params, self._replicas, self._requests).scheduler.check_room(demand, num_each, time.monotonic())
+        chosen = place(params, self._replicas, self._requests)
+        beside = [replica.scheduler for replica in self._replicas if replica is not chosen]
+        chosen.scheduler.check_room(demand, params.num_outputs_per_prompt, time.monotonic(), beside=beside)
 
     def _submit(self, params: SamplingParams, waited_s: float) -> list[Entry]:
         # Again: meanwhile its pictures may have been downloaded.
@@ -255,7 +262,7 @@ class Engine:
                 blamed = {*(batch.request_ids if batch is not None else ()), *self._tally.lost(replica.index)}
                 self._requests.run_again(problem, blamed or None, replica.index)
                 self._balance()
-                await anyio.sleep(replica.num_lost_loads)
+                await anyio.sleep(min(replica.num_lost_loads, MAX_PAUSE_S))
 
     async def _drive(self, replica: Replica, rank: Rank) -> str | None:
         """Work with a rank until it is lost; returns how that came about, None if the model can't be served."""
@@ -271,14 +278,22 @@ class Engine:
         except RankLost as error:
             was_ready = replica.rank is not None
             replica.num_lost_loads = 0 if was_ready else replica.num_lost_loads + 1
-            # A model that was there before is there still, but a device may be in use by the rank that is leaving.
-            if was_ready or (self._model is not None and replica.num_lost_loads < MAX_LOST_LOADS):
+            if was_ready or self._loads_again(replica):
                 return str(error)
             self._fail_load(f"{self._config.model_path} can't be loaded: {error}")
         finally:
             replica.lost()
             self._loras.lost(replica.index)
         return None
+
+    def _loads_again(self, replica: Replica) -> bool:
+        """Whether a rank that couldn't load is started again.
+
+        A model that was there before is there still, but a device may be in use by the rank that is leaving. Where
+        others serve, a replica that doesn't come back is no reason to end their requests.
+        """
+        others_serve = replica.has_served and self._has_rank
+        return self._model is not None and (others_serve or replica.num_lost_loads < MAX_LOST_LOADS)
 
     def _balance(self) -> None:
         """Let replicas without work take requests that wait elsewhere."""
@@ -320,6 +335,7 @@ class Engine:
                 self.generate,
                 self._profiles,
                 self._cost,
+                num_replicas=len(self._replicas),
                 max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
                 limit_s=self._config.calibration.calibrate_limit_s,
             )
@@ -332,7 +348,7 @@ class Engine:
 
     def _tell_ranks(self, command: LoadLora | UnloadLora) -> list[int]:
         """Tell the ranks that are there; returns the indices of their replicas."""
-        return [replica.index for replica in self._replicas if replica.send(command)]
+        return [replica.index for replica in self._replicas if replica.send_adapter(command)]
 
     async def _handle(self, replica: Replica, rank: Rank, reply: AnyReply) -> None:
         match reply:
@@ -340,7 +356,15 @@ class Engine:
                 logger.debug("the rank of replica %d is %s", replica.index, stage)
             case Ready(model=model):
                 await self._recall(model)
-                replica.rank, self._model, self._requests.fps = rank, model, model.fps
+                if self._model is not None and model.device != self._model.device:
+                    where = f"replica {replica.index} is on {model.device}, but the model is served on"
+                    self._cannot_load(replica, f"{where} {self._model.device}; see that each has GPUs of its own")
+                    return
+                # What was noted since the others were ready holds as long as one of them serves.
+                if self._model is None or not self._has_rank:
+                    self._model = model
+                self._requests.fps = model.fps
+                replica.served(rank)
                 if model.is_whole:
                     replica.scheduler.run_singly()
                 if not self._config.calibration.calibrate or self._is_decided.is_set():
@@ -350,7 +374,7 @@ class Engine:
                         each.scheduler.is_calibrating = True
                     self._tasks.start_soon(self._calibrate, model)
             case LoadFailed(message=message):
-                self._fail_load(message)
+                self._cannot_load(replica, message)
             case Pending(call=call):
                 # Of requests that have ended meanwhile nobody would forget it.
                 if call.request_id in self._requests:
@@ -379,6 +403,15 @@ class Engine:
                     self._tasks.start_soon(self._requests.tell_completed, completed)
             case unknown:
                 assert_never(unknown)
+
+    def _cannot_load(self, replica: Replica, message: str) -> None:
+        """A rank says that it can't serve the model.
+
+        :raises RankLost: it could before, and others do: it is tried again.
+        """
+        if replica.has_served and self._has_rank:
+            raise RankLost(f"replica {replica.index} can't be loaded again: {message}")
+        self._fail_load(message)
 
     def _fail_load(self, message: str) -> None:
         """The model can't be served: everybody is told, and nothing is accepted any more."""

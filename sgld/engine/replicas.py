@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from sgld.config import EngineConfig
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles
+from sgld.engine.remaining import Tracked
 from sgld.engine.replica import Rank
 from sgld.engine.requests import Requests
 from sgld.engine.routing import AdapterSource, Load, adapters_of, busiest, choose
 from sgld.engine.scheduler import Batch, Scheduler
 from sgld.engine.statistics import ReplicaStatistics
 from sgld.errors import RankLost
-from sgld.messages import AnyCommand, Run
+from sgld.messages import AnyCommand, LoadLora, Run, UnloadLora
 from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
 
@@ -33,12 +34,14 @@ class Replica:
             cost,
             profiles,
             max_running_requests=config.max_running_requests,
-            max_queued_requests=-(-config.max_queued_requests // config.parallel.dp_size),
+            max_queued_requests=config.max_queued_requests,
             max_batch_size=config.max_batch_size,
         )
         self.rank: Rank | None = None
         """None while no rank is ready."""
         self.running: Batch | None = None
+        self.has_served = False
+        """A rank of it was ready once."""
         self.num_lost_loads = 0
         """Ranks in a row that were lost before they were ready."""
         self.adapters: set[AdapterSource] = set()
@@ -52,7 +55,12 @@ class Replica:
             num_requests=requests.num_of(self.index),
             backlog_s=self.scheduler.backlog_s(time.monotonic()),
             adapters=frozenset(self.adapters),
+            num_queued=self.scheduler.num_queued,
         )
+
+    def served(self, rank: Rank) -> None:
+        """A rank is ready."""
+        self.rank, self.has_served = rank, True
 
     def send(self, command: AnyCommand) -> bool:
         """Tell the rank, if there is one."""
@@ -64,6 +72,13 @@ class Replica:
             # Whoever waits for its replies sees it, too, and recovers.
             logger.debug("%s wasn't sent, the rank is gone", command)
         return True
+
+    def send_adapter(self, command: LoadLora | UnloadLora) -> bool:
+        """Tell the rank, if there is one, to have an adapter or not."""
+        source = command.path, command.alpha
+        if is_there := self.send(command):
+            self.adapters = self.adapters | {source} if isinstance(command, LoadLora) else self.adapters - {source}
+        return is_there
 
     def tick(self, requests: Requests) -> None:
         """Start what may start and, when the rank has nothing to run, give it the next batch."""
@@ -111,14 +126,26 @@ def place(params: SamplingParams, replicas: Sequence[Replica], requests: Request
 
 
 def balance(replicas: Sequence[Replica], requests: Requests) -> list[Replica]:
-    """Let replicas without work take requests that others haven't started; returns those that took one."""
-    taking = [replica for replica in replicas if replica.rank is not None and not requests.num_of(replica.index)]
-    took = []
-    for replica in taking:
+    """Let replicas take requests that others haven't started; returns those that took some.
+
+    1. One whose rank was lost gives all that it has, evenly: to load a model may take minutes.
+    2. One without work takes so many that both have as many.
+    """
+    ready = [replica for replica in replicas if replica.rank is not None]
+    took: dict[int, Replica] = {}
+    for lost in [replica for replica in replicas if replica.rank is None and replica.has_served and ready]:
+        for tracked in lost.scheduler.give_up(time.monotonic(), lost.scheduler.num_queued):
+            _move(tracked, min(ready, key=lambda other: requests.num_of(other.index)), requests, took)
+    for idle in [replica for replica in ready if not requests.num_of(replica.index)]:
         source = busiest([other.load(requests) for other in replicas])
-        if source is None or (tracked := replicas[source].scheduler.give_up(time.monotonic())) is None:
+        if source is None:
             break
-        replica.scheduler.adopt(tracked)
-        requests.move(tracked.id, replica.index)
-        took.append(replica)
-    return took
+        for tracked in replicas[source].scheduler.give_up(time.monotonic(), -(-requests.num_of(source) // 2)):
+            _move(tracked, idle, requests, took)
+    return list(took.values())
+
+
+def _move(tracked: Tracked, replica: Replica, requests: Requests, took: dict[int, Replica]) -> None:
+    replica.scheduler.adopt(tracked)
+    requests.move(tracked.id, replica.index)
+    took[replica.index] = replica

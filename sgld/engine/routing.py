@@ -16,12 +16,14 @@ class Load:
 
     :param backlog_s: until all its requests are done; None while that can't be predicted.
     :param adapters: those that its rank has read.
+    :param num_queued: requests that haven't started.
     """
 
     is_ready: bool
     num_requests: int
     backlog_s: float | None
     adapters: frozenset[AdapterSource] = frozenset()
+    num_queued: int = 0
 
 
 def adapters_of(params: SamplingParams) -> frozenset[AdapterSource]:
@@ -49,11 +51,12 @@ def choose(loads: Sequence[Load], adapters: Collection[AdapterSource] = ()) -> i
 
 
 def busiest(loads: Sequence[Load]) -> int | None:
-    """The replica from which one without work takes a request; None: nobody has more than one.
+    """The replica from which one without work takes requests; None: nobody who has several has one that waits.
 
-    One that was lost gives all that it has.
+    One that isn't ready gives its only one, too.
     """
-    giving = [index for index, load in enumerate(loads) if load.num_requests > (1 if load.is_ready else 0)]
+    several = [index for index, load in enumerate(loads) if load.num_requests > (1 if load.is_ready else 0)]
+    giving = [index for index in several if loads[index].num_queued]
     return max(
         giving,
         key=lambda i: (not loads[i].is_ready, loads[i].backlog_s or 0.0, loads[i].num_requests, -i),

@@ -70,21 +70,29 @@ class Scheduler:
         self._tick_s = 0.0
         """The longest of late."""
 
+    @property
+    def num_queued(self) -> int:
+        """Requests that haven't started."""
+        return len(self._queued)
+
     def run_singly(self) -> None:
         """From now on one request starts when the last one has ended."""
         self._max_running = 1
 
-    def check_room(self, demand: Demand, num_requests: int, now: float) -> None:
+    def check_room(self, demand: Demand, num_requests: int, now: float, *, beside: Sequence["Scheduler"] = ()) -> None:
         """See that so many more requests may wait, and can be done in time.
 
+        :param beside: schedulers of the other replicas; the limit is one for all together.
         :raises QueueFull: too many wait already.
         :raises DeadlineImpossible: they take longer than they may.
         """
-        num_free = max(self._max_running - len(self._running), 0)
-        num_excess = len(self._queued) + num_requests - self._max_queued - num_free
+        every = (self, *beside)
+        num_queued = sum(each.num_queued for each in every)
+        num_free = sum(max(each._max_running - len(each._running), 0) for each in every)
+        num_excess = num_queued + num_requests - self._max_queued - num_free
         if num_excess > 0:
             raise QueueFull(
-                f"{len(self._queued)} requests wait and {num_requests} more would exceed the limit of "
+                f"{num_queued} requests wait and {num_requests} more would exceed the limit of "
                 f"{self._max_queued}; try again later",
                 retry_after_s=self._until_free_s(num_excess, now),
             )
@@ -216,14 +224,12 @@ class Scheduler:
         known = [(request, remaining_s) for request, remaining_s in every if remaining_s is not None]
         return together_s(known, self._cost, self._max_batch_size) if len(known) == len(every) else None
 
-    def give_up(self, now: float) -> Tracked | None:
-        """The request that starts next leaves for another scheduler; None: all have started."""
-        ordered = self._ordered(self._queued.values(), now)
-        if not ordered:
-            return None
-        request = ordered[0][1]
-        self.remove(request.id)
-        return request
+    def give_up(self, now: float, num_requests: int) -> list[Tracked]:
+        """So many of the requests that start next leave for other schedulers; fewer where the others have started."""
+        leaving = [request for _, request in self._ordered(self._queued.values(), now)[:num_requests]]
+        for request in leaving:
+            self.remove(request.id)
+        return leaving
 
     def adopt(self, request: Tracked) -> None:
         """Let a request wait here that another scheduler gave up; it came when it came there."""

@@ -259,5 +259,5 @@ def _card(services: Services) -> ServerCard:
         inputs=model.inputs if model else None,
         fps=model.fps if model else None,
         max_batch_size=services.engine_config.max_batch_size,
-        max_running_requests=services.engine_config.max_running_requests,
+        max_running_requests=services.engine_config.max_running_requests * services.engine_config.parallel.dp_size,
     )

@@ -23,7 +23,7 @@ class ServerStats(msgspec.Struct, frozen=True, kw_only=True):
     """Steps that shared a forward, on average; 0 where none ran."""
     steps_per_s: float
     busy: float
-    """Part of the time in which a forward ran, from 0 to 1."""
+    """Part of the time in which a forward ran, from 0 to 1: the mean of all replicas."""
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -58,7 +58,7 @@ def stats_after(before: Statistics, now: Statistics, time: float) -> ServerStats
         num_restarts=now.num_restarts,
         batch_size=round(steps / ticks, 2) if ticks else 0.0,
         steps_per_s=round(steps / took_s, 2),
-        busy=round(min(1.0, elapsed_s / took_s), 3),
+        busy=round(min(1.0, elapsed_s / took_s / max(len(now.replicas), 1)), 3),
     )
 
 

@@ -1,10 +1,11 @@
 """Ranks that have no model, and die as they are told."""
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import anyio
+import msgspec
 import numpy as np
 from anyio import to_thread
 
@@ -20,6 +21,7 @@ from sgld.messages import (
     Decoded,
     Finished,
     Idle,
+    LoadFailed,
     ModelInfo,
     Pending,
     Ran,
@@ -36,17 +38,19 @@ class MortalRanks:
     """Each request has one call, and all may share a forward. Running one with the prompt "bad" ends the rank, one with
     "wait" waits for `go`.
 
+    :param devices: of each rank that loads, in order, then the CPU; "broken": it can't load.
     :param num_started: of each rank, how many requests it waits for before it announces their calls, and those of
         others at once.
     """
 
-    def __init__(self, *num_started: int) -> None:
+    def __init__(self, *num_started: int, devices: Sequence[str] = ()) -> None:
         self.batches: list[list[str]] = []
         """The prompts of each forward, sorted."""
         self.replicas: list[int] = []
         """Where each of these ran."""
         self.go = threading.Event()
         self._num_started = list(num_started)
+        self._devices = list(devices)
 
     @asynccontextmanager
     async def __call__(self, config: EngineConfig, replica: int = 0) -> AsyncIterator[Rank]:
@@ -69,7 +73,11 @@ class MortalRanks:
         num_announced = 0
         num_started = self._num_started.pop(0) if self._num_started else 1
         try:
-            channel.send(Ready(model=MODEL))
+            device = self._devices.pop(0) if self._devices else "cpu"
+            if device == "broken":
+                channel.send(LoadFailed(message="the device has no memory"))
+                return
+            channel.send(Ready(model=msgspec.structs.replace(MODEL, device=device)))
             while (command := channel.receive(None)) is not None:
                 if isinstance(command, Start):
                     started.append(command)

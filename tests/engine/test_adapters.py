@@ -198,3 +198,13 @@ async def test_an_adapter_is_loaded_when_each_replica_has_it() -> None:
         assert not is_set
         loras.heard(reply, 1)
     assert is_set
+
+
+async def test_replica_that_loads_does_not_end_what_others_read() -> None:
+    loras = EngineLoras(LoraConfig(), lambda command: [0])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(loras.set, [LoraChoice(path="a.safetensors", nickname="a")])
+        await anyio.wait_all_tasks_blocked()
+        loras.lost(1)
+        loras.heard(LoraLoaded(path="a.safetensors", size_bytes=1, num_layers={"transformer": 1}), 0)
+    assert [adapter.nickname for adapter in loras.known.registered] == ["a"]

@@ -51,6 +51,13 @@ async def test_rows_are_doubled_as_long_as_that_pays() -> None:
         assert server.num == {"64x64": num}
 
 
+async def test_each_replica_gets_as_many() -> None:
+    cost = LinearCost(fixed_s=0.0, row_s=1.0)
+    server = Server(cost)
+    await done(server, cost, "64x64", num_replicas=3)
+    assert server.num == {"64x64": 3 * (1 + 2)}
+
+
 async def test_size_that_fails_is_left_out_and_not_tried_with_more_rows() -> None:
     cost = LinearCost()
     server = Server(cost, broken="64x64")

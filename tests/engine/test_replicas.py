@@ -1,12 +1,15 @@
 """Several replicas: the engine with ranks that have no model."""
 
 import anyio
+import pytest
 
-from engine.ranks import MortalRanks
+from engine.ranks import MODEL, MortalRanks
 from engine.streams import completed, ends_of, until
 from sgld.config import EngineConfig, ParallelConfig
 from sgld.engine.engine import Engine
+from sgld.errors import ModelError, QueueFull
 from sgld.events import Completed, Failed
+from sgld.messages import with_note
 from sgld.sampling_params import SamplingParams
 
 
@@ -66,6 +69,53 @@ async def test_requests_of_a_lost_rank_go_on_elsewhere_meanwhile() -> None:
         assert engine.statistics().num_restarts == 2
 
 
+async def test_all_requests_of_a_lost_rank_go_elsewhere_at_once() -> None:
+    ranks = MortalRanks()
+    async with Engine(config(), rank_factory=ranks) as engine, anyio.create_task_group() as tasks:
+        await all_ready(engine)
+        lost, other = engine._replicas
+        tasks.start_soon(ends_of, engine, *asked("wait", "wait", "wait", "wait"))
+        await until(lambda: engine.statistics().num_running == 4)
+        for replica in (lost, other):
+            assert engine._requests.num_of(replica.index) == 2
+        lost.lost()
+        engine._requests.run_again("it is lost", (), lost.index)
+        engine._balance()
+        assert [engine._requests.num_of(replica.index) for replica in (lost, other)] == [0, 4]
+        ranks.go.set()
+        await until(lambda: engine.statistics().num_completed == 4)
+
+
+async def test_replica_that_cannot_load_again_ends_nobody_elsewhere() -> None:
+    ranks = MortalRanks(devices=("cpu", "cpu", "broken"))
+    async with Engine(config(), rank_factory=ranks) as engine:
+        await all_ready(engine)
+        bad, *good = await ends_of(engine, *asked("bad", "a", "b", "c"))
+        assert isinstance(bad, Failed)
+        assert all(isinstance(end, Completed) for end in good)
+        assert engine.statistics().num_restarts == 3
+
+
+async def test_replicas_on_other_devices_are_refused() -> None:
+    ranks = MortalRanks(devices=("cuda", "cpu"))
+    async with Engine(config(), rank_factory=ranks) as engine:
+        with pytest.raises(ModelError, match="but the model is served on"):
+            await completed(engine, SamplingParams(prompt="wait"))
+
+
 async def test_the_queue_of_all_replicas_together_has_the_limit() -> None:
-    engine = Engine(config(num_replicas=3, max_queued_requests=4))
-    assert [replica.scheduler._max_queued for replica in engine._replicas] == [2, 2, 2]
+    ranks = MortalRanks()
+    limits = config(max_queued_requests=3, max_running_requests=1)
+    async with Engine(limits, rank_factory=ranks) as engine, anyio.create_task_group() as tasks:
+        await all_ready(engine)
+        tasks.start_soon(ends_of, engine, *asked("wait", "wait", "wait", "wait", "wait"))
+        await until(lambda: (engine.statistics().num_running, engine.statistics().num_queued) == (2, 3))
+        with pytest.raises(QueueFull, match="3 requests wait and 1 more would exceed the limit of 3"):
+            await completed(engine, SamplingParams(prompt="a"))
+        ranks.go.set()
+
+
+def test_what_two_replicas_find_out_is_noted_once() -> None:
+    noted = with_note(with_note(MODEL, "vae", "fp32"), "vae", "compiled")
+    assert noted.decisions == {"vae": "fp32; compiled"}
+    assert with_note(noted, "vae", "compiled") == noted

@@ -5,9 +5,15 @@ ADAPTER = ("a.safetensors", None)
 
 
 def load(
-    backlog_s: float | None = 0.0, num_requests: int = 0, *, is_ready: bool = True, adapters: tuple[str, ...] = ()
+    backlog_s: float | None = 0.0,
+    num_requests: int = 0,
+    *,
+    is_ready: bool = True,
+    adapters: tuple[str, ...] = (),
+    num_queued: int | None = None,
 ) -> Load:
-    return Load(is_ready, num_requests, backlog_s, frozenset((path, None) for path in adapters))
+    waiting = num_requests if num_queued is None else num_queued
+    return Load(is_ready, num_requests, backlog_s, frozenset((path, None) for path in adapters), waiting)
 
 
 def test_least_backlog_gets_a_request() -> None:
@@ -35,6 +41,11 @@ def test_who_has_one_request_keeps_it_unless_its_rank_is_lost() -> None:
     assert busiest([load(9.0, 1), load()]) is None
     assert busiest([load(9.0, 2), load(10.0, 2), load()]) == 1
     assert busiest([load(99.0, 5), load(1.0, 1, is_ready=False), load()]) == 1
+
+
+def test_who_has_started_all_gives_nothing() -> None:
+    assert busiest([load(9.0, 4, num_queued=0), load(2.0, 2), load()]) == 1
+    assert busiest([load(9.0, 4, num_queued=0), load()]) is None
 
 
 def test_adapters_of_a_request_are_those_with_a_path() -> None:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from sgld.engine.statistics import CallStatistics
+from sgld.engine.statistics import CallStatistics, ReplicaStatistics
 from sgld.server.stats import sample_of, stats_after
 
 from .fakes import NOTHING
@@ -19,6 +19,13 @@ def test_rates_are_of_the_time_between() -> None:
 
     assert (stats.batch_size, stats.steps_per_s, stats.busy) == (3.0, 6.0, 0.875)
     assert msgspec.json.encode(sample_of(stats)) == b"[100.0,0,3,3.0,6.0,0.875]"
+
+
+def test_replicas_are_busy_on_average() -> None:
+    calls = CallStatistics(name="transformer", kind="denoise", num_ticks=4, num_calls=10, elapsed_s=1.0)
+    replicas = (ReplicaStatistics(is_ready=True, num_queued=0, num_running=1),) * 2
+    now = msgspec.structs.replace(NOTHING, uptime_s=1.0, calls=(calls,), replicas=replicas)
+    assert stats_after(NOTHING, now, 100.0).busy == 0.5
 
 
 def test_where_nothing_ran_there_is_no_batch() -> None:
