@@ -1,6 +1,6 @@
 """What one task shows while it runs and in the end: previews, frames as they are decoded, the rest, and sound."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +92,10 @@ class Delivery:
         if can_stream(real) and self._video_processor is not None and is_plain:
             enter_around(vae, "decode", lambda: self._streaming(real))
 
-    def finish(self, result: Any) -> None:
-        """In the task's thread: send what wasn't sent while it was decoded."""
-        outputs = outputs_of(result, self._bit_depth)
-        del result  # filters take long, and it is four times as large as the pixels
+    def finish(self, run: Callable[[], Any]) -> None:
+        """In the task's thread: run the pipeline, and send what wasn't sent while it was decoded."""
+        # Filters take long, and the result is four times as large as its pixels: no frame here holds it.
+        outputs = outputs_of(run(), self._bit_depth)
         if outputs.audio is not None:
             self._send_audio(outputs.audio)
         if outputs.pixels is not None and self._postprocessing is not None:

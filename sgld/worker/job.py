@@ -19,8 +19,9 @@ _OF_NO_SIZE = ("generator", "num_inference_steps", "output_type")
 class Job:
     """What a task runs: a pipeline with arguments.
 
-    `prepare` is given the task and its bound pipeline before, `finish` what the pipeline returned. An exact one
-    shares no forward, not even between its own calls. One that is whole runs its models itself, while no other runs.
+    `prepare` is given the task and its bound pipeline before, `finish` what runs it: its result is large, and nobody
+    else holds it. An exact one shares no forward, not even between its own calls. One that is whole runs its models
+    itself, while no other runs.
     `adapters`: component name to what changes it.
     """
 
@@ -33,7 +34,7 @@ class Job:
     is_whole: bool = False
     adapters: Mapping[str, Applied] = field(default_factory=dict)
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
-    finish: Callable[[Any], Any] = lambda result: result
+    finish: Callable[[Callable[[], Any]], Any] = lambda run: run()
 
 
 def size_of(kwargs: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ class Session:
                 task.pause("encode")
                 # What it complains of before its first step are its arguments.
                 task.num_calls = 0
-                return job.finish(bound(**job.kwargs))
+                return job.finish(functools.partial(bound, **job.kwargs))
             finally:
                 release(bound)
 
@@ -106,7 +106,7 @@ class Session:
             bound = bind(job.pipeline, task, defers=defers, cache=job.cache, runtime=self.executor.runtime)
             try:
                 job.prepare(task, bound)
-                return job.finish(bound(**job.kwargs))
+                return job.finish(functools.partial(bound, **job.kwargs))
             finally:
                 release(bound)
 

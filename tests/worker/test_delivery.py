@@ -75,5 +75,5 @@ def test_what_the_pipeline_returned_is_gone_while_filters_work() -> None:
         delivery._postprocessing = Filtering(weakref.ref(made))  # type: ignore[assignment]
         return made
 
-    delivery.finish(film())
+    delivery.finish(film)
     assert sent.indexes == [0]

@@ -1,5 +1,6 @@
 """What happens to frames after the pipeline, in the thread of a task."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -176,12 +177,12 @@ def test_others_go_on_between_two_frames() -> None:
         def prepare(task: Task, _bound: Any) -> None:
             tasks[request_id] = task
 
-        def finish(frames: torch.Tensor) -> list[torch.Tensor]:
+        def finish(run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
             params = SamplingParams(enable_frame_interpolation=True)
             filters = (Interpolator(OpticalFlow()),)
             return list(
                 Postprocessing(tasks[request_id], params, filters, CPU, Runtime()).frames(
-                    frames, is_video=True, max_bytes=MAX_BYTES
+                    run(), is_video=True, max_bytes=MAX_BYTES
                 )
             )
 
