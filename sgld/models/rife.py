@@ -146,7 +146,7 @@ def rife_of(state: Mapping[str, torch.Tensor]) -> Rife:
     named = {name: weight for name, weight in named.items() if _OURS.match(name)}
     widths = list(_widths(named))
     head = named.get("encode.cnn3.weight")
-    if not widths or head is None:
+    if not widths or head is None or head.ndim != 4:
         raise UnknownLayout("they are not those of RIFE 4.22.lite, 4.25 or 4.26 (block0, ..., encode)")
     network = Rife(RifeSizes(tuple(widths), head.shape[0], head.shape[1]))
     _check_shapes(network.state_dict(), named)
@@ -158,7 +158,7 @@ def _widths(named: Mapping[str, torch.Tensor]) -> Sequence[int]:
     weights = (named.get(f"block{index}.conv0.1.0.weight") for index in itertools.count())
     return [
         weight.shape[0]
-        for weight in itertools.takewhile(lambda weight: weight is not None, weights)
+        for weight in itertools.takewhile(lambda weight: weight is not None and weight.ndim == 4, weights)
         if weight is not None
     ]
 

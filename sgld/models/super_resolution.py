@@ -159,8 +159,9 @@ def _rrdb(named: State) -> Rrdb:
 def _compact(named: State) -> Compact:
     numbers = sorted(int(match[1]) for name in named if (match := re.fullmatch(r"body\.(\d+)\.weight", name)))
     last = named[f"body.{numbers[-1]}.weight"]
+    # Counted: a number in a name may be anything, and layers take memory.
     return Compact(
-        width=named["body.0.weight"].shape[0], num_layers=numbers[-1] // 2 - 1, scale=math.isqrt(last.shape[0] // 3)
+        width=named["body.0.weight"].shape[0], num_layers=len(numbers) // 2 - 1, scale=math.isqrt(last.shape[0] // 3)
     )
 
 

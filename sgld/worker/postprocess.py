@@ -58,13 +58,13 @@ class Postprocessing:
         self._upscaler = next((f for f in filters if not isinstance(f, Interpolator)), None)
         self._device = device
         self._runtime = runtime
-        self._num_done = self._num_calls = 0
+        self._num_done = self._num_calls = self._num_between = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is done and by what, for people."""
+        """What was done and by what, for people."""
         notes = []
-        if self._interpolator is not None:
+        if self._interpolator is not None and self._num_between:
             notes.append(f"{self._params.frame_factor}x frames by {self._interpolator.label}")
         if self._upscaler is not None:
             notes.append(f"{self._params.size_factor}x size by {self._upscaler.label}")
@@ -80,7 +80,7 @@ class Postprocessing:
         height, width, channels = frames.shape[1:]
         self.check_size(height, width, channels, max_bytes=max_bytes)
         factor = self._params.frame_factor if is_video and self._interpolator is not None else 1
-        num_between = (len(frames) - 1) * (factor - 1)
+        self._num_between = num_between = (len(frames) - 1) * (factor - 1)
         num_tiles = len(self._canvas(height, width).tiles) if isinstance(self._upscaler, Upscaler) else 1
         self._num_calls = num_between + (len(frames) + num_between) * num_tiles * (self._upscaler is not None)
         for frame in self._interpolated(frames, factor):

@@ -80,7 +80,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
     torch.save({"a": Harmful()}, tmp_path / "bad.pth")
     (tmp_path / "text.pth").write_text("nothing")
     (tmp_path / "text.safetensors").write_text("nothing")
-    for name in ("bad.pth", "text.pth", "text.safetensors", "missing.pth"):
+    (tmp_path / "cut.pkl").write_bytes(b"\x80")
+    for name in ("bad.pth", "text.pth", "text.safetensors", "cut.pkl", "missing.pth"):
         with pytest.raises(Unreadable, match=name):
             read(tmp_path / name)
     assert not (tmp_path / "harm").exists()

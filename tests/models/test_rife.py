@@ -75,6 +75,8 @@ def test_flow_is_in_pixels_whatever_the_scale(scale: float) -> None:
         ({"block1.lastconv.0.weight": torch.zeros(8, 24, 4, 4)}, r"block1\.lastconv\.0\.weight is \(8, 24, 4, 4\)"),
         ({"block0.extra": torch.zeros(1)}, r"block0\.extra is none of those"),
         ({"encode.cnn3.weight": None}, "not those of RIFE"),
+        ({"encode.cnn3.weight": torch.zeros(())}, "not those of RIFE"),
+        ({"block0.conv0.1.0.weight": torch.zeros(())}, "not those of RIFE"),
         ({"block2.convblock.3.beta": None}, r"block2\.convblock\.3\.beta is missing"),
     ],
 )

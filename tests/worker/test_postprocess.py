@@ -95,6 +95,16 @@ def test_pictures_have_nothing_between_them() -> None:
     assert len(processed(Body(), moving(1), Interpolator(OpticalFlow()))) == 1
 
 
+@pytest.mark.parametrize(
+    ("num_frames", "is_video", "notes"), [(2, True, ("2x frames by optical flow",)), (1, True, ()), (2, False, ())]
+)
+def test_only_what_was_done_is_noted(num_frames: int, is_video: bool, notes: tuple[str, ...]) -> None:
+    params, filters = SamplingParams(enable_frame_interpolation=True), (Interpolator(OpticalFlow()),)
+    postprocessing = Postprocessing(Body(), params, filters, CPU, Runtime())  # type: ignore[arg-type]
+    list(postprocessing.frames(moving(num_frames), is_video=is_video, max_bytes=MAX_BYTES))
+    assert postprocessing.notes == notes
+
+
 @pytest.mark.parametrize("filter_", [Lanczos(), nearest(2), nearest(4)])
 def test_scale_is_reached_whatever_the_network_has(filter_: Filter) -> None:
     (done,) = processed(Body(), moving(1), filter_, upscaling_scale=3)
