@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from sgld.messages import Launched, Pending, Ran, Stepped, Variant
+from sgld.messages import Launched, Pending, Ran, Stepped
 from sgld.worker.clock import Span
+from sgld.worker.recent import Recent
 
 # More than one tick on its way, beside the one that is launched next, would only make others wait.
 MAX_AHEAD = 1
@@ -23,7 +24,6 @@ MARGIN_SHARE = 0.03
 LEAST_S = 1e-4
 # How long a rank that waits for its device may overlook that a tick is over.
 LOOK_S = 0.002
-Kind = tuple[str, int, Variant]
 News = Launched | Pending | Ran | Stepped
 
 
@@ -45,8 +45,9 @@ class OnItsWay:
     ends: list[Callable[[], None]] = field(default_factory=list)
 
     @property
-    def kind(self) -> Kind:
-        return self.ran.cost_key, self.ran.rows, self.ran.variant
+    def kind(self) -> str:
+        """Ticks with an equal one take the same time."""
+        return f"{self.ran.cost_key} {self.ran.rows} {self.ran.variant}"
 
 
 class Ahead:
@@ -57,7 +58,7 @@ class Ahead:
 
     def __init__(self, now_ns: Callable[[], int]) -> None:
         self._ticks: deque[OnItsWay] = deque()
-        self._usual: dict[Kind, Usual] = {}
+        self._usual: Recent[Usual] = Recent()
         self._now_ns = now_ns
 
     def __len__(self) -> int:
@@ -98,7 +99,7 @@ class Ahead:
         """How much later the next tick may be launched without the device being idle; 0 where that isn't known."""
         if not self._ticks:
             return 0.0
-        usual = [self._usual.get(tick.kind) for tick in self._ticks]
+        usual = [self._usual.recall(tick.kind) for tick in self._ticks]
         known = [each for each in usual if each is not None]
         if len(known) < len(usual):
             return 0.0
