@@ -256,7 +256,8 @@ class Engine:
             async with self._rank_factory(self._config, replica.index) as rank:
                 problem = await self._drive(replica, rank)
             if problem is not None:
-                logger.warning("%s; it is started again", problem)
+                where = f"replica {replica.index}: " if len(self._replicas) > 1 else ""
+                logger.warning("%s%s; it is started again", where, problem)
                 self._tally.num_restarts += 1
                 batch, replica.running = replica.running, None
                 blamed = {*(batch.request_ids if batch is not None else ()), *self._tally.lost(replica.index)}
@@ -407,10 +408,10 @@ class Engine:
     def _cannot_load(self, replica: Replica, message: str) -> None:
         """A rank says that it can't serve the model.
 
-        :raises RankLost: it could before, and others do: it is tried again.
+        :raises RankLost: it could before, and there are others: it is tried again.
         """
-        if replica.has_served and self._has_rank:
-            raise RankLost(f"replica {replica.index} can't be loaded again: {message}")
+        if replica.has_served and len(self._replicas) > 1:
+            raise RankLost(f"the model can't be loaded again: {message}")
         self._fail_load(message)
 
     def _fail_load(self, message: str) -> None:

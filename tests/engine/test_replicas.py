@@ -86,14 +86,15 @@ async def test_all_requests_of_a_lost_rank_go_elsewhere_at_once() -> None:
         await until(lambda: engine.statistics().num_completed == 4)
 
 
-async def test_replica_that_cannot_load_again_ends_nobody_elsewhere() -> None:
+async def test_replica_that_cannot_load_again_ends_nobody_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     ranks = MortalRanks(devices=("cpu", "cpu", "broken"))
     async with Engine(config(), rank_factory=ranks) as engine:
         await all_ready(engine)
         bad, *good = await ends_of(engine, *asked("bad", "a", "b", "c"))
         assert isinstance(bad, Failed)
         assert all(isinstance(end, Completed) for end in good)
-        assert engine.statistics().num_restarts == 3
+        await until(lambda: engine.statistics().num_restarts == 3)
+    assert "replica 0: the model can't be loaded again: the device has no memory" in caplog.text
 
 
 async def test_replicas_on_other_devices_are_refused() -> None:
