@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from sgld import __version__
 from sgld.config import ServerConfig
+from sgld.media.files import MediaFormat, media_type_of
 from sgld.sampling_params import SamplingParams
 from sgld.server import events, images, info, login, loras, metrics, previews, video_events, videos
 from sgld.server.errors import ErrorResponse, json_response
@@ -107,8 +108,8 @@ _DELETED = {200: {_JSON: _ref(events.Deleted)}}
 _NEWS = _event(
     {"snapshot", *EVENT_NAMES}, events.Snapshot, RequestStatus, RequestProgress, previews.PreviewEvent, ServerStats
 )
-_PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {f"image/{name}": _FILE for name in ("png", "jpeg", "webp")}}
-_FILM: Mapping[str, Schema] = dict.fromkeys(("video/mp4", "image/webp", "image/jpeg"), _FILE)
+_FILM: Mapping[str, Schema] = {media_type_of(name): _FILE for name in get_args(MediaFormat)}
+_PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {n: _FILE for n in _FILM if n.startswith("image/")}}
 _NUMBER: Schema = {"type": "integer", "minimum": 0, "default": 0}
 _EDIT = Spec("Pictures", bodies={_FORM: _ref("ImageEdit")}, answers=_IMAGES, errors=_MAKING, pictures=("image", "mask"))
 SPECS: dict[Callable[..., Any], Spec] = {
