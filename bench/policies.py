@@ -125,6 +125,29 @@ class Policy(Protocol):
         """They did, and went on to their next stages."""
 
 
+def play(policy: Policy, jobs: Sequence[Job], tick_s: Callable[[Sequence[Job]], float]) -> None:
+    """Run all jobs to their ends.
+
+    :param tick_s: runs those that share a forward; seconds that it took.
+    """
+    now, num_come, num_done = 0.0, 0, 0
+    while num_done < len(jobs):
+        while num_come < len(jobs) and jobs[num_come].arrives_at <= now:
+            policy.add(jobs[num_come])
+            num_come += 1
+        chosen = policy.choose(now)
+        if not chosen:
+            now = jobs[num_come].arrives_at
+            continue
+        elapsed_s = tick_s(chosen)
+        now += elapsed_s
+        for job in chosen:
+            job.stage += 1
+            job.ends_at = now
+            num_done += job.is_done
+        policy.ran(chosen, elapsed_s)
+
+
 class InOrder(Policy):
     """One at a time, the one with the least key first; keys don't change while a job waits."""
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import measured
 from charts import line_chart
-from policies import MAX_BATCH_SIZE, MIXES, POLICIES, SLO_SCALE, Class, Job, Policy, Sgld
+from policies import MAX_BATCH_SIZE, MIXES, POLICIES, SLO_SCALE, Class, Job, Policy, Sgld, play
 
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 # A tick takes longer than the table says, by this share in the mean (exponentially distributed).
@@ -44,22 +44,11 @@ def arrivals(mix: Sequence[Class], load: float, num_requests: int, seed: int) ->
 def simulate(policy: Policy, jobs: Sequence[Job]) -> None:
     """Run all jobs to their ends."""
     rng = random.Random(0)
-    now, num_come, num_done = 0.0, 0, 0
-    while num_done < len(jobs):
-        while num_come < len(jobs) and jobs[num_come].arrives_at <= now:
-            policy.add(jobs[num_come])
-            num_come += 1
-        chosen = policy.choose(now)
-        if not chosen:
-            now = jobs[num_come].arrives_at
-            continue
-        elapsed_s = chosen[0].of.tick_s(chosen[0].stage, len(chosen)) * (1 + rng.expovariate(1 / NOISE))
-        now += elapsed_s
-        for job in chosen:
-            job.stage += 1
-            job.ends_at = now
-            num_done += job.is_done
-        policy.ran(chosen, elapsed_s)
+
+    def tick_s(chosen: Sequence[Job]) -> float:
+        return chosen[0].of.tick_s(chosen[0].stage, len(chosen)) * (1 + rng.expovariate(1 / NOISE))
+
+    play(policy, jobs, tick_s)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from policies import Class, Job, Sgld, _cost_key
+from policies import Class, Job, Sgld, _cost_key, play
 from queueing import p95
 
 import sgld.engine.curve as curve
@@ -79,24 +79,14 @@ class Pricing(Sgld):
 
 def simulate(policy: Pricing, jobs: Sequence[Job]) -> Counter[int]:
     """Run all jobs to their ends; how many forwards of steps had so many rows."""
-    device, now, num_come, num_done = Device(), 0.0, 0, 0
-    sizes: Counter[int] = Counter()
-    while num_done < len(jobs):
-        while num_come < len(jobs) and jobs[num_come].arrives_at <= now:
-            policy.add(jobs[num_come])
-            num_come += 1
-        chosen = policy.choose(now)
-        if not chosen:
-            now = jobs[num_come].arrives_at
-            continue
+    device, sizes = Device(), Counter[int]()
+
+    def tick_s(chosen: Sequence[Job]) -> float:
         elapsed_s, policy.variant = device.run(chosen[0], len(chosen))
         sizes[len(chosen)] += chosen[0].is_denoising
-        now += elapsed_s
-        for job in chosen:
-            job.stage += 1
-            job.ends_at = now
-            num_done += job.is_done
-        policy.ran(chosen, elapsed_s)
+        return elapsed_s
+
+    play(policy, jobs, tick_s)
     return sizes
 
 

@@ -15,33 +15,13 @@ from sgld.worker.compilation import watched_compilations
 from sgld.worker.executor import Executor
 from sgld.worker.residency import Residency, Weights
 from sgld.worker.runtime import Runtime
+from worker import layered
+from worker.layered import Block
 from worker.requests import call_of, values
 
 
-class Block(nn.Module):
-    """A layer as denoisers have many of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + nn.functional.gelu(self.inner(x))
-
-
-class Denoiser(nn.Module):
-    """Layers one after the other."""
-
-    _repeated_blocks = ("Block",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+class Denoiser(layered.Denoiser):
+    """Compiles its layers as models of diffusers do."""
 
     def compile_repeated_blocks(self, **kwargs: Any) -> None:
         for layer in self.layers:
