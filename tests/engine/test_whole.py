@@ -62,7 +62,8 @@ async def test_progress_previews_and_frames_come_on_the_way() -> None:
         events_again = await events_of(engine, params)
     assert [e.step for e in events if isinstance(e, Progress)][-1] == 4
     for told in (events, events_again):
-        assert sum(isinstance(event, Preview) for event in told) == 2
+        # Who reads late gets only the latest preview.
+        assert [event.step for event in told if isinstance(event, Preview)] in ([1, 3], [3])
         frames = [event for event in told if isinstance(event, Frames)]
         assert len(frames) > 1, names(told)
         assert difference(np.concatenate([event.frames for event in frames]), expected) == 0
