@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from sgld.events import Stage
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 
 CallKind = Literal["encode", "denoise", "decode"]
@@ -65,6 +66,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Its pipeline runs as diffusers has it: one request at a time."""
     inputs: tuple[str, ...] = ()
     """Which of `image` and `mask_image` it takes."""
+    call_defaults: dict[str, int] = {}
+    """Width, height, frames and steps of requests that leave them open, as far as they are known."""
 
 
 def with_note(model: ModelInfo, component: str, note: str) -> ModelInfo:
@@ -84,6 +87,7 @@ class Start(Command, frozen=True, kw_only=True, tag="start"):
 
     request_id: str
     params: SamplingParams
+    limits: Limits = NO_LIMITS
 
 
 class Run(Command, frozen=True, kw_only=True, tag="run"):

@@ -4,6 +4,7 @@ from enum import Enum
 
 import msgspec
 
+from sgld.errors import InvalidRequest
 from sgld.sampling_params import SamplingParams
 
 
@@ -33,6 +34,32 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 }
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How much may come out of one request; None: as much as it likes."""
+
+    max_pixels: int | None = None
+    max_frames: int | None = None
+
+    def check(self, params: SamplingParams, *, num_frames: int = 1, size: tuple[int, int] | None = None) -> None:
+        """See that what is made of a pipeline's frames isn't too much.
+
+        :param size: width and height of a frame; None: not known.
+        :raises InvalidRequest: names the field, its value and the limit.
+        """
+        num_pixels = 0 if size is None else size[0] * size[1] * params.size_factor**2
+        side = "height" if params.height and not params.width else "width"
+        for field, counted, factor, value, limit in (
+            (side, "pixels", params.size_factor, num_pixels, self.max_pixels),
+            ("num_frames", "frames", params.frame_factor, params.num_frames_of(num_frames), self.max_frames),
+        ):
+            if limit is not None and value > limit:
+                what = f"the number of {counted}" + (", with what is made after the model's," if factor > 1 else "")
+                raise InvalidRequest(f"{what} is {value}; this server allows at most {limit}", field)
+
+
+NO_LIMITS = Limits()
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Output `output_index` of one client call; `params` are those of this output alone."""
 
@@ -41,3 +68,4 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     arrived_at: float
     """Seconds on the engine's clock."""
+    limits: Limits = NO_LIMITS

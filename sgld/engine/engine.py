@@ -62,7 +62,7 @@ from sgld.messages import (
     UnloadLora,
     with_note,
 )
-from sgld.request import RequestState
+from sgld.request import NO_LIMITS, Limits, RequestState
 from sgld.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,12 @@ class Engine:
             self._tally.trace.span(output_id(event.request_id, event.output_index), label, start_s, end_s)
 
     async def generate(
-        self, params: SamplingParams, *, inputs: InputPolicy = _ANY_INPUT, waited_s: float = 0.0
+        self,
+        params: SamplingParams,
+        *,
+        inputs: InputPolicy = _ANY_INPUT,
+        waited_s: float = 0.0,
+        limits: Limits = NO_LIMITS,
     ) -> AsyncGenerator[AnyEvent, None]:
         """Run one request and stream its events; each of its outputs ends with an event of its own.
 
@@ -193,6 +198,7 @@ class Engine:
         :param inputs: where the pictures that the params refer to may come from.
         :param waited_s: since it was accepted, with an earlier engine: its deadline counts from there, and doesn't
             refuse it any more.
+        :param limits: how much may come out of it; one that makes more fails, if it is only seen then.
         :raises InvalidRequest: the params are too large, hold what JSON doesn't have, a picture can't be had, or no
             adapter has such a nickname.
         :raises QueueFull: too many requests wait.
@@ -203,7 +209,7 @@ class Engine:
         self._check_open(params, waited_s)
         params = self._loras.resolved(params)
         async with as_files(params, inputs) as readable:
-            entries = self._submit(readable, waited_s)
+            entries = self._submit(readable, waited_s, limits)
             stream = entries[0].stream
             try:
                 num_open = len(entries)
@@ -231,11 +237,15 @@ class Engine:
         beside = [replica.scheduler for replica in self._replicas if replica is not chosen]
         chosen.scheduler.check_room(demand, params.num_outputs_per_prompt, time.monotonic(), beside=beside)
 
-    def _submit(self, params: SamplingParams, waited_s: float) -> list[Entry]:
+    def _submit(self, params: SamplingParams, waited_s: float, limits: Limits) -> list[Entry]:
         # Again: meanwhile its pictures may have been downloaded.
         self._check_open(params, waited_s)
         _check_message(params)
-        entries = self._requests.add(params, lambda: place(params, self._replicas, self._requests).index, waited_s)
+
+        def chosen() -> int:
+            return place(params, self._replicas, self._requests).index
+
+        entries = self._requests.add(params, chosen, waited_s, limits)
         for replica in self._replicas:
             replica.tick(self._requests)
         return entries

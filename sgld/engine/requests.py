@@ -19,7 +19,7 @@ from sgld.errors import RankLost
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started, Terminal
 from sgld.ipc.tensor_queue import TensorReader
 from sgld.messages import Decoded, Finished, Heard, Previewed, Start, Stepped, TaskCancelled, TaskFailed, TensorRef
-from sgld.request import Request, RequestState
+from sgld.request import NO_LIMITS, Limits, Request, RequestState
 from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 
 # A request that was running when so many ranks were lost is to blame.
@@ -53,7 +53,13 @@ class Requests:
         """How many a replica has."""
         return sum(entry.replica == replica for entry in self._entries.values())
 
-    def add(self, params: SamplingParams, replica_of: Callable[[], int], waited_s: float = 0.0) -> list[Entry]:
+    def add(
+        self,
+        params: SamplingParams,
+        replica_of: Callable[[], int],
+        waited_s: float = 0.0,
+        limits: Limits = NO_LIMITS,
+    ) -> list[Entry]:
         """Queue a request for each output; they share a stream.
 
         :param replica_of: chooses a replica for the next output; those before it are queued already.
@@ -63,7 +69,11 @@ class Requests:
         entries: list[Entry] = []
         for index in range(params.num_outputs_per_prompt):
             request = Request(
-                id=output_id(group, index), output_index=index, params=params.output(index), arrived_at=now
+                id=output_id(group, index),
+                output_index=index,
+                params=params.output(index),
+                arrived_at=now,
+                limits=limits,
             )
             entry = Entry(request, group, replica_of(), entries[0].stream if entries else None)
             self._entries[request.id] = entry
@@ -90,7 +100,8 @@ class Requests:
             self._tally.started(entry.request, now := time.monotonic())
             self._tally.etas.told(request_id, "started", self._schedulers[replica].eta_s(request_id, now), now)
             entry.put(entry.event(Started))
-            commands.append(Start(request_id=request_id, params=entry.request.params))
+            request = entry.request
+            commands.append(Start(request_id=request_id, params=request.params, limits=request.limits))
         return commands
 
     def cancel(self, entry: Entry) -> None:

@@ -20,6 +20,7 @@ from sgld.sampling_params import SamplingParams
 
 # A client's word for what pipelines call otherwise.
 _WORDS = {"frame_rate": "fps"}
+_COUNTS = ("width", "height", "num_frames", "num_inference_steps")
 _NAMES = frozenset(SamplingParams.__struct_fields__) - {"prompt", "seed"}
 
 
@@ -50,6 +51,13 @@ def call_defaults(planned: Plan) -> dict[str, Default]:
     guidance = planned.config.noise.embedded_cfg_scale
     chosen = {"guidance_scale": Default(guidance, "embedded_cfg_scale")} if guidance is not None else {}
     return found | recommended | chosen
+
+
+def counts(planned: Plan) -> dict[str, int]:
+    """How large a result is where nothing is chosen, and how many steps it takes, as far as that is known."""
+    found = call_defaults(planned)
+    values = {name: found[name].value for name in _COUNTS if name in found}
+    return {name: int(value) for name, value in values.items() if value >= 1}
 
 
 def _class(index: Mapping[str, Any]) -> type[Any] | None:

@@ -15,6 +15,7 @@ from sgld.config import EngineConfig
 from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
 from sgld.models import attention, attention_choice, cache_dit, noise, performance
+from sgld.models.call_defaults import counts
 from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
@@ -57,6 +58,8 @@ class LoadedModel:
     """How."""
     sharing: Sharing = NOTHING
     """What all ranks have."""
+    call_defaults: dict[str, int] = field(default_factory=dict)
+    """What the front says of requests that leave size, frames or steps open."""
     refresh: Callable[[int], None] | None = None
     """Called before each request, with the number of its steps."""
     _siblings: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +104,7 @@ class LoadedModel:
             identity=self.verdict_file.name if self.verdict_file is not None else None,
             decisions=self.decisions,
             is_whole=self.is_whole,
+            call_defaults=self.call_defaults,
         )
 
 
@@ -165,6 +169,7 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
         sharing=sharing,
         compilation=compilation,
         refresh=refresh,
+        call_defaults={} if rank else counts(planned),
     )
 
 

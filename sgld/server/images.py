@@ -161,7 +161,7 @@ async def _answer(request: Request, asked: ImageRequest, verb: _Verb) -> Respons
 async def _answer_in_our_words(request: Request, asked: ImageRequest, verb: _Verb) -> Response:
     services, owner = services_of(request), owner_of(request)
     check_format(asked.options.format)
-    check_limits(asked.params, services.config)
+    check_limits(asked.params, services.config, services.engine.model)
     await check_sources(asked.params, services.config)
     if idempotency_key(request) is not None or not asked.options.wait:
         return await _answer_job(request, asked, verb)

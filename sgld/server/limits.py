@@ -1,6 +1,6 @@
 """What a single request may ask for at most."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -10,7 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
 from sgld.media.inputs import InputPolicy, references, scheme_of, shown
+from sgld.messages import ModelInfo
 from sgld.models.lora_files import is_hub_id, place
+from sgld.request import Limits
 from sgld.sampling_params import LANCZOS, OPTICAL_FLOW, RIFE_REPO, UPSCALING_REPO, LoraChoice, SamplingParams
 from sgld.server.errors import ApiError
 
@@ -19,26 +21,37 @@ _SCHEDULES = ("timesteps", "sigmas")
 _DEFAULT_REPOS = (RIFE_REPO, UPSCALING_REPO)
 
 
-def check_limits(params: SamplingParams, config: ServerConfig) -> None:
-    """Refuse what is larger than the operator allows.
+def check_limits(params: SamplingParams, config: ServerConfig, model: ModelInfo | None = None) -> None:
+    """Refuse what is larger than the operator allows, as far as that can be told before it is made.
 
+    :param model: its defaults count where nothing is chosen.
     :raises InvalidRequest: names the field, its value and the limit.
     """
-    for field, what, value, limit in _measured(params, config):
+    defaults = dict(model.call_defaults) if model is not None else {}
+    if params.image_path or any(references(params.diffusers_kwargs)):
+        # Most pipelines make what is as large as their picture.
+        defaults = {name: value for name, value in defaults.items() if name not in ("width", "height")}
+    for field, what, value, limit in _measured(params, config, defaults):
         if value > limit:
             raise InvalidRequest(f"{what} is {value}; this server allows at most {limit}", field)
+    # A side of which nothing is known is up to the model, and about as long.
+    sides = [getattr(params, name) or defaults.get(name) for name in ("width", "height")]
+    known = [side for side in sides if side]
+    num_frames = params.num_frames or defaults.get("num_frames", 1)
+    limits_of(config).check(params, num_frames=num_frames, size=(known[0], known[-1]) if known else None)
 
 
-def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[str, str, int, int]]:
+def limits_of(config: ServerConfig) -> Limits:
+    """How much may come out of a request."""
+    return Limits(max_pixels=config.max_pixels, max_frames=config.max_frames)
+
+
+def _measured(
+    params: SamplingParams, config: ServerConfig, defaults: Mapping[str, int]
+) -> Iterator[tuple[str, str, int, int]]:
     """Field, what is measured, its value, its limit."""
-    # The side that isn't given is up to the model, and about as long.
-    sides = [side for side in (params.width, params.height) if side]
-    if sides:
-        num_pixels = sides[0] * sides[-1] * params.size_factor**2
-        yield "width" if params.width else "height", _what("pixels", params.size_factor), num_pixels, config.max_pixels
-    num_frames = params.num_frames_of(params.num_frames or 1)
-    yield "num_frames", _what("frames", params.frame_factor), num_frames, config.max_frames
-    yield "num_inference_steps", "num_inference_steps", params.num_inference_steps or 1, config.max_steps
+    num_steps = params.num_inference_steps or defaults.get("num_inference_steps", 1)
+    yield "num_inference_steps", "num_inference_steps", num_steps, config.max_steps
     yield "n", "the number of outputs", params.num_outputs_per_prompt, config.max_outputs
     yield "prompt", "the length of the prompt", len(params.prompt), config.max_prompt_chars
     yield "negative_prompt", "its length", len(params.negative_prompt or ""), config.max_prompt_chars
@@ -46,10 +59,6 @@ def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[st
         schedule = params.diffusers_kwargs.get(name)
         num_steps = len(schedule) if isinstance(schedule, list) else 0
         yield "diffusers_kwargs", f"the number of {name}", num_steps, config.max_steps
-
-
-def _what(counted: str, factor: int) -> str:
-    return f"the number of {counted}" + (", with what is made after the model's," if factor > 1 else "")
 
 
 def number_in(text: str, limit: int) -> int | None:

@@ -28,6 +28,7 @@ from sgld.events import (
 )
 from sgld.media.inputs import InputPolicy
 from sgld.messages import ModelInfo
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld.server.subscription import Subscription
 
@@ -49,7 +50,7 @@ class Generates(Protocol):
         """LoRA adapters: those that have names, and those that requests get."""
 
     def generate(
-        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0, limits: Limits = NO_LIMITS
     ) -> AsyncGenerator[AnyEvent, None]:
         """Stream the events of all outputs of a request, which was accepted `waited_s` ago by an earlier server."""
 
@@ -125,20 +126,21 @@ class LiveRequest:
         if self._refusal is not None:
             raise self._refusal
 
-    async def run(self, engine: Generates, inputs: InputPolicy) -> None:
+    async def run(self, engine: Generates, inputs: InputPolicy, limits: Limits) -> None:
         """Run it to its end, whatever that is."""
         try:
             with self._scope:
                 async with anyio.create_task_group() as finishing:
-                    await self._relay(engine, inputs, finishing)
+                    await self._relay(engine, inputs, limits, finishing)
         finally:
             for index in sorted(self._open):
                 self._publish(Cancelled(request_id=self.id, output_index=index))
             self._decide(EngineClosed("the request was cancelled"))
 
-    async def _relay(self, engine: Generates, inputs: InputPolicy, finishing: TaskGroup) -> None:
+    async def _relay(self, engine: Generates, inputs: InputPolicy, limits: Limits, finishing: TaskGroup) -> None:
+        stream = engine.generate(self.params, inputs=inputs, waited_s=self._waited_s, limits=limits)
         try:
-            async with aclosing(engine.generate(self.params, inputs=inputs, waited_s=self._waited_s)) as events:
+            async with aclosing(stream) as events:
                 async for event in events:
                     self._decide(None)
                     if isinstance(event, Completed):
@@ -220,12 +222,14 @@ class Requests:
     """All requests that are on their way: `async with Requests(engine, inputs) as requests`.
 
     :param inputs: where the pictures that params refer to may come from; what clients may say is checked before.
+    :param limits: how much may come out of each.
     """
 
-    def __init__(self, engine: Generates, inputs: InputPolicy) -> None:
+    def __init__(self, engine: Generates, inputs: InputPolicy, limits: Limits = NO_LIMITS) -> None:
         self.observers: list[Observer] = []
         self._engine = engine
         self._inputs = inputs
+        self._limits = limits
         self._live: dict[str, LiveRequest] = {}
         self._is_open = False
         self._is_idle = anyio.Event()
@@ -309,7 +313,7 @@ class Requests:
 
     async def _run(self, live: LiveRequest) -> None:
         try:
-            await live.run(self._engine, self._inputs)
+            await live.run(self._engine, self._inputs, self._limits)
         finally:
             del self._live[live.id]
             if not self._live:

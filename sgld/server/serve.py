@@ -38,6 +38,7 @@ from sgld.server.edge import Activity
 from sgld.server.feed import MAX_ENDED, Feed
 from sgld.server.job_store import JobStore
 from sgld.server.jobs import Jobs, Works
+from sgld.server.limits import limits_of
 from sgld.server.metrics import RequestMetrics
 from sgld.server.requests import Generates, Requests
 from sgld.server.services import Services
@@ -130,7 +131,7 @@ async def serve(
         async with (
             open_storage(config.storage, listener.folder) as storage,
             engine_factory(engine_config) as engine,
-            Requests(engine, inputs) as requests,
+            Requests(engine, inputs, limits_of(config)) as requests,
         ):
             jobs = Jobs(
                 store,

@@ -60,7 +60,7 @@ async def create(request: Request) -> Response:
     options = msgspec.to_builtins(msgspec.structs.replace(asked.options, input_reference=None, reference_url=None))
     model_path = services.engine_config.model_path
     with in_words(asked.words):
-        check_limits(params, services.config)
+        check_limits(params, services.config, served)
         await check_sources(params, services.config)
         return await _accept(request, Asked(params=params, options=options, model_path=model_path))
 
@@ -75,8 +75,9 @@ async def remix(request: Request) -> Response:
         name = next(name for name in fields if name != "prompt")
         raise ApiError(400, f"a remix has a prompt only, not {name!r}", "unknown_parameter", param=name)
     params = msgspec.structs.replace(job.asked.params, prompt=prompt)
-    check_limits(params, services_of(request).config)
-    model_path = services_of(request).engine_config.model_path
+    services = services_of(request)
+    check_limits(params, services.config, services.engine.model)
+    model_path = services.engine_config.model_path
     return await _accept(
         request, msgspec.structs.replace(job.asked, params=params, model_path=model_path, remixed_from=job.id)
     )

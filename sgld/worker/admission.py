@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 
 from sgld.errors import InvalidRequest
+from sgld.messages import Start
 from sgld.models.filters import Filter
-from sgld.sampling_params import SamplingParams
 from sgld.worker.adapters import Adapters, Loaded, source_of
 from sgld.worker.filters import Filters
 from sgld.worker.slots import Applied
@@ -21,18 +21,18 @@ class Admission:
         self,
         adapters: Adapters,
         filters: Filters,
-        start: Callable[[str, SamplingParams, Mapping[str, Applied], tuple[Filter, ...]], None],
+        start: Callable[[Start, Mapping[str, Applied], tuple[Filter, ...]], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self._adapters = adapters
         self._filters = filters
         self._start = start
         self._failed = failed
-        self._waiting: dict[str, SamplingParams] = {}
+        self._waiting: dict[str, Start] = {}
 
-    def add(self, request_id: str, params: SamplingParams) -> None:
+    def add(self, asked: Start) -> None:
         """Take a request; `look` starts it."""
-        self._waiting[request_id] = params
+        self._waiting[asked.request_id] = asked
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request that waits; false if it doesn't."""
@@ -46,17 +46,18 @@ class Admission:
         """
         read = self._adapters.collect()
         problems = {loaded.source: loaded.result for loaded in read if isinstance(loaded.result, InvalidRequest)}
-        for request_id, params in list(self._waiting.items()):
-            own = [problems[source] for choice in params.lora or () if (source := source_of(choice)) in problems]
+        for request_id, asked in list(self._waiting.items()):
+            own = [problems[source] for choice in asked.params.lora or () if (source := source_of(choice)) in problems]
             if own:
                 self._end(request_id, own[0])
             else:
-                self._try(request_id, params, can_install())
+                self._try(asked, can_install())
         if read:
-            self._adapters.trim(source_of(c) for params in self._waiting.values() for c in params.lora or ())
+            self._adapters.trim(source_of(c) for asked in self._waiting.values() for c in asked.params.lora or ())
         return read
 
-    def _try(self, request_id: str, params: SamplingParams, can_install: bool) -> None:
+    def _try(self, asked: Start, can_install: bool) -> None:
+        request_id, params = asked.request_id, asked.params
         try:
             filters = self._filters.of(params)
             if filters is None:
@@ -67,7 +68,7 @@ class Admission:
             return
         if applied is not None:
             del self._waiting[request_id]
-            self._start(request_id, params, applied, filters)
+            self._start(asked, applied, filters)
 
     def _end(self, request_id: str, error: BaseException) -> None:
         del self._waiting[request_id]

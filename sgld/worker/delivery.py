@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sgld.errors import PipelineFailed
 from sgld.models.filters import Filter
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld.worker.calls import enter_around, real_of
 from sgld.worker.outputs import outputs_of, sample_rate_of
@@ -39,6 +40,7 @@ class Delivery:
         num_threads: int,
         filters: tuple[Filter, ...] = (),
         runtime: Runtime | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._results = results
         self._request_id = request_id
@@ -53,6 +55,7 @@ class Delivery:
         self._streamed: list[torch.Tensor] = []
         self._params = params
         self._filters = filters
+        self._limits = limits
         self._runtime = runtime or Runtime()
         self._postprocessing: Postprocessing | None = None
 
@@ -96,6 +99,11 @@ class Delivery:
         """In the task's thread: run the pipeline, and send what wasn't sent while it was decoded."""
         # Filters take long, and the result is four times as large as its pixels: no frame here holds it.
         outputs = outputs_of(run(), self._bit_depth)
+        if outputs.pixels is not None:
+            # What nobody named is known only now.
+            num_frames, height, width, _ = outputs.pixels.frames.shape
+            num_frames = num_frames if outputs.pixels.is_video else 1
+            self._limits.check(self._params, num_frames=num_frames, size=(width, height))
         if outputs.audio is not None:
             self._send_audio(outputs.audio)
         if outputs.pixels is not None and self._postprocessing is not None:

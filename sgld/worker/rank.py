@@ -37,7 +37,7 @@ from sgld.messages import (
 )
 from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
-from sgld.sampling_params import FirstBlockCache, SamplingParams
+from sgld.sampling_params import FirstBlockCache
 from sgld.worker import ahead
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
@@ -134,8 +134,8 @@ class Rank:
                 if not self._is_order_told and not self._session.hold(self._channel.is_readable):
                     self._tell_order()
                 match self._channel.receive(self._patience_s()):
-                    case Start(request_id=request_id, params=params):
-                        self._admission.add(request_id, params)
+                    case Start() as asked:
+                        self._admission.add(asked)
                     case Run(call_ids=call_ids, num_ticks=num_ticks):
                         self._session.run(call_ids, num_ticks, self._is_interrupted)
                         self._is_order_told = False
@@ -257,9 +257,8 @@ class Rank:
     def _not_started(self, request_id: str, error: BaseException) -> None:
         self._failed(request_id, translated(error, has_made_calls=False))
 
-    def _start(
-        self, request_id: str, params: SamplingParams, applied: Mapping[str, Applied], filters: tuple[Filter, ...]
-    ) -> None:
+    def _start(self, asked: Start, applied: Mapping[str, Applied], filters: tuple[Filter, ...]) -> None:
+        request_id, params = asked.request_id, asked.params
         try:
             if self._model.is_whole and params.cache is not None:
                 raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
@@ -278,7 +277,7 @@ class Rank:
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1
         about = self._results, request_id, self._model, self._previewer, params, num_threads
-        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime)
+        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime, asked.limits)
         self._session.start(
             Job(
                 request_id,

@@ -19,6 +19,7 @@ from sgld.engine.statistics import Statistics
 from sgld.events import AnyEvent, Completed, Failed, Frames, Preview, Progress, Queued, Started
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import LoadLora, LoraFailed, LoraLoaded, ModelInfo, UnloadLora
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld.server.serve import EngineFactory, listen, serve
 from sgld.server.services import Services
@@ -92,7 +93,7 @@ class FakeEngine:
         return self.counted
 
     async def generate(
-        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0, limits: Limits = NO_LIMITS
     ) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request, as sgld.engine.engine.Engine.generate gives them."""
         self.params.append(params)

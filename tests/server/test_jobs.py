@@ -14,6 +14,7 @@ from sgld.config import ServerConfig
 from sgld.errors import QueueFull
 from sgld.events import Completed
 from sgld.media.inputs import InputPolicy
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld.server.bodies import data_url
 from sgld.server.job_store import Asked, Job, JobStore, StoredFile
@@ -255,7 +256,9 @@ class FullForAWhile(FakeEngine):
         super().__init__()
         self.num_refusals = num_refusals
 
-    def generate(self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0) -> Any:
+    def generate(
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0, limits: Limits = NO_LIMITS
+    ) -> Any:
         self.num_refusals -= 1
         if self.num_refusals >= 0:
             params = msgspec.structs.replace(params, prompt="refuse queue_full")

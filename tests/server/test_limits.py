@@ -6,6 +6,7 @@ import pytest
 
 from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
+from sgld.messages import ModelInfo
 from sgld.sampling_params import SamplingParams
 from sgld.server.limits import check_limits, check_sources
 
@@ -33,6 +34,37 @@ CONFIG = ServerConfig(max_pixels=100, max_frames=5, max_steps=4, max_outputs=3, 
 )
 def test_what_is_within_the_limits_passes(fields: dict[str, Any]) -> None:
     check_limits(SamplingParams(**fields), CONFIG)
+
+
+MODEL = ModelInfo(
+    model_path="m",
+    pipeline_class="P",
+    device="cpu",
+    precisions={},
+    fps=None,
+    call_defaults={"width": 8, "height": 6, "num_frames": 3, "num_inference_steps": 4},
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, None),
+        ({"width": 17}, "width"),
+        ({"enable_upscaling": True, "upscaling_scale": 2}, "width"),
+        ({"enable_frame_interpolation": True}, None),
+        ({"enable_frame_interpolation": True, "frame_interpolation_exp": 2}, "num_frames"),
+        # As large as its picture: that is seen when it is made.
+        ({"enable_upscaling": True, "upscaling_scale": 2, "image_path": ("a.png",)}, None),
+    ],
+)
+def test_the_models_defaults_count_where_nothing_is_named(fields: dict[str, Any], param: str | None) -> None:
+    problem = None
+    try:
+        check_limits(SamplingParams(**fields), CONFIG, MODEL)
+    except InvalidRequest as error:
+        problem = error.param
+    assert problem == param
 
 
 @pytest.mark.parametrize(

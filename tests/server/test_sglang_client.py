@@ -16,6 +16,7 @@ import pytest
 
 from sgld.events import AnyEvent
 from sgld.media.inputs import InputPolicy
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 
 from .fakes import FakeEngine, running
@@ -47,7 +48,7 @@ class VideoEngine(FakeEngine):
     """Its model makes videos, as long as it likes where nothing is said."""
 
     async def generate(
-        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0
+        self, params: SamplingParams, *, inputs: InputPolicy, waited_s: float = 0.0, limits: Limits = NO_LIMITS
     ) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request."""
         params = msgspec.structs.replace(params, num_frames=params.num_frames or 5)

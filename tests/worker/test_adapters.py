@@ -12,7 +12,7 @@ from models.adapters import as_diffusers, matrices
 from pipelines import build
 
 from sgld.errors import InvalidRequest
-from sgld.messages import Pending
+from sgld.messages import Pending, Start
 from sgld.models.lora import Adaptable, Adapter, adaptable, read
 from sgld.models.quantization import agreed
 from sgld.models.quantized import quantize
@@ -166,11 +166,11 @@ class Desk:
         self.failed: dict[str, BaseException] = {}
         self.admission = Admission(self.adapters, Filters(torch.device("cpu")), self._start, self.failed.__setitem__)
 
-    def _start(self, request_id: str, _params: SamplingParams, applied: Any, _filters: Any) -> None:
-        self.started[request_id] = dict(applied)
+    def _start(self, asked: Start, applied: Any, _filters: Any) -> None:
+        self.started[asked.request_id] = dict(applied)
 
     def add(self, request_id: str, *choices: LoraChoice) -> None:
-        self.admission.add(request_id, SamplingParams(lora=choices))
+        self.admission.add(Start(request_id=request_id, params=SamplingParams(lora=choices)))
         self.look()
 
     def look(self, *, can_install: bool = True) -> None:
@@ -237,7 +237,7 @@ def test_one_that_is_cancelled_while_it_waits_never_starts(desk: Desk, paths: di
 def test_nothing_is_installed_while_a_component_belongs_to_one_task(desk: Desk, paths: dict[str, Path]) -> None:
     desk.read.go.set()
     desk.adapters.load_now(Source(str(paths["a"])))
-    desk.admission.add("x", SamplingParams(lora=(choice(paths, "a"),)))
+    desk.admission.add(Start(request_id="x", params=SamplingParams(lora=(choice(paths, "a"),))))
     desk.look(can_install=False)
     assert not desk.started
     desk.look()

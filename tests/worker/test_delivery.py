@@ -2,12 +2,15 @@
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from pipelines import build
 
+from sgld.errors import InvalidRequest
 from sgld.models.load import LoadedModel
+from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
 from sgld.worker.delivery import Delivery
 from sgld.worker.preview import Previewer
@@ -77,3 +80,19 @@ def test_what_the_pipeline_returned_is_gone_while_filters_work() -> None:
 
     delivery.finish(film)
     assert sent.indexes == [0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "limits"),
+    [
+        ({}, Limits(max_pixels=11)),
+        ({"enable_upscaling": True, "upscaling_scale": 2}, Limits(max_pixels=47)),
+        ({"enable_frame_interpolation": True}, Limits(max_frames=2)),
+    ],
+)
+def test_what_the_model_chose_is_within_the_limits_too(chosen: dict[str, Any], limits: Limits) -> None:
+    model, sent = LoadedModel(None, torch.device("cpu"), {}, "film"), Sent()
+    about = sent, "a", model, Previewer(), SamplingParams(**chosen), 1
+    with pytest.raises(InvalidRequest, match="at most"):
+        Delivery(*about, limits=limits).finish(Film)  # type: ignore[arg-type]
+    assert sent.indexes == []
