@@ -34,6 +34,7 @@ from sgld.models.placement import compile_components, regions
 from sgld.worker.aside import CompilerProcess, Watch
 from sgld.worker.compilation import watched_compilations
 from sgld.worker.compiler import graphs_of_cache
+from sgld.worker.invocation import Invocation
 from sgld.worker.runtime import Runtime
 from sgld.worker.swap import Swap
 
@@ -210,7 +211,7 @@ def served(phase: Phase) -> None:
         kwargs = phase.arguments(rows, size)
         phase.wait()
         start = time.perf_counter()
-        runtime.run(phase.module, "forward", (), kwargs)
+        runtime.run(Invocation(phase.module, "forward", kwargs=kwargs))
         phase.wait()
         return round(time.perf_counter() - start, 3)
 
@@ -240,7 +241,7 @@ def served(phase: Phase) -> None:
         for _ in range(9):
             phase.wait()
             start = time.perf_counter()
-            runtime.run(phase.module, "forward", (), kwargs, is_exact=is_exact)
+            runtime.run(Invocation(phase.module, "forward", kwargs=kwargs, is_exact=is_exact))
             phase.wait()
             times.append(time.perf_counter() - start)
         phase.said[name] = round(statistics.median(times) * 1e3, 2)

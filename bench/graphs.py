@@ -27,6 +27,7 @@ from torch import nn
 
 from sgld.worker.graph_policy import GraphPolicy
 from sgld.worker.graphs import Graphs
+from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import CudaRecorder
 
 NUM_RUNS = 7
@@ -169,7 +170,7 @@ def measured(name: str, model: nn.Module, method: str, arguments: Callable[[], A
     forward = model if method == "forward" else getattr(model, method)
 
     def run() -> Any:
-        return graphs.run(model, method, forward, ((), arguments_), (), lends=False)
+        return graphs.run(Invocation(model, method, kwargs=arguments_))
 
     arguments_ = arguments()
     forward(**arguments_)
@@ -189,7 +190,7 @@ def measured(name: str, model: nn.Module, method: str, arguments: Callable[[], A
         row["size_mib"] = policy.size_bytes / 2**20
         start = time.perf_counter()
         for _ in range(100):
-            graphs.decide(graphs.key(model, method, ((), arguments_), ())[0])
+            graphs.decide(graphs.key(Invocation(model, method, kwargs=arguments_))[0])
         row["key_us"] = 1e4 * (time.perf_counter() - start)
     row["note"] = "; ".join(notes)
     return row

@@ -7,6 +7,7 @@ own context parallelism in the same processes. Eager code; of each number the me
 """
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -35,7 +36,8 @@ from sgld.parallel import ParallelConfig
 from sgld.worker.axes import hypothesis
 from sgld.worker.comparison import relative_error
 from sgld.worker.distributed import follow, lead
-from sgld.worker.rows import row_axes
+from sgld.worker.invocation import Invocation
+from sgld.worker.rows import RowAxes, row_axes
 from sgld.worker.runtime import Runtime
 
 NUM_RANKS, REPEATS = 2, 7
@@ -150,6 +152,10 @@ def rank_main(seat: Seat, kind: str, scale: int, device_type: str, results: Any)
             plain(seat, chosen, device, dtype, results)
 
 
+def ran(run: Callable[[Invocation], Any], part: Any, method: str, kwargs: Row, axes: RowAxes | None = None) -> Any:
+    return run(Invocation(part, method, (), dict(kwargs), axes=axes))
+
+
 def measure(seat: Seat, model: LoadedModel, config: EngineConfig, chosen: list[Any], results: Any) -> None:
     """One GPU, then all; the hooks of the latter come with the leader."""
     runtime, device = Runtime(), model.device
@@ -158,18 +164,15 @@ def measure(seat: Seat, model: LoadedModel, config: EngineConfig, chosen: list[A
     whole = {}
     for name, kind, _, method, kwargs in chosen:
         part = model.pipeline.components[name.partition(",")[0]]
-        run = lambda part=part, method=method, kwargs=kwargs: runtime.run_here(part, method, (), dict(kwargs))  # noqa: E731
-        whole[name] = run()  # type: ignore[no-untyped-call]
+        run = functools.partial(ran, runtime.run_here, part, method, kwargs)
+        whole[name] = run()
         found[name] = {"name": name, "kind": kind, "one_ms": median_ms(run, device, repeats)}
     runtime.ranks = lead(seat, model, config, lambda component, note: print(component, note, file=sys.stderr))
     for name, kind, _, method, kwargs in chosen:
         part = model.pipeline.components[name.partition(",")[0]]
         tree = ((), kwargs)
         axes = row_axes(hypothesis(tree), tree, tree) if kind == "rows" else None
-
-        def run(part: Any = part, method: str = method, kwargs: Row = kwargs, axes: Any = axes) -> Any:
-            return runtime.run(part, method, (), dict(kwargs), axes=axes)
-
+        run = functools.partial(ran, runtime.run, part, method, kwargs, axes)
         run()
         error = relative_error(run(), whole[name])
         results.put({**found[name], "two_ms": median_ms(run, device, repeats), "error": error})

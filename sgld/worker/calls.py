@@ -19,6 +19,7 @@ from torch import nn
 from sgld.messages import CallKind
 from sgld.models.placement import dtype_of
 from sgld.worker.axes import CallAxes
+from sgld.worker.invocation import Invocation
 from sgld.worker.precision import is_wider, wanted
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.rows import row_axes
@@ -157,18 +158,10 @@ class Call:
         whose = rows or [(self.adapters, 1)]
         fixed = None if by_row else self._fixed(whose)
         axes = row_axes(self.axes, self.tree, (args, kwargs)) if self.axes is not None else None
+        dtype, is_exact, lends = self.context.dtype, self.is_exact, bool(rows)
+        invocation = Invocation(self.module, self.method, args, kwargs, dtype, is_exact, fixed, lends, axes)
         with entered(self.context, self.module), self.around(), selected(whose, by_row=by_row):
-            return self.runtime.run(
-                self.module,
-                self.method,
-                args,
-                kwargs,
-                self.context.dtype,
-                is_exact=self.is_exact,
-                fixed=fixed,
-                lends=bool(rows),
-                axes=axes,
-            )
+            return self.runtime.run(invocation)
 
     def _fixed(self, rows: Rows) -> tuple[object, ...] | None:
         """What must be equal for two calls to share a graph, beside arguments; None: Python has to run in between."""

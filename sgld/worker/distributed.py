@@ -30,10 +30,11 @@ from sgld.parallel import ParallelConfig
 from sgld.worker import rows, tiles
 from sgld.worker.calls import CallContext, current_context, entered
 from sgld.worker.comparison import relative_error
+from sgld.worker.invocation import Invocation
 from sgld.worker.proof import ceiling
 from sgld.worker.residency import residency
 from sgld.worker.rows import RowAxes
-from sgld.worker.runtime import Runtime, form
+from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Changes, Slots
 from sgld.worker.task import forget_locals
 from sgld.worker.wire import Parcel, Unsendable, packed, unpacked
@@ -145,24 +146,22 @@ class Member:
             start, stop = bounds[self.group]
             tree = rows.part(tree, invoke.rows, start, stop)
             num_rows = num_rows and (_between(num_rows[0], start, stop), num_rows[1])
-        module, dtype = self.components[invoke.component], invoke.context.dtype
-        forward = functools.partial(self._forward, runtime, module, invoke, tree, dtype)
+        module = self.components[invoke.component]
+        # Of rows that are parted others wait for the result only.
+        waits = invoke.component in self._sequences or self.is_tiled(invoke.component)
+        dtype, is_exact, (args, kwargs) = invoke.context.dtype, invoke.is_exact, tree
+        invocation = Invocation(module, invoke.method, args, kwargs, dtype, is_exact, is_shared=waits)
+        forward = functools.partial(self._forward, runtime, invoke.component, invocation)
         slots = self.slots.get(invoke.component)
         with slots.selected(num_rows[0], by_row=num_rows[1]) if slots and num_rows else contextlib.nullcontext():
             sequence = self._sequences.get(invoke.component)
-            return forward() if sequence is None else sequence.run(form(invoke.method, tree), forward)
+            return forward() if sequence is None else sequence.run(invocation.form, forward)
 
-    def _forward(
-        self, runtime: Runtime, module: nn.Module, invoke: Invoke, tree: Any, dtype: torch.dtype | None
-    ) -> Any:
-        # Models take things out of the dicts that they are given.
-        args, kwargs = rows.copied(tree)
-        # Of rows that are parted others wait for the result only.
-        waits = invoke.component in self._sequences or self.is_tiled(invoke.component)
-        with self._in_tiles(invoke.component, module):
-            return runtime.run_here(
-                module, invoke.method, args, kwargs, dtype, is_exact=invoke.is_exact, is_shared=waits
-            )
+    def _forward(self, runtime: Runtime, component: str, invocation: Invocation) -> Any:
+        # Models take things out of the dicts that they are given, and this may be done once more.
+        own = invocation.having(rows.copied(invocation.tree))
+        with self._in_tiles(component, own.module):
+            return runtime.run_here(own)
 
     def _in_tiles(self, component: str, module: nn.Module) -> AbstractContextManager[None]:
         shapes = self._tiled.get(component)
@@ -198,10 +197,11 @@ class Leader:
         """Whether groups of ranks share the rows of a forward."""
         return self._member.num_groups > 1
 
-    def shares(self, module: nn.Module, method: str) -> bool:
-        """Whether all ranks run such a call."""
-        name = self._names.get(module)
-        return name is not None and (method == "decode" if self._member.is_tiled(name) else method == "forward")
+    def shares(self, invocation: Invocation) -> bool:
+        """Whether all ranks run it."""
+        name = self._names.get(invocation.module)
+        shared = "decode" if name is not None and self._member.is_tiled(name) else "forward"
+        return name is not None and invocation.method == shared
 
     def follow_adapters(self, slots: Mapping[str, Slots]) -> None:
         """From now on followers have the adapters of these components."""
@@ -215,56 +215,51 @@ class Leader:
     def _remove(self, component: str, key: str) -> None:
         self._tell(RemoveAdapters(component, key))
 
-    def run(
-        self,
-        module: nn.Module,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None,
-        *,
-        is_exact: bool,
-        runtime: Runtime,
-        axes: RowAxes | None = None,
-    ) -> Any:
-        """Run a call on all ranks.
+    def run(self, invocation: Invocation, runtime: Runtime) -> Any:
+        """Run a component on all ranks.
 
-        :param axes: which of its arguments count rows, where that is known.
         :raises PipelineFailed: it can't be run on several ranks.
         """
         if self.changed_by is not None:
             problem = f"the pipeline changes its models while it runs ({self.changed_by}), which followers can't see"
             raise PipelineFailed(f"{problem}; serve it with one GPU for each copy")
-        name, slots = self._names[module], self._member.slots.get(self._names[module])
-        selection = slots.selection if slots is not None else None
         try:
-            parcel, buffer = packed((args, kwargs), self._member.device)
+            parcel, buffer = packed(invocation.tree, self._member.device)
         except Unsendable as error:
             raise PipelineFailed(f"{error}, which several GPUs can't share; serve it with one GPU") from None
-        invoke = Invoke(
-            seq=0,
-            component=name,
-            method=method,
-            parcel=parcel,
-            context=_portable(current_context(dtype=dtype)),
-            is_exact=is_exact,
-            random=_random_states(self._member.device),
-            adapters=(selection.rows, selection.index is not None) if selection is not None else None,
-            rows=None,
-        )
-        once = functools.partial(self._run_once, buffer=buffer, tree=(args, kwargs), runtime=runtime)
-        if axes is None or not self.parts_rows or is_exact or axes.parts(self._member.num_groups) is None:
+        invoke = self._invoke(invocation, parcel)
+        once = functools.partial(self._run_once, buffer=buffer, tree=invocation.tree, runtime=runtime)
+        axes = invocation.axes
+        is_whole = not self.parts_rows or invocation.is_exact
+        if axes is None or is_whole or axes.parts(self._member.num_groups) is None:
             return once(invoke)
-        key = (name, method, axes.rows, *sorted(map(str, axes.arguments)))
+        key = (invoke.component, invoke.method, axes.rows, *sorted(map(str, axes.arguments)))
         if key in self._parts:
             known = self._parts[key]
             return once(replace(invoke, rows=replace(axes, results=known.results) if known is not None else None))
         whole = once(invoke)
-        self._parts[key] = self._proved(name, whole, rows.completed(axes, whole), invoke, once)
+        self._parts[key] = self._proved(whole, rows.completed(axes, whole), invoke, once)
         return whole
 
+    def _invoke(self, invocation: Invocation, parcel: Parcel) -> Invoke:
+        """The order for an invocation of all rows."""
+        name = self._names[invocation.module]
+        slots = self._member.slots.get(name)
+        selection = slots.selection if slots is not None else None
+        return Invoke(
+            seq=0,
+            component=name,
+            method=invocation.method,
+            parcel=parcel,
+            context=_portable(current_context(dtype=invocation.dtype)),
+            is_exact=invocation.is_exact,
+            random=_random_states(self._member.device),
+            adapters=(selection.rows, selection.index is not None) if selection is not None else None,
+            rows=None,
+        )
+
     def _proved(
-        self, name: str, whole: Any, axes: RowAxes | None, invoke: Invoke, once: Callable[[Invoke], Any]
+        self, whole: Any, axes: RowAxes | None, invoke: Invoke, once: Callable[[Invoke], Any]
     ) -> RowAxes | None:
         """The axes, if a forward whose rows are parted is equal to a whole one."""
         if axes is None or axes.parts(self._member.num_groups) is None:
@@ -272,7 +267,7 @@ class Leader:
         error = relative_error(once(replace(invoke, rows=axes)), whole)
         is_right = error <= ceiling(whole)
         said = "are shared by" if is_right else f"differ by {error:.2g} (relative) if shared by"
-        self._note(name, f"rows of its calls {said} {self._member.num_groups} groups of ranks")
+        self._note(invoke.component, f"rows of its calls {said} {self._member.num_groups} groups of ranks")
         return axes if is_right else None
 
     def _run_once(self, invoke: Invoke, *, buffer: torch.Tensor | None, tree: Any, runtime: Runtime) -> Any:

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sgld.messages import Variant
 from sgld.worker.axes import is_constant
+from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import Unfit
 from sgld.worker.trees import is_sequence
-
-Tree = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional arguments and others."""
 
 
 class Key(NamedTuple):
@@ -20,28 +19,28 @@ class Key(NamedTuple):
     module: nn.Module
     method: str
     fixed: Hashable
-    """What beside the arguments is the same in each use, as adapters."""
+    """What beside the arguments is the same in each use: adapters, and how it runs without a graph."""
     state: tuple[object, ...]
     signature: tuple[object, ...]
 
 
-def key_of(
-    module: nn.Module, method: str, tree: Tree, fixed: Hashable, device_type: str
-) -> tuple[Key, list[torch.Tensor]]:
-    """The key of a call, and its tensors.
+def key_of(invocation: Invocation, variant: Variant, device_type: str) -> tuple[Key, list[torch.Tensor]]:
+    """The key of an invocation, and its tensors.
 
+    :param variant: what its graph is captured of.
     :raises Unfit: an argument isn't only its value, or is read by the host.
     """
     parts: list[object] = []
     tensors: list[torch.Tensor] = []
-    _flatten(tree, parts, tensors, device_type)
+    _flatten(invocation.tree, parts, tensors, device_type)
     is_autocast = torch.is_autocast_enabled("cuda")
     state = (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype("cuda") if is_autocast else None,
     )
-    return Key(module, method, fixed, state, tuple(parts)), tensors
+    fixed = (variant, invocation.fixed)
+    return Key(invocation.module, invocation.method, fixed, state, tuple(parts)), tensors
 
 
 def unfit(module: nn.Module) -> str:

@@ -6,15 +6,17 @@ can't be a graph runs as it always did.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from sgld.messages import Variant
 from sgld.worker.comparison import relative_error
-from sgld.worker.graph_keys import Key, Tree, key_of, unfit
+from sgld.worker.graph_keys import Key, key_of, unfit
 from sgld.worker.graph_policy import Decision, GraphPolicy, is_worth_capturing, pays
+from sgld.worker.invocation import Invocation, Tree
 from sgld.worker.randomness import default_states
 from sgld.worker.recorder import Broken, CudaRecorder, Leaking, Recorder, Recording, Unfit, check_result
 from sgld.worker.trees import clone, closed, opened, rebuilt
@@ -55,62 +57,47 @@ class Graphs:
         self._num_broken: Counter[tuple[nn.Module, str]] = Counter()
         self._noted: set[tuple[nn.Module, str, str]] = set()
 
-    def run(
-        self, module: nn.Module, method: str, forward: Callable[..., Any], tree: Tree, fixed: Hashable, *, lends: bool
-    ) -> Any:
-        """Run a forward, as a graph where that is known to pay.
+    def run(self, invocation: Invocation, variant: Variant = "eager") -> Any:
+        """Run a component, as a graph where that is known to pay.
 
-        :param fixed: what must be equal for two calls to share a graph, beside all that is seen here.
-        :param lends: the caller copies what it needs of the result before anything else runs.
+        :param variant: what its graph is captured of.
         """
         self.has_replayed = False
         try:
-            key, tensors = self.key(module, method, tree, fixed)
+            key, tensors = self.key(invocation, variant)
         except Unfit as problem:
-            self._tell(module, method, str(problem))
-            return forward(*tree[0], **tree[1])
-        return self.perform(self.decide(key), key, forward, tree, tensors, lends=lends)
+            self._tell(invocation.module, invocation.method, str(problem))
+            return invocation.plain()
+        return self.perform(self.decide(key), key, invocation, tensors)
 
-    def key(self, module: nn.Module, method: str, tree: Tree, fixed: Hashable) -> tuple[Key, list[torch.Tensor]]:
-        """What this call must share with others that use its graph, and the tensors that may differ.
+    def key(self, invocation: Invocation, variant: Variant = "eager") -> tuple[Key, list[torch.Tensor]]:
+        """What an invocation must share with others that use its graph, and the tensors that may differ.
 
         :raises Unfit: it can't be a graph.
         """
-        return key_of(module, method, tree, fixed, self._device_type)
+        return key_of(invocation, variant, self._device_type)
 
     def decide(self, key: Key) -> Decision:
-        """How a call with this key runs."""
+        """How an invocation with this key runs."""
         return Decision.EAGER if torch.is_grad_enabled() else self._policy.decide(key)
 
-    def perform(
-        self,
-        decision: Decision,
-        key: Key,
-        forward: Callable[..., Any],
-        tree: Tree,
-        tensors: Sequence[torch.Tensor],
-        *,
-        lends: bool,
-    ) -> Any:
-        """Run a call as it was decided, be it by another rank: each runs as many forwards whatever it has captured."""
-
-        def on(tree: Tree) -> Any:
-            return forward(*tree[0], **tree[1])
-
+    def perform(self, decision: Decision, key: Key, invocation: Invocation, tensors: Sequence[torch.Tensor]) -> Any:
+        """Run what was decided, be it by another rank: each runs as many forwards whatever it has captured."""
+        forward, tree = invocation.forward, invocation.tree
         self.has_replayed = decision is Decision.REPLAY
         match decision:
             case Decision.EAGER:
-                return on(tree)
+                return forward(tree)
             case Decision.CAPTURE:
                 self.num_trials += 1
-                return self._capture(key, on, tree, tensors)
+                return self._capture(key, forward, tree, tensors)
             case Decision.COMPARE:
                 self.num_trials += 1
-                return self._compare(key, on, tree, tensors)
+                return self._compare(key, forward, tree, tensors)
             case Decision.REPLAY:
                 self.num_replays += 1
-                result = self._replayed(key, on, tree, tensors)
-                return closed(result if lends else clone(result))
+                result = self._replayed(key, forward, tree, tensors)
+                return closed(result if invocation.lends else clone(result))
 
     def forget(self, module: nn.Module) -> None:
         """The component isn't what it was: its weights are others, or its code is."""

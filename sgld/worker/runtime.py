@@ -7,7 +7,7 @@ once more with what was missing.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,10 @@ from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
 from sgld.models.placement import compile_components, decompile, dtype_of
 from sgld.worker.graphs import Graphs
+from sgld.worker.invocation import Invocation
 from sgld.worker.precision import cast, computing_in, differs
 from sgld.worker.residency import Residency
-from sgld.worker.rows import RowAxes
 from sgld.worker.swap import COMPILED, IRREGULAR, Swap
-from sgld.worker.trees import leaves
 
 if TYPE_CHECKING:
     from sgld.worker.distributed import Leader
@@ -68,14 +67,8 @@ class Runtime:
         self._note = note
         self._compiling: dict[nn.Module, Callable[[], AbstractContextManager[None]]] = {}
         """Entered around calls that compile their component, beside those that did so from the start."""
-        self._is_exact = False
-        """Of the call that runs."""
-        self._is_shared = False
-        """Of the call that runs: other ranks wait for it while it goes on."""
         self.ranks: Leader | None = None
         """Of several GPUs: run what they share."""
-        self._replay: tuple[Hashable, bool] | None = None
-        """Of the call that runs: what it must share with others for a CUDA graph, and whether it lends its result."""
 
     @property
     def parts_rows(self) -> bool:
@@ -87,87 +80,47 @@ class Runtime:
         if self.ranks is not None:
             self.ranks.changed_by = because
 
-    def run(
-        self,
-        module: nn.Module,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-        *,
-        is_exact: bool = False,
-        fixed: Hashable | None = None,
-        lends: bool = False,
-        axes: RowAxes | None = None,
-    ) -> Any:
-        """Invoke a component.
+    def run(self, invocation: Invocation) -> Any:
+        """Run a component: on all ranks, where they share it."""
+        if self.ranks is not None and self.ranks.shares(invocation):
+            return self.ranks.run(invocation, self)
+        return self.run_here(invocation)
 
-        :param dtype: compute in it, whatever the weights are kept in.
-        :param is_exact: run the kernels that such calls run for the server's life, whatever was compiled meanwhile.
-        :param fixed: what must be equal for two calls to share a CUDA graph, beside their arguments; None: this can't
-            be one, and nor can what ranks share.
-        :param lends: the caller copies what it needs of the result before anything else runs.
-        :param axes: which arguments count rows, where several ranks may share these.
-        """
-        if self.ranks is not None and self.ranks.shares(module, method):
-            return self.ranks.run(module, method, args, kwargs, dtype, is_exact=is_exact, runtime=self, axes=axes)
-        return self.run_here(module, method, args, kwargs, dtype, is_exact=is_exact, fixed=fixed, lends=lends)
-
-    def run_here(
-        self,
-        module: nn.Module,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype | None = None,
-        *,
-        is_exact: bool = False,
-        fixed: Hashable | None = None,
-        lends: bool = False,
-        is_shared: bool = False,
-    ) -> Any:
-        """Invoke a component on this rank; as `run`.
-
-        :param is_shared: other ranks wait for this one inside of the forward, so it mustn't begin it once more.
-        """
-        is_usual = not is_exact and not self.are_changed and dtype is None
-        is_graph = is_usual and fixed is not None and not self.residency.is_offloaded(module)
-        self._replay = (fixed, lends) if is_graph else None
-        self._is_exact, self._is_shared = is_exact, is_shared
+    def run_here(self, invocation: Invocation) -> Any:
+        """Run a component on this rank."""
+        module, is_exact = invocation.module, invocation.is_exact
         is_eager = (is_exact and self._has_code(module)) or (self.are_changed and self._has_swapped(module))
         with _eagerly(is_eager), native_only() if is_exact else contextlib.nullcontext():
-            result = self._run(module, method, args, kwargs, dtype)
+            result = self._run(invocation)
         if is_exact:
             self.variant = "eager"
         return result
 
-    def _run(
-        self, module: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype | None
-    ) -> Any:
+    def _run(self, invocation: Invocation) -> Any:
         # What a module computes in is asked for only where it matters: that walks through all of its parts.
-        tree = (args, kwargs)
-        if (module, method) in self._casts:
-            tree = cast(tree, dtype or dtype_of(module))
+        module = invocation.module
+        if (module, invocation.method) in self._casts:
+            invocation = _cast(invocation)
         try:
-            return self._invoked(module, method, tree, dtype)
+            return self._invoked(invocation)
         except torch.OutOfMemoryError:
-            if not self._make_room(module) or self._is_shared:
+            if not self._make_room(module) or invocation.is_shared:
                 raise
             retry = self._invoked
         except RuntimeError as error:
             is_of_compiler = self._has_code(module) and _is_of_compiler(error)
             # What a model raises while it is traced has a name of its own.
             is_of_model = not is_of_compiler or type(error).__name__ == "TorchRuntimeError"
-            if self.swap is not None and self.swap.missed(module, form(method, tree), error):
+            if self.swap is not None and self.swap.missed(invocation, error):
                 retry = self._invoked
-            elif is_of_model and differs(tree, dtype or dtype_of(module)):
+            elif is_of_model and differs(invocation.tree, invocation.dtype or dtype_of(module)):
                 retry = self._with_casts
             elif is_of_compiler:
                 retry = functools.partial(self._uncompiled, problem=_in_short(error))
             else:
                 raise
         # Here, where nothing refers to what the failed forward allocated.
-        return retry(module, method, tree, dtype)
+        return retry(invocation)
 
     def _make_room(self, module: nn.Module) -> bool:
         """Free what a call of `module` can do without; false if there is nothing."""
@@ -231,64 +184,66 @@ class Runtime:
         with computing_in(module, torch.float32 if is_half else None):
             yield
 
-    def _invoked(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
+    def _invoked(self, invocation: Invocation) -> Any:
+        module = invocation.module
         self.residency.bring(module)
-        is_eager = (module, form(method, tree)) in self._eager if self._eager else False
+        is_eager = bool(self._eager) and (module, invocation.form) in self._eager
         self.variant = "compiled" if module in self._compiled and not is_eager else "eager"
-        with computing_in(module, dtype), _eagerly(is_eager):
-            result = self._forward(module, method, tree)
+        with computing_in(module, invocation.dtype), _eagerly(is_eager):
+            result = self._forward(invocation)
         if module in self._compiled:
             self._proven.add(module)
         return result
 
-    def _forward(self, module: nn.Module, method: str, tree: Any) -> Any:
+    def _forward(self, invocation: Invocation) -> Any:
         """Compiled or not, as it is the turn of such calls."""
-        function: Callable[..., Any] = module if method == "forward" else getattr(module, method)
-        if self.swap is None or module not in self.swap or self._is_exact or self.are_changed:
+        module = invocation.module
+        if self.swap is None or module not in self.swap or invocation.is_exact or self.are_changed:
             with self._compiling.get(module, contextlib.nullcontext)():
-                return self._replayed(module, method, function, tree)
-        of_form = form(method, tree)
-        mode = self.swap.mode(module, of_form)
+                return self._replayed(invocation)
+        mode = self.swap.mode(invocation)
         self.variant = "compiled" if mode in COMPILED else "eager"
-        if mode in IRREGULAR:
-            return self.swap.run(module, of_form, mode, lambda: function(*tree[0], **tree[1]))
-        return self.swap.run(module, of_form, mode, lambda: self._replayed(module, method, function, tree))
+        forward = invocation.plain if mode in IRREGULAR else functools.partial(self._replayed, invocation)
+        return self.swap.run(invocation, mode, forward)
 
-    def _replayed(self, module: nn.Module, method: str, function: Callable[..., Any], tree: Any) -> Any:
+    def _replayed(self, invocation: Invocation) -> Any:
         """As a CUDA graph, where that can be."""
-        if self.graphs is None or self._replay is None:
-            return function(*tree[0], **tree[1])
-        fixed, lends = self._replay
+        if self.graphs is None or not self._may_be_graph(invocation):
+            return invocation.plain()
         # A graph of compiled code is another one, and the compiler may be done at any time.
-        result = self.graphs.run(module, method, function, tree, (self.variant, fixed), lends=lends)
+        result = self.graphs.run(invocation, self.variant)
         if self.graphs.has_replayed:
             self.variant = "compiled graph" if self.variant == "compiled" else "graph"
         return result
 
-    def _with_casts(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None) -> Any:
+    def _may_be_graph(self, invocation: Invocation) -> bool:
+        is_usual = not invocation.is_exact and not self.are_changed and invocation.dtype is None
+        return is_usual and invocation.fixed is not None and not self.residency.is_offloaded(invocation.module)
+
+    def _with_casts(self, invocation: Invocation) -> Any:
         """As the weights have it: plain diffusers would have stopped here."""
-        args, kwargs = cast(tree, dtype or dtype_of(module))
-        result = self._run(module, method, args, kwargs, dtype)
-        self._casts.add((module, method))
+        result = self._run(_cast(invocation))
+        self._casts.add((invocation.module, invocation.method))
         return result
 
-    def _uncompiled(self, module: nn.Module, method: str, tree: Any, dtype: torch.dtype | None, problem: str) -> Any:
+    def _uncompiled(self, invocation: Invocation, problem: str) -> Any:
         """Without the compiler, and so from now on, if that works: else the call was wrong, not the compiler.
 
         1. Nothing of the component was ever compiled: nothing will be.
         2. Calls of other forms have run compiled. They stay so, and this form runs eagerly: a request that is sent
            twice gets the same bits.
         """
+        module = invocation.module
         if self.swap is not None and module in self.swap:
-            self.swap.refuse(module, form(method, tree), problem)
-            return self._invoked(module, method, tree, dtype)
+            self.swap.refuse(invocation, problem)
+            return self._invoked(invocation)
         was_proven = module in self._proven
         with _eagerly():
-            result = self._run(module, method, tree[0], tree[1], dtype)
+            result = self._run(invocation)
         self.variant = "eager"
         name = self._compiled[module]
         if was_proven:
-            self._eager.add((module, form(method, tree)))
+            self._eager.add((module, invocation.form))
             note = f"some calls run without compilation: {problem}"
         else:
             decompile(self._parts.pop(module))
@@ -297,6 +252,11 @@ class Runtime:
         logger.warning("%s: %s", name, note)
         self._note(name, note)
         return result
+
+
+def _cast(invocation: Invocation) -> Invocation:
+    """With its arguments in the precision in which the component computes."""
+    return invocation.having(cast(invocation.tree, invocation.dtype or dtype_of(invocation.module)))
 
 
 def _eagerly(is_eager: bool = True) -> AbstractContextManager[Any]:
@@ -310,9 +270,3 @@ def _is_of_compiler(error: BaseException) -> bool:
 
 def _in_short(error: BaseException) -> str:
     return " ".join(str(error).split())[:_MAX_PROBLEM_CHARS] or type(error).__name__
-
-
-def form(method: str, tree: Any) -> str:
-    """Calls with an equal one are compiled alike."""
-    shapes = (f"{path}{tuple(leaf.shape)}" for path, leaf in leaves(tree) if isinstance(leaf, torch.Tensor))
-    return f"{method} {' '.join(shapes)}"

@@ -19,6 +19,7 @@ from torch import nn
 from sgld.models.placement import compile_module, regions
 from sgld.worker.aside import CompilerProcess, Known, Watch
 from sgld.worker.compiler import CompileJob, CompileResult, run_job
+from sgld.worker.invocation import Invocation
 from sgld.worker.recent import Recent
 from sgld.worker.sketch import CannotSketch
 
@@ -97,13 +98,10 @@ class Swap:
         """Whether some of its calls run compiled."""
         return module in self._swapped
 
-    def mode(self, module: nn.Module, form: str) -> Mode:
-        """How a call of this form runs now.
-
-        :param form: calls with an equal one are compiled alike.
-        """
-        form = self._form(module, form)
-        if (state := self._states.recall(form)) is not None:
+    def mode(self, invocation: Invocation) -> Mode:
+        """How calls of this form run now."""
+        module = invocation.module
+        if (state := self._states.recall(self._form(invocation))) is not None:
             return _NEXT_MODE[state]
         if module in self._swapped:
             return "tried"
@@ -112,12 +110,13 @@ class Swap:
         self._last_s[module] = now
         return "watched" if self._busy_s[module] >= self._after_s else "eager"
 
-    def run(self, module: nn.Module, form: str, mode: Mode, forward: Callable[[], Any]) -> Any:
+    def run(self, invocation: Invocation, mode: Mode, forward: Callable[[], Any]) -> Any:
         """Run a call as `mode` says.
 
         :raises RuntimeError: `missed` tells whether it is because there is no code for it.
         """
-        form = self._form(module, form)
+        # Before the forward: models take things out of the dicts that they are given.
+        module, form = invocation.module, self._form(invocation)
         if mode == "watched":
             with self._stance(module, mode), Watch(self._regions[module]) as watch:
                 result = forward()
@@ -130,12 +129,12 @@ class Swap:
             self._states[form] = "ready"
         return result
 
-    def missed(self, module: nn.Module, form: str, error: BaseException) -> bool:
+    def missed(self, invocation: Invocation, error: BaseException) -> bool:
         """Whether a call failed because there is no code for it; then it runs otherwise from now on."""
-        if module not in self._swapped or "fail_on_recompile" not in str(error):
+        if invocation.module not in self._swapped or "fail_on_recompile" not in str(error):
             return False
         self.num_irregular += 1
-        self._states[self._form(module, form)] = "missed"
+        self._states[self._form(invocation)] = "missed"
         return True
 
     def make_room(self) -> bool:
@@ -168,8 +167,8 @@ class Swap:
             case unknown:
                 assert_never(unknown)
 
-    def _form(self, module: nn.Module, form: str) -> str:
-        return f"{self._names[module]}.{form}"
+    def _form(self, invocation: Invocation) -> str:
+        return f"{self._names[invocation.module]}.{invocation.form}"
 
     def _submit(self, module: nn.Module, form: str, watch: Watch) -> None:
         try:
@@ -257,9 +256,9 @@ class Swap:
                 self._compiles(part)
             self._note(self._names[module], "compiled")
 
-    def refuse(self, module: nn.Module, form: str, problem: str) -> None:
-        """A form runs eagerly from now on."""
-        self._refuse(module, [self._form(module, form)], problem)
+    def refuse(self, invocation: Invocation, problem: str) -> None:
+        """Calls of this form run eagerly from now on."""
+        self._refuse(invocation.module, [self._form(invocation)], problem)
 
     def _refuse(self, module: nn.Module, forms: Sequence[str], problem: str) -> None:
         """What no process can compile calls do themselves, if that was asked for; else it stays as it is."""

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sgld.testing import run_together
 from sgld.worker.graph_keys import Key
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import MAX_BROKEN, Graphs, graphs_on
+from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import Broken, Leaking, Unfit, Warmed
 from sgld.worker.residency import Residency, Weights
 from sgld.worker.runtime import Runtime
@@ -85,7 +87,7 @@ class World:
     def run(self, *args: Any, times: int = 1, fixed: Any = (), **kwargs: Any) -> Any:
         """The last result of a call that is made so often."""
         for _ in range(times):
-            result = self.runtime.run(self.module, "forward", args, kwargs, fixed=fixed)
+            result = self.runtime.run(Invocation(self.module, "forward", args, kwargs, fixed=fixed))
         return result
 
     def is_replayed(self, *args: Any, **kwargs: Any) -> bool:
@@ -144,7 +146,7 @@ class TestRun:
     def test_gradients_are_no_business_of_graphs(self) -> None:
         world = World(Function(doubled))
         for _ in range(10):
-            world.runtime.run(world.module, "forward", (torch.ones(2, requires_grad=True),), {}, fixed=())
+            world.runtime.run(Invocation(world.module, "forward", (torch.ones(2, requires_grad=True),), fixed=()))
         assert world.recorder.num_warmed == 0
 
 
@@ -172,9 +174,9 @@ class TestKey:
 
     def test_autocast_belongs_to_it(self) -> None:
         world = World(Function(doubled))
-        keys = {world.graphs.key(world.module, "forward", ((torch.ones(2),), {}), ())[0]}
+        keys = {world.graphs.key(Invocation(world.module, "forward", (torch.ones(2),)))[0]}
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()), torch.no_grad():
-            keys.add(world.graphs.key(world.module, "forward", ((torch.ones(2),), {}), ())[0])
+            keys.add(world.graphs.key(Invocation(world.module, "forward", (torch.ones(2),)))[0])
         assert len(keys) == 2
 
     def test_so_do_adapters(self) -> None:
@@ -304,12 +306,12 @@ class TestWhatGoes:
             return 4 * x
 
         with torch.no_grad():
-            result = world.runtime.run(Function(large), "forward", (torch.ones(1),), {}, fixed=())
+            result = world.runtime.run(Invocation(Function(large), "forward", (torch.ones(1),), fixed=()))
             assert result.tolist() == [4.0]
             assert not world.is_replayed(torch.ones(2))
             failures += [torch.OutOfMemoryError("too large")]
             with pytest.raises(torch.OutOfMemoryError):
-                world.runtime.run(Function(large), "forward", (torch.ones(1),), {}, fixed=())
+                world.runtime.run(Invocation(Function(large), "forward", (torch.ones(1),), fixed=()))
 
     def test_all_when_a_model_keeps_what_is_in_their_memory(self) -> None:
         world = World(Function(doubled))
@@ -344,8 +346,9 @@ class TestRuntime:
         world.run(torch.ones(2), times=UNTIL_REPLAYED)
         before = world.graphs.num_replays
         with torch.no_grad():
-            world.runtime.run(world.module, "forward", (torch.ones(2),), {}, fixed=(), is_exact=True)
-            world.runtime.run(world.module, "forward", (torch.ones(2),), {}, torch.float64, fixed=())
+            usual = Invocation(world.module, "forward", (torch.ones(2),), fixed=())
+            world.runtime.run(replace(usual, is_exact=True))
+            world.runtime.run(replace(usual, dtype=torch.float64))
             world.runtime.are_changed = True
             world.run(torch.ones(2))
         assert world.graphs.num_replays == before
@@ -451,6 +454,6 @@ class TestOnAGpu:
             runtime.forget(module)
             with torch.no_grad():
                 for _ in range(UNTIL_REPLAYED + 2):
-                    assert torch.equal(runtime.run(module, "forward", (x,), {}, fixed=()), module(x))
+                    assert torch.equal(runtime.run(Invocation(module, "forward", (x,), fixed=())), module(x))
         assert runtime.graphs is not None
         assert runtime.graphs.num_replays == 4

@@ -14,6 +14,7 @@ from sgld.config import EngineConfig, MemoryConfig
 from sgld.models.load import load
 from sgld.testing import run_together
 from sgld.worker.binding import bind, release
+from sgld.worker.invocation import Invocation
 from sgld.worker.precision import cast, computing_in, differs, is_wider, wanted
 from sgld.worker.runtime import Runtime
 from sgld.worker.task import Task
@@ -195,14 +196,14 @@ class Linear(nn.Module):
 def test_refusal_of_a_precision_is_met_once_and_then_known() -> None:
     module, runtime = Linear(), Runtime()
     for num_calls in (2, 3):
-        assert runtime.run(module, "forward", (torch.ones(2, 4),), {}).dtype is torch.bfloat16
+        assert runtime.run(Invocation(module, "forward", (torch.ones(2, 4),))).dtype is torch.bfloat16
         assert module.num_calls == num_calls
 
 
 def test_other_errors_stay_what_they_are() -> None:
     module, runtime = Linear(), Runtime()
     with pytest.raises(RuntimeError, match="another width"):
-        runtime.run(module, "forward", (torch.ones(2, 5),), {})
+        runtime.run(Invocation(module, "forward", (torch.ones(2, 5),)))
     with pytest.raises(RuntimeError, match="another width"):
-        runtime.run(module, "forward", (torch.ones(2, 5, dtype=torch.bfloat16),), {})
+        runtime.run(Invocation(module, "forward", (torch.ones(2, 5, dtype=torch.bfloat16),)))
     assert module.num_calls == 3

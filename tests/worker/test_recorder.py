@@ -11,6 +11,7 @@ from torch import nn
 from sgld.worker.graph_keys import Key
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs
+from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import CudaRecorder
 from worker.requests import Function
 
@@ -45,7 +46,7 @@ class Recorded:
     @torch.no_grad()
     def run(self, module: nn.Module, *args: Any, times: int = CAPTURES_AFTER + 3) -> Any:
         for _ in range(times):
-            result = self.graphs.run(module, "forward", module, (args, {}), (), lends=False)
+            result = self.graphs.run(Invocation(module, "forward", args))
         return result
 
 

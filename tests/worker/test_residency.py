@@ -17,6 +17,7 @@ from sgld.testing import run_together
 from sgld.worker.binding import bind, release
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
+from sgld.worker.invocation import Invocation
 from sgld.worker.job import Job
 from sgld.worker.residency import Held, Residency, Weights, leaving
 from sgld.worker.runtime import Runtime
@@ -240,7 +241,7 @@ def test_where_a_component_has_no_room_after_all_the_others_leave() -> None:
     runtime = Runtime(residency)
     residency.expect([one, other])
     residency.bring(one)
-    assert runtime.run(other, "forward", (torch.ones(1, 2),), {}).isfinite().all()
+    assert runtime.run(Invocation(other, "forward", (torch.ones(1, 2),))).isfinite().all()
     assert (residency.held, large.num_brought) == (("other",), 2)
     assert one.weight.isnan().all()
 

@@ -13,6 +13,7 @@ from torch import nn
 from sgld.models.placement import compile_components, decompile
 from sgld.worker.compilation import watched_compilations
 from sgld.worker.executor import Executor
+from sgld.worker.invocation import Invocation
 from sgld.worker.residency import Residency, Weights
 from sgld.worker.runtime import Runtime
 from worker import layered
@@ -60,7 +61,7 @@ def runtime_of(module: nn.Module, notes: list[tuple[str, str]]) -> Runtime:
 
 def ran(runtime: Runtime, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return runtime.run(module, "forward", (x,), {})  # type: ignore[no-any-return]
+        return runtime.run(Invocation(module, "forward", (x,)))  # type: ignore[no-any-return]
 
 
 def test_component_that_cannot_be_compiled_runs_eagerly_and_says_so_once(
@@ -206,14 +207,14 @@ def test_others_leave_the_device_where_memory_is_too_small() -> None:
     runtime = Runtime(residency)
     residency.expect([other])
     residency.bring(other)
-    assert torch.equal(runtime.run(hungry, "forward", (torch.ones(1),), {}), torch.ones(1))
+    assert torch.equal(runtime.run(Invocation(hungry, "forward", (torch.ones(1),))), torch.ones(1))
     assert (hungry.num_calls, residency.held) == (2, ())
 
 
 def test_memory_that_nobody_else_takes_is_missing() -> None:
     hungry = Hungry(nn.Linear(2, 2), 0)
     with pytest.raises(torch.OutOfMemoryError):
-        Runtime().run(hungry, "forward", (torch.ones(1),), {})
+        Runtime().run(Invocation(hungry, "forward", (torch.ones(1),)))
     assert hungry.num_calls == 1
 
 
@@ -225,6 +226,6 @@ def test_forward_inside_of_which_other_ranks_wait_is_not_begun_once_more() -> No
     residency.expect([other])
     residency.bring(other)
     with pytest.raises(torch.OutOfMemoryError):
-        runtime.run_here(hungry, "forward", (torch.ones(1),), {}, is_shared=True)
+        runtime.run_here(Invocation(hungry, "forward", (torch.ones(1),), is_shared=True))
     # The next one has the room.
     assert (hungry.num_calls, residency.held) == (1, ())

@@ -11,6 +11,7 @@ from torch import nn
 
 from sgld.worker.aside import CompilerProcess
 from sgld.worker.compiler import CompileJob, CompileResult
+from sgld.worker.invocation import Invocation
 from sgld.worker.runtime import Runtime
 from sgld.worker.swap import Swap
 from worker.layered import Denoiser
@@ -76,7 +77,7 @@ class Bench:
             expected = layer.forward(expected)
         self.runtime.look()
         self.is_running = True
-        assert torch.equal(self.runtime.run(self.module, "forward", (x,), {}, is_exact=is_exact), expected)
+        assert torch.equal(self.runtime.run(Invocation(self.module, "forward", (x,), is_exact=is_exact)), expected)
         self.is_running = False
         return self.runtime.variant
 
@@ -225,7 +226,7 @@ def test_other_errors_of_a_model_are_its_own() -> None:
     bench.run(2)
     bench.until_compiled(2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        bench.runtime.run(bench.module, "forward", (torch.ones(2, 9),), {})
+        bench.runtime.run(Invocation(bench.module, "forward", (torch.ones(2, 9),)))
 
 
 @pytest.mark.parametrize("is_read", [False, True], ids=["in the process", "while it is read"])
