@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -157,7 +156,7 @@ class InlineReplica:
             raise ModelError(f"a replica inside of this process has one rank, not {config.parallel.num_ranks}")
         front, rank_end = channel_pair()
         reader, writer = tensor_queue()
-        args = (rank_end, writer, config, partial(self._model, config))
+        args = (rank_end, writer, config, lambda _tell: self._model(config))
         thread = threading.Thread(target=serve, args=args, name="inline-rank")
         thread.start()
         try:

@@ -4,7 +4,9 @@
 """
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -84,6 +86,8 @@ def _run(argv: Sequence[str], engine_class: "EngineFactory | None") -> int:
     refuse_unknown(unknown)
     if components:
         vars(args).setdefault("given", {}).update(components)
+    # kill -USR1 shows where a process is that seems to hang; its ranks do the same.
+    faulthandler.register(signal.SIGUSR1, file=2)
     match args.command:
         case "generate":
             from sgld_cli import generate

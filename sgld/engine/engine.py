@@ -364,7 +364,7 @@ class Engine:
     async def _handle(self, replica: Replica, rank: Rank, reply: AnyReply) -> None:
         match reply:
             case Alive(stage=stage):
-                logger.debug("the rank of replica %d is %s", replica.index, stage)
+                replica.heard(stage)
             case Ready(model=model):
                 await self._recall(model)
                 if self._model is not None and model.device != self._model.device:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -149,14 +150,13 @@ def _start(
     niceness: int,
     meeting: str,
 ) -> list[Any]:
-    """Start the processes, in a thread: torch is imported for them, which takes a second.
+    """Start the processes, in a thread, as each is given what it needs through a pipe.
 
     :param meeting: an empty file, by which they find each other.
     """
-    import torch.multiprocessing
-
-    # Not daemons: those may not have children, and loaders may use them. They watch their parent instead.
-    spawn = torch.multiprocessing.get_context("spawn").Process
+    # Not torch's: nothing of it goes to a rank, and importing it would keep the rank waiting. Not daemons: those may
+    # not have children, and loaders may use them. They watch their parent instead.
+    spawn = multiprocessing.get_context("spawn").Process
     of = "" if replica == 0 else f"-of-replica-{replica}"
     processes: list[Any] = []
     with seats(config.parallel.num_ranks, meeting) as (seat, *others):

@@ -12,6 +12,7 @@ from sgld.engine.replica import Rank
 from sgld.engine.requests import Requests
 from sgld.engine.routing import AdapterSource, Load, adapters_of, busiest, choose
 from sgld.engine.scheduler import Batch, Scheduler
+from sgld.engine.stages import Stages
 from sgld.engine.statistics import ReplicaStatistics
 from sgld.errors import RankLost
 from sgld.messages import AnyCommand, LoadLora, Run, UnloadLora
@@ -47,6 +48,7 @@ class Replica:
         self.adapters: set[AdapterSource] = set()
         """Those that its rank has read, or is told to read."""
         self._run_timeout_s = config.run_timeout_s
+        self._stages = Stages()
 
     def load(self, requests: Requests) -> Load:
         """What it has to do."""
@@ -58,9 +60,18 @@ class Replica:
             num_queued=self.scheduler.num_queued,
         )
 
+    def heard(self, stage: str) -> None:
+        """The rank lives; what it does is in the log while it loads."""
+        line = self._stages.heard(stage)
+        if self.rank is not None:
+            logger.debug("the rank of replica %d is %s", self.index, stage)
+        elif line is not None:
+            logger.info("replica %d: %s", self.index, line)
+
     def served(self, rank: Rank) -> None:
         """A rank is ready."""
         self.rank, self.has_served = rank, True
+        logger.info("replica %d: ready after %.1f s", self.index, self._stages.elapsed_s)
 
     def send(self, command: AnyCommand) -> bool:
         """Tell the rank, if there is one."""
@@ -103,7 +114,7 @@ class Replica:
 
     def lost(self) -> None:
         """The rank is gone."""
-        self.rank = None
+        self.rank, self._stages = None, Stages()
         self.adapters.clear()
 
     def statistics(self, requests: Requests) -> ReplicaStatistics:

@@ -26,6 +26,7 @@ from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.quantized import quantize_components
 from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
 from sgld.models.sharing import NOTHING, Sharing, with_tiles
+from sgld.models.stages import Tell, nobody, reading, size_gb
 from sgld.models.verdicts import VerdictFile
 
 # What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
@@ -108,12 +109,14 @@ class LoadedModel:
         )
 
 
-def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
+def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedModel:
     """Load a model onto its device.
 
     :param rank: of those of its replica; each has a device of its own, and the first one all components.
+    :param tell: is told how far it is.
     :raises ModelError: it can't be found, read or served.
     """
+    tell(f"looking at {config.model_path}")
     planned = plan(config)
     # With its index: a task's thread has to be told which device is its own.
     device = torch.device("cuda", rank) if planned.device_type == "cuda" else torch.device("cpu")
@@ -123,10 +126,14 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
     torch.set_num_threads(config.num_cpu_threads or max(1, (os.cpu_count() or 1) // config.parallel.num_ranks))
     recommended = defaults(planned.source)
     try:
-        pipeline = _pipeline(planned)
+        with reading(tell):
+            pipeline = _pipeline(planned)
         if rank:
             _keep_only(pipeline, planned.sharing.names)
         made = quantize_components(planned.components, pipeline.components, config.quantized, device)
+        if device.type == "cuda":
+            size = sum(size_gb(part) for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
+            tell(f"moving {size:.1f} GB to {device}", at_once=True)
         place(
             pipeline,
             {part.name: part.place for part in planned.components if part.place != "device"},
@@ -142,6 +149,7 @@ def load(config: EngineConfig, rank: int = 0) -> LoadedModel:
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None
     parts = pipeline.components.items()
+    tell("choosing a kernel of attention", at_once=device.type == "cuda")
     if planned.attention is not None:
         said = attention.apply(planned.attention, parts)
     else:

@@ -4,8 +4,10 @@
 and says in another what came of them. Then whoever compiles the same finds it in the cache.
 """
 
+import faulthandler
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -118,6 +120,7 @@ def run_job(job: CompileJob) -> None:
 
 def main() -> None:
     jobs_path, result_path = map(Path, sys.argv[1:])
+    faulthandler.register(signal.SIGUSR1, file=2)
     _end_with_parent()
     os.nice(_NICENESS)
     search_path, work = pickle.loads(jobs_path.read_bytes())

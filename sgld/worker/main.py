@@ -19,10 +19,11 @@ from sgld.ipc.channel import RankEnd
 from sgld.ipc.seats import ALONE, Seat
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.messages import AnyCommand, AnyReply, LoadFailed, Ready
-from sgld.worker.heartbeat import heartbeat
+from sgld.worker.heartbeat import Heart, heartbeat
 
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
+    from sgld.models.stages import Tell
 
 logger = logging.getLogger(__name__)
 Channel = RankEnd[AnyReply, AnyCommand]
@@ -65,10 +66,11 @@ def follower_main(config: EngineConfig, replica: int, niceness: int, seat: Seat)
     os._exit(0)
 
 
-def _load(config: EngineConfig, niceness: int, seat: Seat) -> "LoadedModel":
+def _load(config: EngineConfig, niceness: int, seat: Seat, tell: "Tell | None" = None) -> "LoadedModel":
     from sgld.models.load import load
+    from sgld.models.stages import nobody
 
-    model = load(config, seat.index)
+    model = load(config, seat.index, tell or nobody)
     if niceness and model.device.type == "cpu":
         _give_way(niceness)
     return model
@@ -79,6 +81,7 @@ def _begin(config: EngineConfig, replica: int) -> None:
     # Ctrl-C reaches the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, file=2)
     say_on_stderr()
     # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores 20
     # steps of the small model that ships took 1.5 s, and 5 s beside one more busy process. Asleep it is 2.5 and 3 s.
@@ -96,13 +99,17 @@ def serve(
     channel: Channel,
     tensors: TensorWriter,
     config: EngineConfig,
-    load: "Callable[[], LoadedModel]",
+    load: "Callable[[Heart], LoadedModel]",
     seat: Seat = ALONE,
 ) -> None:
-    """Load a model and run commands until `Exit`; in a process of its own or in a thread."""
+    """Load a model and run commands until `Exit`; in a process of its own or in a thread.
+
+    :param load: is given whom to tell how far it is.
+    """
     try:
-        with heartbeat(channel, "loading"):
-            model = load()
+        with heartbeat(channel, "importing torch and diffusers") as heart:
+            model = load(heart)
+            heart("starting" if seat.num_ranks == 1 else "waiting for the other ranks")
             # Late, because it imports torch: a rank says that it lives before it does.
             from sgld.worker.rank import Rank
 

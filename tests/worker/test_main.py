@@ -6,3 +6,14 @@ def test_what_a_rank_prints_is_no_result() -> None:
     script = "import os; from sgld.worker.main import say_on_stderr; say_on_stderr(); print('a'); os.system('echo b')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, sorted(done.stderr.split())) == ("", ["a", "b"])
+
+
+def test_stacks_of_a_rank_are_written_when_it_is_asked_for_them() -> None:
+    script = (
+        "import os, signal; from sgld.worker import main;"
+        "main._leave_with_parent = lambda: None; from sgld.config import EngineConfig; main._begin(EngineConfig(), 0);"
+        "os.kill(os.getpid(), signal.SIGUSR1); print('goes on')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 'File "<string>", line 1' in done.stderr
+    assert "goes on" in done.stderr
