@@ -4,7 +4,8 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
@@ -116,10 +117,10 @@ def write_atomically(path: Path, content: Content, *, is_durable: bool = False) 
     :param is_durable: it is forced to the disk; else it may be missing or empty after a power failure.
     :raises OSError: it can't be written; nothing of it is left.
     """
-    temporary = _write_temporary(path, content)
-    if is_durable:
-        sync(temporary)
-    _move(temporary, path)
+    with _temporary(path, content) as temporary:
+        if is_durable:
+            sync(temporary)
+        temporary.replace(path)
     if is_durable:
         sync(path.parent)
 
@@ -138,18 +139,15 @@ def write_unique(path: Path, content: Content) -> Path:
 
     :return: the path that was written.
     """
-    temporary = _write_temporary(path, content)
-    try:
+    with _temporary(path, content) as temporary:
         unique = _reserve(path)
-    except BaseException:
-        temporary.unlink()
-        raise
-    _move(temporary, unique)
+        temporary.replace(unique)
     return unique
 
 
-def _write_temporary(path: Path, content: Content) -> Path:
-    """Write to a new file beside `path`, hence in the same file system."""
+@contextmanager
+def _temporary(path: Path, content: Content) -> Iterator[Path]:
+    """A new file beside `path`, hence in the same file system; it is moved in the block, or removed after it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
@@ -157,18 +155,9 @@ def _write_temporary(path: Path, content: Content) -> Path:
             temporary.write_bytes(content)
         else:
             content(temporary)
-    except BaseException:
+        yield temporary
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _move(temporary: Path, path: Path) -> None:
-    try:
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _reserve(path: Path) -> Path:
