@@ -22,11 +22,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from sgld.models.lora import LoraLayer
+from sgld.outcome import Value
 from sgld.worker.calls import Call, current_context
 from sgld.worker.clock import device_clock
 from sgld.worker.executor import Executor
 from sgld.worker.slots import Applied, Slots
-from sgld.worker.task import Value
 
 RANK = 16
 NUM_ROWS = (1, 2, 4)

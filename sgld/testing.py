@@ -23,6 +23,7 @@ from sgld.models.backend import choose_backend
 from sgld.models.load import LoadedModel, load
 from sgld.models.lora import adaptable
 from sgld.models.verdicts import VerdictFile
+from sgld.outcome import Outcome, Value
 from sgld.sampling_params import LoraChoice, StepCacheParams
 from sgld.worker.adapters import Adapters, source_of
 from sgld.worker.ahead import News
@@ -31,7 +32,7 @@ from sgld.worker.job import Job
 from sgld.worker.main import serve
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
-from sgld.worker.task import Outcome, Task, Value
+from sgld.worker.task import Task
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What an operator does to each finished file before it is kept, such as signing where it comes from (C2PA)."""
 
+import functools
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 from sgld.errors import HookFailed
 from sgld.fields import FieldError
 from sgld.media.files import Content
+from sgld.outcome import Raised, outcome_of
 
 Hook = Callable[[Path, str], None]
 """Gets the path of a file that nobody sees yet, which it may change, and its media type; in any thread."""
@@ -62,7 +64,7 @@ def hooked_bytes(content: bytes, hook: Hook | None, media_type: str) -> bytes:
 
 
 def _call(hook: Hook, path: Path, media_type: str) -> None:
-    try:
-        hook(path, media_type)
-    except Exception as error:  # somebody else's code may raise anything
-        raise HookFailed(f"the output hook failed, so the file isn't kept: {type(error).__name__}: {error}") from error
+    called = outcome_of(functools.partial(hook, path, media_type))
+    if isinstance(called, Raised):
+        said = f"{type(called.error).__name__}: {called.error}"
+        raise HookFailed(f"the output hook failed, so the file isn't kept: {said}") from called.error

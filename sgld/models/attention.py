@@ -20,6 +20,7 @@ import yaml
 from sgld.config import AttentionConfig, Precision
 from sgld.errors import ModelError
 from sgld.models.flash3 import adopt_wheel
+from sgld.outcome import Raised, Value, outcome_of
 
 if TYPE_CHECKING:
     import torch
@@ -162,14 +163,18 @@ def problem_of(backend: str, device_type: str, dtype: "torch.dtype") -> str | No
     from diffusers.models import attention_dispatch as dispatcher
 
     name = dispatcher.AttentionBackendName(backend)
-    try:
+
+    def tried() -> float:
         dispatcher._check_attention_backend_requirements(name)
         dispatcher._maybe_download_kernel_for_backend(name)
-        if _error(backend, device_type, dtype, None) > _MAX_ERROR:
-            return f"{backend} computes something else than attention here"
-    except Exception as error:  # noqa: BLE001 - kernels fail in as many ways as there are kernels
-        return f"{backend} doesn't run on {device_type} in {str(dtype).removeprefix('torch.')}: {_first_line(error)}"
-    return None
+        return _error(backend, device_type, dtype, None)
+
+    # Kernels fail in as many ways as there are kernels.
+    outcome = outcome_of(tried)
+    if isinstance(outcome, Raised):
+        where = f"{device_type} in {str(dtype).removeprefix('torch.')}"
+        return f"{backend} doesn't run on {where}: {_first_line(outcome.error)}"
+    return f"{backend} computes something else than attention here" if outcome.value > _MAX_ERROR else None
 
 
 def takes_masks(backend: str, device_type: str, dtype: "torch.dtype") -> bool:
@@ -179,13 +184,9 @@ def takes_masks(backend: str, device_type: str, dtype: "torch.dtype") -> bool:
     keys = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1], [1] * 8], dtype=torch.bool, device=device_type)
     pairs = keys[:, None, :, None] & keys[:, None, None, :] | torch.eye(8, dtype=torch.bool, device=device_type)
     added = torch.zeros(2, 1, 8, 8, dtype=dtype, device=device_type).masked_fill(~pairs, float("-inf"))
-    try:
-        return all(
-            _error(backend, device_type, dtype, mask) <= _MAX_ERROR
-            for mask in (keys, keys[:, None, None, :], pairs, added)
-        )
-    except Exception:  # noqa: BLE001 - it takes no mask of that form
-        return False
+    masks = (keys, keys[:, None, None, :], pairs, added)
+    tried = (outcome_of(functools.partial(_error, backend, device_type, dtype, mask)) for mask in masks)
+    return all(isinstance(error, Value) and error.value <= _MAX_ERROR for error in tried)
 
 
 def _error(backend: str, device_type: str, dtype: "torch.dtype", mask: "torch.Tensor | None") -> float:
@@ -310,5 +311,5 @@ def _refuse(backend: str, **_kwargs: Any) -> Any:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)

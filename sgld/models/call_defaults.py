@@ -124,7 +124,7 @@ def _computed(cls: type[Any], planned: Plan) -> dict[str, Any]:
             given = left_out | plain | parts
             pipeline = cls(**{name: value for name, value in given.items() if name in accepted})
             call(pipeline, **({"prompt": ""} if "prompt" in inspect.signature(call).parameters else {}))
-        except (Exception, _Stopped) as error:  # noqa: BLE001 - whatever stops it, what it computed is there
+        except (Exception, _Stopped) as error:  # noqa: BLE001 - whatever stops it, its frames have what it computed
             return _variables(error.__traceback__, call)
     return {}
 

@@ -3,6 +3,7 @@
 `path:name` names one file of a folder or repository. Pickles are read as weights only, so nothing in them runs.
 """
 
+import functools
 import pickle
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from sgld.errors import InvalidRequest, ModelError
 from sgld.models.hub import http_error, names_in
 from sgld.models.lora_files import is_hub_id, place
 from sgld.models.resolve import hub_file, one_line
+from sgld.outcome import Raised, Value, outcome_of
 
 # safetensors first: it is read faster, and holds nothing but weights.
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")
@@ -41,16 +43,21 @@ def read(file: Path) -> object:
 
     :raises Unreadable: it can't be read, or holds more than weights.
     """
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise Unreadable(
-            f"{file.name} is no file of weights, or holds more than weights, which might run code"
-        ) from None
-    except Exception as error:  # noqa: BLE001 - what is in a damaged file decides what is raised
-        raise Unreadable(f"{file.name} can't be read: {one_line(error)}") from None
+    # What is in a damaged file decides what is raised.
+    match outcome_of(functools.partial(_loaded, file)):
+        case Value(value=weights):
+            return weights
+        case Raised(error=pickle.UnpicklingError()):
+            problem = "is no file of weights, or holds more than weights, which might run code"
+            raise Unreadable(f"{file.name} {problem}")
+        case Raised(error=error):
+            raise Unreadable(f"{file.name} can't be read: {one_line(error)}")
+
+
+def _loaded(file: Path) -> object:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def cached(repo: str, name: str) -> Path | None:

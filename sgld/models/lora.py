@@ -4,6 +4,7 @@ The formats are known to diffusers, whose converters are class methods of its pi
 don't know is done here: scales (alpha) of all kinds are multiplied into the second matrix before.
 """
 
+import functools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from torch import nn
 from sgld.errors import InvalidRequest
 from sgld.models.lora_files import LoraFiles, find
 from sgld.models.resolve import one_line
+from sgld.outcome import Raised, outcome_of
 
 Tensors = dict[str, torch.Tensor]
 DENOISERS = ("transformer", "unet")
@@ -147,16 +149,10 @@ def read(path: str, model: Adaptable, alpha: float | None = None) -> Adapter:
     :raises InvalidRequest: it can't be found or read, is of another kind, or doesn't fit the model.
     """
     files = find(path)
-    try:
-        raw, said = _contents(files.weights)
-        _check_kind(raw)
-        layers, unmatched = _matched(_converted(_prepared(raw, model), model), model)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"the LoRA adapter {path!r} can't be used: {error}", "lora") from None
-    except Exception as error:  # noqa: BLE001 - converters of diffusers raise anything at files they don't know
-        said_of_it = " ".join(str(error).split())[:_MAX_CHARS]
-        problem = f"{model.pipeline_class.__name__} can't read it: {type(error).__name__}: {said_of_it}"
-        raise InvalidRequest(f"the LoRA adapter {path!r} can't be used: {problem}", "lora") from None
+    fitted = outcome_of(functools.partial(_fitted, files.weights, model))
+    if isinstance(fitted, Raised):
+        raise InvalidRequest(f"the LoRA adapter {path!r} can't be used: {_problem(fitted.error, model)}", "lora")
+    raw, said, layers, unmatched = fitted.value
     has_alphas = any(name.endswith(".alpha") for name in raw)
     num_layers = sum(map(len, layers.values()))
     if not num_layers or (unmatched and model.refuses_unmatched):
@@ -164,6 +160,23 @@ def read(path: str, model: Adaptable, alpha: float | None = None) -> Adapter:
     if not has_alphas:
         layers = _scaled(layers, _scale_of(files, said, model.denoiser, alpha))
     return Adapter(files.identity, alpha, layers, len(unmatched))
+
+
+def _fitted(
+    weights: Path, model: Adaptable
+) -> tuple[Tensors, dict[str, Any], dict[str, dict[str, LoraLayer]], list[str]]:
+    """What `_contents` and `_matched` have."""
+    raw, said = _contents(weights)
+    _check_kind(raw)
+    return raw, said, *_matched(_converted(_prepared(raw, model), model), model)
+
+
+def _problem(error: BaseException, model: Adaptable) -> str:
+    if isinstance(error, InvalidRequest):
+        return str(error)
+    # Converters of diffusers raise anything at files that they don't know.
+    said = " ".join(str(error).split())[:_MAX_CHARS]
+    return f"{model.pipeline_class.__name__} can't read it: {type(error).__name__}: {said}"
 
 
 def _contents(path: Path) -> tuple[Tensors, dict[str, Any]]:

@@ -257,7 +257,7 @@ def _run_materializer(overlay: Overlay, source: Path, output: Path) -> None:
         )
     except ModelError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # a script may end as it likes
         raise ModelError(f"{script} failed: {type(error).__name__}: {one_line(error)}") from error
 
 

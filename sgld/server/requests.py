@@ -139,7 +139,7 @@ class LiveRequest:
 
     async def _relay(self, engine: Generates, inputs: InputPolicy, limits: Limits, finishing: TaskGroup) -> None:
         stream = engine.generate(self.params, inputs=inputs, waited_s=self._waited_s, limits=limits)
-        try:
+        with _failing(f"request {self.id}", self._fail):
             async with aclosing(stream) as events:
                 async for event in events:
                     self._decide(None)
@@ -147,24 +147,18 @@ class LiveRequest:
                         finishing.start_soon(self._complete, event)
                     else:
                         self._publish(event)
-        except SgldError as error:
-            self._fail(error, error.code)
-        except Exception:  # the boundary of the request: a bug ends it and nothing else
-            logger.exception("request %s", self.id)
-            self._fail(SgldError(_BUG), INTERNAL_ERROR)
 
     async def _complete(self, event: Completed) -> None:
-        try:
-            await self._finish(self, event)
-        except SgldError as error:
-            self._fail_output(event.output_index, error.code, str(error))
-        except OSError as error:
-            self._fail_output(event.output_index, STORAGE_FAILED, f"the result can't be stored: {error}")
-        except Exception:  # the same boundary, in a task of its own
-            logger.exception("request %s, output %d", self.id, event.output_index)
-            self._fail_output(event.output_index, INTERNAL_ERROR, _BUG)
-        else:
-            self._publish(event)
+        def failed(error: Exception, code: str) -> None:
+            self._fail_output(event.output_index, code, str(error))
+
+        with _failing(f"request {self.id}, output {event.output_index}", failed):
+            try:
+                await self._finish(self, event)
+            except OSError as error:
+                failed(OSError(f"the result can't be stored: {error}"), STORAGE_FAILED)
+            else:
+                self._publish(event)
 
     def _fail(self, error: Exception, code: str) -> None:
         if self._decide(error):
@@ -318,3 +312,18 @@ class Requests:
             del self._live[live.id]
             if not self._live:
                 self._is_idle.set()
+
+
+@contextmanager
+def _failing(what: str, failed: Callable[[Exception, str], None]) -> Iterator[None]:
+    """The boundary of a request's tasks: a bug ends it and nothing else.
+
+    :param failed: told the error and its code.
+    """
+    try:
+        yield
+    except SgldError as error:
+        failed(error, error.code)
+    except Exception:
+        logger.exception("%s", what)
+        failed(SgldError(_BUG), INTERNAL_ERROR)

@@ -152,7 +152,7 @@ class Bucket:
                 await self._client.complete_multipart_upload(MultipartUpload={"Parts": done}, **place)
             except BaseException:
                 # Parts cost money until they are removed. What isn't removed now is when the file is uploaded again.
-                with anyio.move_on_after(_ABORT_S, shield=True), suppress(Exception):
+                with anyio.move_on_after(_ABORT_S, shield=True), suppress(StorageError), self._translated("keeps it"):
                     await self._client.abort_multipart_upload(**place)
                 raise
             await self._check_size(name, size)

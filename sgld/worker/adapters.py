@@ -1,5 +1,6 @@
 """The LoRA adapters of a rank: read in the background, kept in memory, put into slots when a request needs them."""
 
+import functools
 import queue
 import threading
 from collections import OrderedDict, deque
@@ -15,6 +16,7 @@ from sgld.messages import LorasHeld
 from sgld.models.lora import Adaptable, Adapter, LoraLayer, read
 from sgld.models.lora_files import identity_now
 from sgld.models.resolve import one_line
+from sgld.outcome import Raised, Value, outcome_of
 from sgld.sampling_params import LoraChoice
 from sgld.worker.slots import Applied, Slots
 
@@ -255,13 +257,15 @@ class Adapters:
         # The executor has the cores.
         torch.set_num_threads(1)
         while (source := self._wanted.get()) is not None:
-            try:
-                result: Adapter | InvalidRequest = self._read(source.path, self._model, source.alpha)
-            except InvalidRequest as error:
-                result = error
-            except Exception as error:  # noqa: BLE001 - the thread's boundary: without it nothing is read any more
-                problem = f"{type(error).__name__}: {one_line(error)}"
-                result = InvalidRequest(f"the LoRA adapter {source.path!r} can't be read: {problem}", "lora")
+            # Without this thread nothing is read any more.
+            match outcome_of(functools.partial(self._read, source.path, self._model, source.alpha)):
+                case Value(value=adapter):
+                    result: Adapter | InvalidRequest = adapter
+                case Raised(error=InvalidRequest() as error):
+                    result = error
+                case Raised(error=error):
+                    problem = f"{type(error).__name__}: {one_line(error)}"
+                    result = InvalidRequest(f"the LoRA adapter {source.path!r} can't be read: {problem}", "lora")
             self._read_ones.append(Loaded(source, result))
 
 

@@ -1,10 +1,12 @@
 """Requests on their way to their task: they may have to wait for adapters and filters, while others go on."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 from sgld.errors import InvalidRequest
 from sgld.messages import Start
 from sgld.models.filters import Filter
+from sgld.outcome import Raised, outcome_of
 from sgld.worker.adapters import Adapters, Loaded, source_of
 from sgld.worker.filters import Filters
 from sgld.worker.slots import Applied
@@ -57,18 +59,21 @@ class Admission:
         return read
 
     def _try(self, asked: Start, can_install: bool) -> None:
-        request_id, params = asked.request_id, asked.params
-        try:
-            filters = self._filters.of(params)
-            if filters is None:
-                return
-            applied = self._adapters.use(request_id, params.lora or (), can_install=can_install)
-        except Exception as error:  # noqa: BLE001 - the boundary of the request: what it can't begin with fails it alone
-            self._end(request_id, error)
-            return
-        if applied is not None:
-            del self._waiting[request_id]
-            self._start(asked, applied, filters)
+        # What it can't begin with fails it alone.
+        ready = outcome_of(functools.partial(self._ready, asked, can_install))
+        if isinstance(ready, Raised):
+            self._end(asked.request_id, ready.error)
+        elif ready.value is not None:
+            del self._waiting[asked.request_id]
+            self._start(asked, *ready.value)
+
+    def _ready(self, asked: Start, can_install: bool) -> tuple[Mapping[str, Applied], tuple[Filter, ...]] | None:
+        """The adapters and filters of a request; None while one isn't there."""
+        filters = self._filters.of(asked.params)
+        if filters is None:
+            return None
+        applied = self._adapters.use(asked.request_id, asked.params.lora or (), can_install=can_install)
+        return None if applied is None else (applied, filters)
 
     def _end(self, request_id: str, error: BaseException) -> None:
         del self._waiting[request_id]

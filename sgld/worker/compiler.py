@@ -5,6 +5,7 @@ and says in another what came of them. Then whoever compiles the same finds it i
 """
 
 import faulthandler
+import functools
 import os
 import pickle
 import signal
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from sgld.models.placement import compile_module
+from sgld.outcome import Raised, outcome_of
 from sgld.worker.sketch import made
 
 _NICENESS = 10
@@ -84,10 +86,9 @@ def run_jobs(jobs: list[CompileJob]) -> CompileResult:
     """Compile modules in this process."""
     start, problem = time.perf_counter(), None
     for job in jobs:
-        try:
-            run_job(job)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises, it is told to who asked
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ran = outcome_of(functools.partial(run_job, job))
+        if isinstance(ran, Raised):
+            problem = f"{type(ran.error).__name__}: {' '.join(str(ran.error).split())}"
             break
     num_known, num_compiled = graphs_of_cache()
     return CompileResult(

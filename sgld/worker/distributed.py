@@ -26,6 +26,7 @@ from sgld.ipc.seats import Seat
 from sgld.models.load import LoadedModel
 from sgld.models.lora import LoraLayer
 from sgld.models.sequence import Sequence, prepare
+from sgld.outcome import forget_locals
 from sgld.parallel import ParallelConfig
 from sgld.worker import rows, tiles
 from sgld.worker.calls import CallContext, current_context, entered
@@ -36,7 +37,6 @@ from sgld.worker.residency import residency
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Changes, Slots
-from sgld.worker.task import forget_locals
 from sgld.worker.wire import Parcel, Unsendable, packed, unpacked
 
 logger = logging.getLogger(__name__)

@@ -1,12 +1,15 @@
 """Where the calls of tasks run: single forwards, merged ones, and the proof that merging is right."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sgld.config import ConditioningConfig
 from sgld.messages import Variant
+from sgld.outcome import Outcome, Value, outcome_of
 from sgld.worker import batch, first_block, proof
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
@@ -17,7 +20,6 @@ from sgld.worker.recent import Recent
 from sgld.worker.reuse import Encodings
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Unmixable
-from sgld.worker.task import Outcome, Raised, Value, forget_locals
 from sgld.worker.trees import Path
 from sgld.worker.verdicts import Verdicts, axes_key
 
@@ -164,26 +166,19 @@ class Executor:
             return [outcome for outcomes, _ in done for outcome in outcomes], all(is_usual for _, is_usual in done)
         if len(calls) == 1:
             return self._singly(calls), True
-        # What follows a failure comes after its `except`: until there its traceback holds what the forward allocated.
-        problem, is_unmixable = None, False
-        try:
-            return [Value(value) for value in self._values(calls, axes, expanded)], True
-        except torch.OutOfMemoryError:
-            pass
-        except Unmixable as error:
-            problem, is_unmixable = str(error), True
-        except Exception as error:  # noqa: BLE001 - whatever a model raises on a merged batch, the calls run singly
-            problem = f"the merged forward raised {error!r}"
+        merged = outcome_of(functools.partial(self._values, calls, axes, expanded))
+        if isinstance(merged, Value):
+            return [Value(value) for value in merged.value], True
         self.pulse()
-        if problem is None:
+        if isinstance(merged.error, torch.OutOfMemoryError):
             self._halve(key, calls, axes)
             return self._merged(key, calls, axes, expanded)[0], False
         outcomes = self._singly(calls)
-        if is_unmixable:
+        if isinstance(merged.error, Unmixable):
             # Other layers have adapters than in the proof.
-            self.verdicts.pin(calls[0], {ADAPTERS}, problem)
+            self.verdicts.pin(calls[0], {ADAPTERS}, str(merged.error))
         elif all(isinstance(outcome, Value) for outcome in outcomes):
-            self.verdicts.refuse(key, calls[0], problem)
+            self.verdicts.refuse(key, calls[0], f"the merged forward raised {merged.error!r}")
         return outcomes, False
 
     def _values(self, calls: Sequence[Call], axes: CallAxes, expanded: set[Path]) -> list[object]:
@@ -292,16 +287,15 @@ class Executor:
 
 def single(call: Call) -> Outcome:
     """Run one call with the very arguments that the task gave."""
-    try:
+
+    def ran() -> Any:
         with call.random.entered():
             if call.site is not None:
                 (value,), _ = first_block.answered([call], [1], lambda _: [proof.alone(call)])
-                return Value(value)
-            return Value(call.run(call.args, call.kwargs))
-    except Exception as error:  # noqa: BLE001 - whatever a component raises is the outcome of the call
-        # What the forward allocated: the next one may run before the task takes note of its error.
-        forget_locals(error)
-        return Raised(error)
+                return value
+            return call.run(call.args, call.kwargs)
+
+    return outcome_of(ran)
 
 
 def _num_rows(calls: Sequence[Call], axes: CallAxes) -> int:

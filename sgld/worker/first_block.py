@@ -8,6 +8,7 @@ Source: github.com/chengzeyi/ParaAttention, first_block_cache.py, as in diffuser
 Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model (arXiv 2411.19108).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from sgld.errors import InvalidRequest
+from sgld.outcome import Raised, outcome_of
 from sgld.worker.blocks import ELSE, Split, States
 from sgld.worker.calls import Call
 from sgld.worker.comparison import relative_error
@@ -114,17 +116,16 @@ def _test(members: Sequence[Member], values: Sequence[Any], forward: Forward) ->
     if all(member.site.split.is_tested for member in members):
         return
     kind = type(members[0].call.module).__name__
-    try:
-        _, again = _passed(members, True, forward)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as problem:
-        raise InvalidRequest(f"{kind} can't do without its other blocks: {problem}; {ELSE}", "cache") from problem
+    passed = outcome_of(functools.partial(_passed, members, True, forward), passes=(torch.OutOfMemoryError,))
+    if isinstance(passed, Raised):
+        problem = f"{kind} can't do without its other blocks: {passed.error}"
+        raise InvalidRequest(f"{problem}; {ELSE}", "cache") from passed.error
+    _, again = passed.value
     for member, value, other in zip(members, values, again, strict=True):
         error = relative_error(other, value)
         if not error <= _MAX_ERRORS.get(_kept(member).head.dtype, _MAX_ERROR):
-            problem_ = f"does more between its blocks than can be added again (a result is off by {error:.2g})"
-            raise InvalidRequest(f"{kind} {problem_}; {ELSE}", "cache")
+            problem = f"{kind} does more between its blocks than can be added again (a result is off by {error:.2g})"
+            raise InvalidRequest(f"{problem}; {ELSE}", "cache")
         member.site.split.is_tested = True
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from sgld.errors import Cancelled
+from sgld.outcome import Outcome, Raised, Value, outcome_of
 from sgld.worker.arguments import parameters_of
 from sgld.worker.axes import CallAxes, Unmergeable, learned, skeleton
 from sgld.worker.binding import bind, release
@@ -21,7 +22,7 @@ from sgld.worker.calls import Call
 from sgld.worker.executor import single
 from sgld.worker.padding import with_padding
 from sgld.worker.runtime import Runtime
-from sgld.worker.task import Outcome, Raised, Task, Value
+from sgld.worker.task import Task
 from sgld.worker.trees import opened
 from sgld.worker.verdicts import AxesKey, axes_key
 
@@ -51,14 +52,18 @@ def probed_axes(
         two = double(pipeline, one)
         if two is None:
             continue
-        try:
-            with torch.random.fork_rng():
-                recording = _recorded(alone, one, pulse)
-                axes = _compared(recording, _recorded(alone, two, pulse))
-                return _with_padding(alone, one, recording, axes, pulse)
-        except Exception as error:  # noqa: BLE001 - a pipeline may refuse a probe in any way; then the next is tried
-            logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, error)
+        with torch.random.fork_rng():
+            outcome = outcome_of(functools.partial(_probed, alone, one, two, pulse))
+        if isinstance(outcome, Value):
+            return outcome.value
+        logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, outcome.error)
     return {}
+
+
+def _probed(alone: RunAlone, one: Kwargs, two: Kwargs, pulse: Callable[[], None]) -> dict[AxesKey, CallAxes]:
+    recording = _recorded(alone, one, pulse)
+    axes = _compared(recording, _recorded(alone, two, pulse))
+    return _with_padding(alone, one, recording, axes, pulse)
 
 
 def _reduced(pipeline: Any, kwargs: Kwargs, num_steps: int) -> Kwargs:
@@ -176,10 +181,9 @@ def _with_padding(
         pulse()
         return outcome
 
-    try:
-        alone(kwargs | longer, answer)
-    except Exception as error:  # noqa: BLE001 - a pipeline may refuse it in any way; then nothing is padded
-        logger.debug("the pipeline pads nothing: %r", error)
+    ended = outcome_of(functools.partial(alone, kwargs | longer, answer))
+    if isinstance(ended, Raised):
+        logger.debug("the pipeline pads nothing: %r", ended.error)
     return axes | found
 
 

@@ -1,11 +1,13 @@
 """Is a merged forward right? Single forwards say so."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from sgld.outcome import Raised, outcome_of
 from sgld.worker import batch
 from sgld.worker.axes import CallAxes, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
@@ -49,17 +51,19 @@ def problem(
     :param mixed: the arguments of all calls in one forward; `repeated`: of the first one as often.
     :raises torch.OutOfMemoryError: the device has too little memory for so many calls.
     """
-    try:
+
+    def measured() -> tuple[list[float], float]:
         merged = batch.split(forward(calls, mixed, axes), calls, axes)
         pulse()
         one, by_row = [calls[0]] * len(calls), len({call.adapters for call in calls}) > 1
         same = batch.split(forward(one, repeated, axes, by_row=by_row), one, axes)
         errors = [relative_error(m, v) for m, v in zip(merged, values, strict=True)]
-        repeated_error = relative_error(same[0], values[0])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as raised:  # noqa: BLE001 - whatever a model raises on a merged batch, it isn't merged
-        return f"the merged forward raised {raised!r}"
+        return errors, relative_error(same[0], values[0])
+
+    outcome = outcome_of(measured, passes=(torch.OutOfMemoryError,))
+    if isinstance(outcome, Raised):
+        return f"the merged forward raised {outcome.error!r}"
+    errors, repeated_error = outcome.value
     bound = _bound(values[0], repeated_error)
     # Not their maximum, which may overlook one that isn't a number.
     too_large = [error for error in errors if not error <= bound]
@@ -109,15 +113,14 @@ def _is_wrong_with(one: Call, other: Call, axes: CallAxes, trait: Trait, pulse: 
     expanded = batch.to_expand(one, axes, {trait})
     mixed = batch.merged_tree(calls, axes, expanded)
     repeated = batch.merged_tree([one, one], axes, expanded)
-    try:
-        values = []
-        for call in calls:
-            values.append(alone(call))
-            pulse()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - a model may refuse such a mixture of two calls; that says nothing of merging
-        return False
+    values = []
+    for call in calls:
+        outcome = outcome_of(functools.partial(alone, call), passes=(torch.OutOfMemoryError,))
+        if isinstance(outcome, Raised):
+            # A model may refuse such a mixture of two calls; that says nothing of merging.
+            return False
+        values.append(outcome.value)
+        pulse()
     has_problem = problem(calls, axes, values, mixed, repeated, pulse) is not None
     pulse()
     return has_problem

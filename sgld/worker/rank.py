@@ -37,7 +37,8 @@ from sgld.messages import (
 )
 from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
-from sgld.sampling_params import FirstBlockCache
+from sgld.outcome import Outcome, Raised, outcome_of
+from sgld.sampling_params import FirstBlockCache, SamplingParams
 from sgld.worker import ahead
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
@@ -56,7 +57,7 @@ from sgld.worker.results import Results
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session, is_cancelled
 from sgld.worker.slots import Applied
-from sgld.worker.task import Outcome, Raised, Task
+from sgld.worker.task import Task
 
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
@@ -257,22 +258,28 @@ class Rank:
     def _not_started(self, request_id: str, error: BaseException) -> None:
         self._failed(request_id, translated(error, has_made_calls=False))
 
+    def _bound(self, params: SamplingParams) -> tuple[Any, dict[str, Any]]:
+        """The pipeline for a request, and what it is called with.
+
+        :raises InvalidRequest: that can't be.
+        """
+        if self._model.is_whole and params.cache is not None:
+            raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
+        if self._runtime.ranks is not None and isinstance(params.cache, FirstBlockCache):
+            raise InvalidRequest("cache method first_block needs a single GPU; with several there is taylor", "cache")
+        images = [load_image(Path(path)) for path in params.image_path]
+        pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
+        return pipeline, with_pictures(arguments(pipeline, params, self._model.defaults, images))
+
     def _start(self, asked: Start, applied: Mapping[str, Applied], filters: tuple[Filter, ...]) -> None:
         request_id, params = asked.request_id, asked.params
-        try:
-            if self._model.is_whole and params.cache is not None:
-                raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
-            if self._runtime.ranks is not None and isinstance(params.cache, FirstBlockCache):
-                raise InvalidRequest(
-                    "cache method first_block needs a single GPU; with several there is taylor", "cache"
-                )
-            images = [load_image(Path(path)) for path in params.image_path]
-            pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
-            kwargs = with_pictures(arguments(pipeline, params, self._model.defaults, images))
-        except Exception as error:  # noqa: BLE001 - the task's boundary: what it can't begin with fails it alone
+        # What it can't begin with fails it alone.
+        bound = outcome_of(functools.partial(self._bound, params))
+        if isinstance(bound, Raised):
             self._adapters.release(request_id)
-            self._not_started(request_id, error)
+            self._not_started(request_id, bound.error)
             return
+        pipeline, kwargs = bound.value
         steps = num_steps(pipeline, kwargs)
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self._model.is_whole else 1

@@ -20,6 +20,7 @@ from sgld.errors import Cancelled, ChannelClosed, PipelineFailed
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.tensor_queue import TensorWriter
 from sgld.messages import AnyCommand, AnyReply, Decoded, Heard, Previewed, TensorRef
+from sgld.outcome import Value, outcome_of
 
 MAX_WAITING = 64
 # How long a front that is alive may take to make room for what waits when the rank leaves.
@@ -47,10 +48,10 @@ class Results:
         self._tensors = tensors
         self._waiting: queue.Queue[_Parcel | AnyReply | None] = queue.Queue(MAX_WAITING)
         self._is_closed = threading.Event()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._copying: torch.cuda.Stream | None = None
         """Beside the one that computes: copies don't wait for the next forward, nor it for them."""
-        self._thread = threading.Thread(target=self._send_all, name="results", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="results", daemon=True)
         self._thread.start()
 
     @property
@@ -119,21 +120,24 @@ class Results:
     def _put(self, item: _Parcel | AnyReply) -> None:
         self._waiting.put(item)
 
-    def _send_all(self) -> None:
-        try:
-            while (item := self._waiting.get()) is not None:
-                if isinstance(item, _Parcel):
-                    with self._beside_forwards(item):
-                        ref = self._tensors.put(item.pixels, should_stop=self._should_stop)
-                    self._channel.send(item.message(ref))
-                else:
-                    self._channel.send(item)
-        except (ChannelClosed, Cancelled):
-            self._drain()
-        except Exception as error:  # noqa: BLE001 - the thread's boundary: the rank ends, and `close` says why
-            self._error = error
+    def _work(self) -> None:
+        sent = outcome_of(self._send_all, catches=BaseException)
+        if isinstance(sent, Value):
+            return
+        if not isinstance(sent.error, ChannelClosed | Cancelled):
+            # The rank ends, and `close` says why.
+            self._error = sent.error
             self._channel.shutdown()
-            self._drain()
+        self._drain()
+
+    def _send_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, _Parcel):
+                with self._beside_forwards(item):
+                    ref = self._tensors.put(item.pixels, should_stop=self._should_stop)
+                self._channel.send(item.message(ref))
+            else:
+                self._channel.send(item)
 
     @contextmanager
     def _beside_forwards(self, parcel: _Parcel) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Launched, Pending, Ran, Stepped, TickMode
+from sgld.outcome import Outcome, Raised, Value
 from sgld.worker.ahead import LOOK_S, Ahead, News
 from sgld.worker.binding import bind, bind_whole, release
 from sgld.worker.calls import Call, Stretch
@@ -19,7 +20,7 @@ from sgld.worker.job import Job, seed_of, size_of
 from sgld.worker.probe import probed_axes
 from sgld.worker.slots import everywhere
 from sgld.worker.snapshot import next_hook_id, remove_hooks
-from sgld.worker.task import Outcome, Raised, Task, Value
+from sgld.worker.task import Task
 
 logger = logging.getLogger(__name__)
 

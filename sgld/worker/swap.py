@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from sgld.models.placement import compile_module, regions
+from sgld.outcome import Raised, outcome_of
 from sgld.worker.aside import CompilerProcess, Known, Watch
 from sgld.worker.compiler import CompileJob, CompileResult, run_job
 from sgld.worker.invocation import Invocation
@@ -238,11 +239,11 @@ class Swap:
 
     def _read(self, job: CompileJob) -> None:
         """What is compiled for one module is there for all that are like it."""
-        try:
-            with self._compiling():
-                run_job(job)
-        except Exception as error:  # noqa: BLE001 - memory may be short: then the call that comes reads it itself
-            logger.debug("not read in advance: %r", error)
+        with self._compiling():
+            read = outcome_of(functools.partial(run_job, job))
+        if isinstance(read, Raised):
+            # Memory may be short: then the call that comes reads it itself.
+            logger.debug("not read in advance: %r", read.error)
         self.num_irregular += 1
 
     def _swap(self, module: nn.Module, form: str) -> None:

@@ -4,10 +4,9 @@ At most one of the executor and the tasks runs at a time. The baton goes to a ta
 the task has stopped or has ended: Python threads that run beside an eager forward slow it down several times.
 """
 
+import functools
 import threading
-import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -16,28 +15,12 @@ from torch import nn
 from sgld.errors import Cancelled
 from sgld.events import Stage
 from sgld.messages import CallKind
+from sgld.outcome import Outcome, Raised, Value, outcome_of
 from sgld.worker.calls import Call
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.sites import Skips
 from sgld.worker.slots import Applied
 from sgld.worker.snapshot import Snapshot
-
-
-@dataclass(frozen=True)
-class Value:
-    """A call or a task returned this."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class Raised:
-    """A call or a task raised this."""
-
-    error: BaseException
-
-
-Outcome = Value | Raised
 
 
 class Task:
@@ -115,12 +98,10 @@ class Task:
     def answer(self, call: Call, outcome: Outcome) -> None:
         """Give the task the outcome of one of its calls; it takes note when it runs."""
         del self._calls[call.id]
-        try:
-            if isinstance(outcome, Value):
-                call.answered(outcome.value)
-        except Exception as error:  # noqa: BLE001 - memory may be too small for what a step cache keeps: its task's problem
-            forget_locals(error)
-            outcome = Raised(error)
+        if isinstance(outcome, Value):
+            # Memory may be too small for what a step cache keeps: its task's problem.
+            answered = outcome_of(functools.partial(call.answered, outcome.value))
+            outcome = answered if isinstance(answered, Raised) else outcome
         self._outcomes[call.id] = outcome
 
     def advance(self, outcome: Outcome | None = None) -> None:
@@ -244,31 +225,17 @@ class Task:
 
     def _main(self) -> None:
         self._go.acquire()
-        self._end = self._run()
-        # Nothing of a request outlives it: the body holds the pipeline's arguments, a traceback all that was local.
+        self._end = outcome_of(self._run, catches=BaseException)
+        # Nothing of a request outlives it, and the body holds the pipeline's arguments.
         self._body = None
         self._calls.clear()
-        if isinstance(self._end, Raised):
-            forget_locals(self._end.error)
         self._stopped.release()
 
-    def _run(self) -> Outcome:
+    def _run(self) -> Any:
         assert self._body is not None
-        try:
-            if self._is_cancelled:
-                raise Cancelled
-            result = self._body(self)
-            # It may hold results that nobody has touched yet.
-            self.settle()
-            return Value(result)
-        except BaseException as error:  # noqa: BLE001 - the task's boundary: whatever a pipeline raises is its outcome
-            return Raised(error)
-
-
-def forget_locals(error: BaseException | None) -> None:
-    """Clear the frames of an exception and of those that led to it; they still print."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+        if self._is_cancelled:
+            raise Cancelled
+        result = self._body(self)
+        # It may hold results that nobody has touched yet.
+        self.settle()
+        return result

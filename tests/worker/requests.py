@@ -9,9 +9,10 @@ from diffusers.utils import BaseOutput
 from pipelines import BUILDERS
 from torch import nn
 
+from sgld.outcome import Outcome, Raised
 from sgld.worker.calls import Call, current_context
 from sgld.worker.executor import single
-from sgld.worker.task import Outcome, Raised, Task
+from sgld.worker.task import Task
 
 # As many tokens each: some encoders pad to the longest prompt of a batch only.
 PROMPTS = ("a red cat on the moon", "the blue dog under a hill", "a green lake over the sun", "the sun on a red hill")

@@ -16,6 +16,7 @@ from sgld.messages import Pending, Start
 from sgld.models.lora import Adaptable, Adapter, adaptable, read
 from sgld.models.quantization import agreed
 from sgld.models.quantized import quantize
+from sgld.outcome import Outcome, Value
 from sgld.sampling_params import LoraChoice, SamplingParams
 from sgld.testing import run_together
 from sgld.worker.adapters import Adapters, Source
@@ -26,7 +27,6 @@ from sgld.worker.filters import Filters
 from sgld.worker.job import Job
 from sgld.worker.session import Session
 from sgld.worker.slots import Applied
-from sgld.worker.task import Outcome, Value
 from worker.requests import picture, request
 
 # What request i has: an adapter, two at once, none, another one.

@@ -10,12 +10,13 @@ from diffusers import DiffusionPipeline, ModelMixin
 from pipelines import build
 from torch import nn
 
+from sgld.outcome import Raised, Value
 from sgld.testing import run_together
 from sgld.worker.binding import bind
 from sgld.worker.calls import Call
 from sgld.worker.deferred import Deferred, Promise, forced, outline_of
 from sgld.worker.executor import single
-from sgld.worker.task import Raised, Task, Value
+from sgld.worker.task import Task
 from worker.requests import Doubling, Sum, calls_until_end, picture, request
 
 VALUE = torch.arange(24.0).reshape(2, 3, 4)

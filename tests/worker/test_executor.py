@@ -8,11 +8,11 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from sgld.outcome import Outcome, Raised, Value
 from sgld.worker.axes import Batched, CallAxes
 from sgld.worker.calls import Call
 from sgld.worker.clock import HostClock
 from sgld.worker.executor import Executor, Tick
-from sgld.worker.task import Outcome, Raised, Value
 from sgld.worker.verdicts import RECHECK_EVERY, axes_key
 from worker.requests import call_of, values
 

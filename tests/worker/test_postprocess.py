@@ -11,6 +11,7 @@ from sgld.errors import InvalidRequest
 from sgld.models.filters import Filter, Interpolator, Lanczos, Upscaler
 from sgld.models.optical_flow import OpticalFlow
 from sgld.models.super_resolution import Compact
+from sgld.outcome import Outcome, Raised, Value
 from sgld.sampling_params import SamplingParams
 from sgld.worker.ahead import News
 from sgld.worker.calls import Call
@@ -20,7 +21,7 @@ from sgld.worker.postprocess import FilterCall, Postprocessing, edge_of, is_out_
 from sgld.worker.residency import Residency
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
-from sgld.worker.task import Outcome, Raised, Task, Value
+from sgld.worker.task import Task
 
 CPU = torch.device("cpu")
 MAX_BYTES = 10**9

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgld.outcome import Value
 from sgld.worker.executor import single
 from sgld.worker.randomness import OwnRandom
-from sgld.worker.task import Task, Value
+from sgld.worker.task import Task
 from worker.requests import call_of
 
 

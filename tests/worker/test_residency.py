@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from sgld.messages import Pending
+from sgld.outcome import Value
 from sgld.sampling_params import FirstBlockCache
 from sgld.testing import run_together
 from sgld.worker.binding import bind, release
@@ -22,7 +23,7 @@ from sgld.worker.job import Job
 from sgld.worker.residency import Held, Residency, Weights, leaving
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
-from sgld.worker.task import Task, Value
+from sgld.worker.task import Task
 from worker.requests import picture, request
 
 CPU = torch.device("cpu")

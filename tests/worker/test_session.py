@@ -12,12 +12,13 @@ from pipelines import BUILDERS, build
 from torch import nn
 
 from sgld.messages import Launched, Pending, Ran, Stepped
+from sgld.outcome import Outcome, Value
 from sgld.testing import run_together
 from sgld.worker.ahead import News
 from sgld.worker.executor import Executor
 from sgld.worker.job import Job
 from sgld.worker.session import Session
-from sgld.worker.task import Outcome, Task, Value
+from sgld.worker.task import Task
 from worker.devices import FakeDevice
 from worker.requests import Doubling, Doublings, Sum, requests
 

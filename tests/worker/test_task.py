@@ -8,12 +8,13 @@ import torch
 from pipelines import build
 
 from sgld.errors import Cancelled
+from sgld.outcome import Outcome, Raised, Value
 from sgld.worker.binding import bind
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, single
 from sgld.worker.job import Job
 from sgld.worker.session import Session
-from sgld.worker.task import Outcome, Raised, Task, Value
+from sgld.worker.task import Task
 from worker.requests import Doubling, call_of, calls_until_end, picture, request, run_to_end, running
 
 NAMES = ("flux", "wan")

@@ -1,0 +1,53 @@
+"""The boundary to code that isn't ours, as pipelines, models, compilers and converters: it may raise anything.
+
+Nowhere else is an error caught of which nobody knows what it is, except at the edges of HTTP and of the command line.
+"""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Value(Generic[T_co]):
+    """It returned this."""
+
+    value: T_co
+
+
+@dataclass(frozen=True)
+class Raised:
+    """It raised this."""
+
+    error: BaseException
+
+
+Outcome = Value[Any] | Raised
+
+
+def outcome_of(
+    work: Callable[[], T_co], *, catches: type[BaseException] = Exception, passes: tuple[type[Exception], ...] = ()
+) -> Value[T_co] | Raised:
+    """Do `work`, whatever comes of it; of what it raised nothing is held that was local there.
+
+    :param passes: errors that are the caller's: they aren't caught.
+    """
+    try:
+        return Value(work())
+    except passes:
+        raise
+    except catches as error:
+        forget_locals(error)
+        return Raised(error)
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Clear the frames of an exception and of those that led to it; they still print."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

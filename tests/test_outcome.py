@@ -1,0 +1,50 @@
+"""What comes of code that isn't ours."""
+
+import weakref
+
+import pytest
+
+from sgld.errors import Cancelled
+from sgld.outcome import Raised, Value, outcome_of
+
+
+class Large:
+    """What a forward allocates."""
+
+
+def test_work_returns_or_raises() -> None:
+    assert outcome_of(lambda: 3) == Value(3)
+    raised = outcome_of(lambda: 1 // 0)
+    assert isinstance(raised, Raised)
+    assert isinstance(raised.error, ZeroDivisionError)
+
+
+def test_what_was_local_to_failed_work_is_gone() -> None:
+    known: list[weakref.ref[Large]] = []
+
+    def work() -> None:
+        large = Large()
+        known.append(weakref.ref(large))
+        try:
+            raise KeyError(1)
+        except KeyError:
+            raise ValueError(2)  # noqa: B904 - the error of another
+
+    raised = outcome_of(work)
+    assert isinstance(raised, Raised)
+    assert known[0]() is None
+    assert raised.error.__traceback__ is not None
+
+
+def test_some_errors_are_the_callers() -> None:
+    with pytest.raises(ZeroDivisionError):
+        outcome_of(lambda: 1 // 0, passes=(ZeroDivisionError,))
+
+
+def test_cancellation_is_caught_only_where_a_task_ends() -> None:
+    def work() -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        outcome_of(work)
+    assert isinstance(outcome_of(work, catches=BaseException), Raised)
