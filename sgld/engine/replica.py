@@ -116,18 +116,25 @@ class _Process(Protocol):
     def close(self) -> None: ...
 
 
+# Not torch's: nothing of it goes to a rank, and importing it would keep the rank waiting.
+_Spawned = multiprocessing.get_context("spawn").Process
+
+
 @asynccontextmanager
-async def rank_process(config: EngineConfig, replica: int = 0, *, niceness: int = 0) -> AsyncIterator[Rank]:
+async def rank_process(
+    config: EngineConfig, replica: int = 0, *, niceness: int = 0, process: Callable[..., Any] = _Spawned
+) -> AsyncIterator[Rank]:
     """A rank in a process of its own, and its followers; when the block ends nothing of them is left.
 
     :param replica: index of its replica, which has GPUs of its own.
     :param niceness: of a rank that runs on the CPU.
+    :param process: makes a process that isn't started, of what multiprocessing's has: target, args and name.
     """
     front, rank_end = channel_pair()
     reader, writer = tensor_queue()
     meeting = os.memfd_create("sgld-ranks")
     try:
-        args = (rank_end, writer, config, replica, niceness, f"/proc/{os.getpid()}/fd/{meeting}")
+        args = (rank_end, writer, config, replica, niceness, f"/proc/{os.getpid()}/fd/{meeting}", process)
         processes = await to_thread.run_sync(_start, *args)
         try:
             async with _flushing(front):
@@ -149,26 +156,26 @@ def _start(
     replica: int,
     niceness: int,
     meeting: str,
+    process: Callable[..., Any],
 ) -> list[Any]:
     """Start the processes, in a thread, as each is given what it needs through a pipe.
 
+    They are no daemons: those may not have children, and loaders may use them. They watch their parent instead.
+
     :param meeting: an empty file, by which they find each other.
     """
-    # Not torch's: nothing of it goes to a rank, and importing it would keep the rank waiting. Not daemons: those may
-    # not have children, and loaders may use them. They watch their parent instead.
-    spawn = multiprocessing.get_context("spawn").Process
     of = "" if replica == 0 else f"-of-replica-{replica}"
     processes: list[Any] = []
     with seats(config.parallel.num_ranks, meeting) as (seat, *others):
         try:
             args = (rank_end, writer, config, replica, niceness, seat)
-            _started(processes, spawn(target=rank_main, args=args, name=f"sgld-rank-0{of}"))
+            _started(processes, process(target=rank_main, args=args, name=f"sgld-rank-0{of}"))
             for other in others:
                 args_ = (config, replica, niceness, other)
-                _started(processes, spawn(target=follower_main, args=args_, name=f"sgld-rank-{other.index}{of}"))
+                _started(processes, process(target=follower_main, args=args_, name=f"sgld-rank-{other.index}{of}"))
         except BaseException:
-            for process in processes:
-                process.kill()
+            for started in processes:
+                started.kill()
             raise
     rank_end.close()
     writer.close()

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from engine.preloaded import preloaded_rank
 from own_code import copy_code, save_tiny_autoencoder
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -53,6 +54,11 @@ Page = Callable[..., Outcome]
 def in_this_process(config: EngineConfig) -> Engine:
     """An engine whose rank is a thread: it loads and runs what one in a process of its own does."""
     return Engine(config, rank_factory=InlineReplica(None))
+
+
+def in_processes(config: EngineConfig) -> Engine:
+    """An engine whose ranks are processes."""
+    return Engine(config, rank_factory=preloaded_rank)
 
 
 @pytest.fixture(autouse=True)
@@ -440,7 +446,7 @@ async def test_serve(offload: str, models: Models, tmp_path: Path) -> None:
     if waiting := not_yet(argv):
         assert main(argv) == 2
         pytest.xfail(f"refused as it should be, until it is there: {', '.join(waiting)}")
-    async with served(argv, tmp_path, Engine if offload else in_this_process) as client:
+    async with served(argv, tmp_path, in_processes if offload else in_this_process) as client:
         kwargs = dict(BUILDERS["wan"].kwargs)
         size = "32x64" if offload else f"{kwargs.pop('width')}x{kwargs.pop('height')}"
         kwargs = {name: value for name, value in kwargs.items() if name not in ("width", "height")}

@@ -1,4 +1,4 @@
-"""Faults of real rank processes, which serve a tiny pipeline from a folder."""
+"""Faults of real rank processes, which serve a tiny pipeline from a folder; those of scripts are spawned by them."""
 
 import json
 import multiprocessing
@@ -22,6 +22,7 @@ import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pipelines import build
 
+from engine.preloaded import preloaded_rank
 from engine.streams import (
     TIMEOUT_S,
     completed,
@@ -85,7 +86,7 @@ class Served:
 def served(model: Model) -> Iterator[Served]:
     with (
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(Engine(model.config())) as engine,
+        portal.wrap_async_context_manager(Engine(model.config(), rank_factory=preloaded_rank)) as engine,
     ):
         portal.call(engine.ready)
         # From here on the engine knows what a forward takes.
@@ -220,7 +221,7 @@ async def test_model_that_cannot_be_loaded_is_one_line_for_all(
     shutil.copytree(model.folder, folder)
     spoil(folder)
     with anyio.fail_after(TIMEOUT_S):
-        async with Engine(model.config(folder)) as engine:
+        async with Engine(model.config(folder), rank_factory=preloaded_rank) as engine:
             with pytest.raises(ModelError) as before:
                 await events_of(engine, model.params())
             with pytest.raises(ModelError) as ready:
@@ -236,7 +237,7 @@ async def test_model_that_cannot_be_loaded_is_one_line_for_all(
 async def test_rank_that_dies_while_it_loads_is_a_model_error(model: Model) -> None:
     others = set(rank_pids())
     with anyio.fail_after(TIMEOUT_S):
-        async with Engine(model.config()) as engine:
+        async with Engine(model.config(), rank_factory=preloaded_rank) as engine:
             await until(lambda: set(rank_pids()) - others)
             [pid] = set(rank_pids()) - others
             os.kill(pid, signal.SIGKILL)

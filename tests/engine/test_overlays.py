@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pipelines import build
 
+from engine.preloaded import preloaded_rank
 from engine.streams import PROMPT, completed, difference, params_of, plain
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
@@ -79,7 +80,7 @@ async def test_pipeline_that_comes_with_an_overlay_runs_when_it_is_trusted(overl
     params = params_of(pixart[1])
     with pytest.raises(ModelError, match=r"pipeline\.py"):
         load(config(overlay))
-    async with Engine(config(overlay, trust_remote_code=True)) as engine:
+    async with Engine(config(overlay, trust_remote_code=True), rank_factory=preloaded_rank) as engine:
         frames = (await completed(engine, params)).frames
         assert engine.model is not None
         assert engine.model.pipeline_class == "SnowPipeline"

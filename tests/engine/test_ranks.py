@@ -16,6 +16,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from peft import LoraConfig, get_peft_model_state_dict
 from pipelines import build
 
+from engine.preloaded import preloaded_rank
 from engine.streams import TIMEOUT_S, completed, difference, ends_of, events_of, params_of, plain
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
@@ -64,7 +65,10 @@ def serving(name: str, folder: Path, **parallel: Any) -> Iterator[Served]:
         num_cpu_threads=1,
         parallel=ParallelConfig(**parallel),
     )
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(Engine(config)) as engine:
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(Engine(config, rank_factory=preloaded_rank)) as engine,
+    ):
         portal.call(engine.ready)
         yield Served(portal, engine, pipeline, kwargs, folder)
 
