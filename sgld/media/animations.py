@@ -13,6 +13,8 @@ from sgld.errors import InvalidRequest
 from sgld.media.files import write_atomically
 from sgld.media.metadata import exif_block, to_json
 
+# Pillow keeps a byte for each pixel of a GIF until it has seen them all.
+MAX_GIF_PIXELS = 2**30
 AnimationFormat = Literal["gif", "webp"]
 # GIF counts in hundredths of a second, and browsers slow down frames of less than two.
 _TICKS_PER_S: dict[AnimationFormat, int] = {"gif": 100, "webp": 1000}
@@ -35,7 +37,7 @@ def write_animation(
     :param metadata: the parameters to write into it, see `sgld.media.metadata`.
     :raises ValueError: the frames have another shape or dtype, or there are none.
     :raises OSError: the file can't be written; nothing of it is left.
-    :raises InvalidRequest: the rate is more than such pictures have, or the format has none of this size.
+    :raises InvalidRequest: the rate is more than such pictures have, or the format has none of this size or length.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
         raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
@@ -43,16 +45,45 @@ def write_animation(
         most = _MAX_FPS[animation_format]
         raise InvalidRequest(f"A {animation_format} has at most {most:g} frames per second, not {fps:g}.", "fps")
     durations = durations_ms(len(frames), fps, _TICKS_PER_S[animation_format])
-    first, *rest = (Image.fromarray(np.ascontiguousarray(frame[..., :3])) for frame in frames)
-    about: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+    about: dict[str, Any] = {"save_all": True, "duration": durations, "loop": 0}
     match animation_format:
         case "gif":
+            _check_gif(frames)
             about |= {"comment": b"" if metadata is None else to_json(metadata).encode()}
         case "webp":
             about |= {"quality": quality, "exif": b"" if metadata is None else exif_block(metadata)}
         case _:
             assert_never(animation_format)
-    write_atomically(path, lambda temporary: _save(first, temporary, animation_format, about))
+    write_atomically(path, lambda temporary: _save(_Film(frames), temporary, animation_format, about))
+
+
+class _Film(Image.Image):
+    """All frames as one picture for Pillow, which sees one at a time: no other is in its memory."""
+
+    def __init__(self, frames: NDArray[np.uint8]) -> None:
+        super().__init__()
+        self.n_frames = len(frames)
+        self._frames = frames
+        self.seek(0)
+
+    def seek(self, frame: int) -> None:
+        if not 0 <= frame < self.n_frames:
+            raise EOFError(f"there is no frame {frame}")
+        image = Image.fromarray(np.ascontiguousarray(self._frames[frame, ..., :3]))
+        self.im, self._mode, self._size, self._index = image.im, image.mode, image.size, frame
+
+    def tell(self) -> int:
+        return self._index
+
+
+def _check_gif(frames: NDArray[np.uint8]) -> None:
+    num_frames, height, width, _ = frames.shape
+    if num_frames * height * width > MAX_GIF_PIXELS:
+        most = MAX_GIF_PIXELS // (height * width)
+        raise InvalidRequest(
+            f"A gif of {width}x{height} has at most {most} frames here, not {num_frames}; choose webp or mp4.",
+            "output_format",
+        )
 
 
 def durations_ms(num_frames: int, fps: float, ticks_per_s: int) -> list[int]:

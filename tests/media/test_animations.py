@@ -1,3 +1,4 @@
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -63,4 +64,24 @@ def test_what_such_pictures_cant_be_is_refused(tmp_path: Path) -> None:
         write_animation(tmp_path / "a", np.zeros((4, 4, 3), np.uint8), "gif", fps=8)
     with pytest.raises(InvalidRequest, match="20000x1 can't be written as webp"):
         write_animation(tmp_path / "a", brightening(2, 1, 20_000), "webp", fps=8)
+    with pytest.raises(InvalidRequest, match="gif of 32768x4096 has at most 8 frames here, not 9"):
+        write_animation(tmp_path / "a", np.broadcast_to(np.zeros(3, np.uint8), (9, 4096, 32768, 3)), "gif", fps=8)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("animation_format", FORMATS)
+def test_pictures_of_frames_are_made_one_at_a_time(
+    tmp_path: Path, animation_format: AnimationFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Image.Image]] = []
+    largest, from_array = 0, Image.fromarray
+
+    def counted(pixels: NDArray[np.uint8]) -> Image.Image:
+        nonlocal largest
+        made.append(weakref.ref(image := from_array(pixels)))
+        largest = max(largest, sum(ref() is not None for ref in made))
+        return image
+
+    monkeypatch.setattr(Image, "fromarray", counted)
+    write_animation(tmp_path / "a", brightening(5), animation_format, fps=8)
+    assert largest == 1
