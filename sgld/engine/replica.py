@@ -5,8 +5,9 @@ import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -19,13 +20,15 @@ from sgld.ipc.channel import ChannelStatistics, FrontEnd, RankEnd, channel_pair
 from sgld.ipc.seats import seats
 from sgld.ipc.tensor_queue import TensorQueueStatistics, TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Exit
-from sgld.worker.main import follower_main, rank_main
+from sgld.worker.main import follower_main, rank_environment, rank_main
 
 # A rank that was told to leave ends its tasks at their next call; after this time it is killed.
 EXIT_GRACE_S = 2.0
 _KILLED_GRACE_S = 5.0
 # How often a silent rank is looked at: it is found to hang this much too late at worst.
 _LOOK_S = 0.5
+# Replicas are started by several threads, and the environment is one for all.
+_environment = threading.Lock()
 
 
 class Rank:
@@ -183,8 +186,22 @@ def _start(
 
 
 def _started(processes: list[Any], process: Any) -> None:
-    process.start()
+    with _inherited(rank_environment()):
+        process.start()
     processes.append(process)
+
+
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """While the block runs, new processes have these variables, which this one hasn't."""
+    with _environment:
+        for name, value in variables.items():
+            os.putenv(name, value)
+        try:
+            yield
+        finally:
+            for name in variables:
+                os.unsetenv(name)
 
 
 @asynccontextmanager

@@ -76,6 +76,28 @@ def _load(config: EngineConfig, niceness: int, seat: Seat, tell: "Tell | None" =
     return model
 
 
+def rank_environment() -> dict[str, str]:
+    """What ranks get, but for what the environment says itself.
+
+    For who starts the process: a script that imports torch does so in the new process, too, before `rank_main` begins.
+    """
+    compiled = str(cache_root() / "torch_compile_cache")
+    chosen = (
+        # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores
+        # 20 steps of the small model that ships took 1.5 s, and 5 s beside one more busy process. Asleep it is 2.5 and
+        # 3 s.
+        ("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY"), "PASSIVE"),
+        # Else torch takes a temporary folder: so what was compiled is there at the next start.
+        ("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR"), compiled),
+        # No progress bars and hints of libraries on the terminal.
+        ("TQDM_DISABLE", os.environ.get("TQDM_DISABLE"), "1"),
+        ("DIFFUSERS_VERBOSITY", os.environ.get("DIFFUSERS_VERBOSITY"), "error"),
+        ("TRANSFORMERS_VERBOSITY", os.environ.get("TRANSFORMERS_VERBOSITY"), "error"),
+        ("CACHE_DIT_LOG_LEVEL", os.environ.get("CACHE_DIT_LOG_LEVEL"), "error"),
+    )
+    return {name: ours for name, given, ours in chosen if given is None}
+
+
 def _begin(config: EngineConfig, replica: int) -> None:
     """What each rank does before it loads anything."""
     # Ctrl-C reaches the whole process group; the front decides what it means.
@@ -83,13 +105,8 @@ def _begin(config: EngineConfig, replica: int) -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=2)
     say_on_stderr()
-    # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores 20
-    # steps of the small model that ships took 1.5 s, and 5 s beside one more busy process. Asleep it is 2.5 and 3 s.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Before torch is imported, which takes a temporary folder otherwise: what was compiled is there at the next start.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "torch_compile_cache"))
     _leave_with_parent()
-    _quieten()
+    _unname_lock()
     if config.parallel.dp_size > 1:
         visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), replica, config.parallel.num_ranks)
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -158,13 +175,8 @@ def _give_way(niceness: int) -> None:
             os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
-def _quieten() -> None:
-    """Keep other libraries' progress bars and hints off the terminal; they read this when they are imported."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-    # Its default is a named semaphore, which a rank that is killed leaves behind.
+def _unname_lock() -> None:
+    """The default of tqdm's lock is a named semaphore, which a rank that is killed leaves behind."""
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())
