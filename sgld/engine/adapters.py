@@ -42,7 +42,8 @@ class EngineLoras:
     def __init__(self, config: LoraConfig, send: Callable[[LoadLora | UnloadLora], Collection[int]]) -> None:
         self._state = of_config(config)
         self._send = send
-        self._held = LorasHeld()
+        self._held: dict[int, LorasHeld] = {}
+        """By replica."""
         self._loads: dict[Source, _Load] = {}
 
     @property
@@ -50,10 +51,9 @@ class EngineLoras:
         """The adapters that have nicknames, and those that are active."""
         return self._state
 
-    @property
-    def held(self) -> LorasHeld:
-        """How much of them a rank holds, as one said last."""
-        return self._held
+    def held(self, replica: int = 0) -> LorasHeld:
+        """How much of them the rank of a replica holds, as it said last."""
+        return self._held.get(replica, LorasHeld())
 
     def resolved(self, params: SamplingParams) -> SamplingParams:
         """The params with the adapters that a request gets if it comes now, and where these are.
@@ -98,7 +98,7 @@ class EngineLoras:
     def heard(self, reply: LoraLoaded | LoraFailed | LorasHeld, replica: int = 0) -> None:
         """The rank of a replica says something of adapters."""
         if isinstance(reply, LorasHeld):
-            self._held = reply
+            self._held[replica] = reply
             return
         if isinstance(reply, LoraLoaded):
             self._state = self._state.loaded(reply)
@@ -106,7 +106,7 @@ class EngineLoras:
 
     def lost(self, replica: int = 0) -> None:
         """The rank of a replica is gone; a new one loads what requests need."""
-        self._held = LorasHeld()
+        self._held.pop(replica, None)
         for source, load in list(self._loads.items()):
             if replica in load.told:
                 self._heard_from(replica, source, None)

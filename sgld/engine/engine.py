@@ -174,8 +174,7 @@ class Engine:
                 CostStatistics(key=k, num_rows=n, variant=v, elapsed_s=s) for k, n, v, s in self._cost.current()
             ),
             etas=self._tally.etas.statistics,
-            replicas=tuple(replica.statistics(self._requests) for replica in self._replicas),
-            adapters=self._loras.held,
+            replicas=tuple(each.statistics(self._requests, self._loras.held(each.index)) for each in self._replicas),
         )
 
     def record(self, event: AnyEvent, label: str, start_s: float, end_s: float) -> None:

@@ -7,17 +7,19 @@ too: compiled or not, as a graph or not.
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterable
+from typing import TypeVar
 
 import msgspec
 
 from sgld.config import EngineConfig, cache_root
 from sgld.engine.cost import LearnedTime
-from sgld.engine.demand import Profile
+from sgld.engine.demand import MAX_PROFILES, Profile
 from sgld.messages import ModelInfo
+from sgld.models.shared_file import change
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 # Files of another format are left alone.
 _FORMAT = 2
 
@@ -40,20 +42,25 @@ class LearnedFile:
     def __init__(self, model: ModelInfo, config: EngineConfig) -> None:
         self._model = model
         named = msgspec.json.encode(
-            (model.identity, model.device_name, sorted(model.precisions.items()), *_options(config))
+            (model.identity, model.device_name, sorted(model.precisions.items()), *_options(config, model.device))
         )
+        self._known = Learned()
+        """When it was read or written last."""
         self._path = cache_root() / "learned" / f"times-{hashlib.sha256(named).hexdigest()[:24]}.json"
 
     def read(self) -> Learned:
         """What is kept; nothing if there is no file, or one that another version wrote."""
         try:
-            learned = msgspec.json.decode(self._path.read_bytes(), type=Learned)
-        except (OSError, msgspec.DecodeError):
-            return Learned()
-        return learned if learned.format == _FORMAT and _is_sound(learned) else Learned()
+            self._known = _decoded(self._path.read_bytes())
+        except OSError:
+            self._known = Learned()
+        return self._known
 
     def write(self, times: list[LearnedTime], profiles: list[Profile], calibrated: Iterable[str] = ()) -> None:
-        """Keep it, atomically. A folder that can't be written to is no error: the next start learns again."""
+        """Keep what is news, beside what other processes wrote meanwhile.
+
+        A folder that can't be written to is no error: the next start learns again.
+        """
         learned = Learned(
             device=self._model.device_name,
             model=self._model.model_path,
@@ -61,17 +68,44 @@ class LearnedFile:
             profiles=tuple(profiles),
             calibrated=tuple(calibrated),
         )
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        before, self._known = self._known, learned
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(msgspec.json.encode(learned))
-            temporary.replace(self._path)
+            change(self._path, lambda content: msgspec.json.encode(_merged(_decoded(content), learned, before)))
         except OSError as error:
             logger.warning("what was learned of times can't be kept: %s", error)
 
 
-def _options(config: EngineConfig) -> tuple[object, ...]:
-    """Those that decide how long forwards take."""
+def _decoded(content: bytes) -> Learned:
+    """Nothing, where another version wrote it."""
+    try:
+        learned = msgspec.json.decode(content, type=Learned)
+    except msgspec.DecodeError:
+        return Learned()
+    return learned if learned.format == _FORMAT and _is_sound(learned) else Learned()
+
+
+def _merged(there: Learned, learned: Learned, before: Learned) -> Learned:
+    """What is there, but for what is news since `before`."""
+    if there == Learned():
+        return learned
+    times = {time[:3]: time for time in (*there.times, *_news(learned.times, before.times))}
+    profiles = {one.like: one for one in (*there.profiles, *_news(learned.profiles, before.profiles))}
+    return msgspec.structs.replace(
+        learned,
+        times=tuple(times.values()),
+        profiles=tuple(profiles.values())[-MAX_PROFILES:],
+        calibrated=tuple(dict.fromkeys((*there.calibrated, *learned.calibrated))),
+    )
+
+
+def _news(now: Iterable[T], before: Iterable[T]) -> list[T]:
+    known = set(before)
+    return [one for one in now if one not in known]
+
+
+def _options(config: EngineConfig, device: str) -> tuple[object, ...]:
+    """Those that decide how long forwards take; copies of the model share the cores of a CPU."""
+    dp_size = config.parallel.dp_size if device == "cpu" else 1
     return (
         config.enable_torch_compile,
         config.graphs,
@@ -79,7 +113,7 @@ def _options(config: EngineConfig) -> tuple[object, ...]:
         config.vae_slicing,
         config.num_cpu_threads,
         config.backend,
-        msgspec.structs.replace(config.parallel, num_gpus=None, dp_size=1),
+        msgspec.structs.replace(config.parallel, num_gpus=None, dp_size=dp_size),
         config.memory,
         config.attention,
         config.quantized,

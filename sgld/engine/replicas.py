@@ -15,7 +15,7 @@ from sgld.engine.scheduler import Batch, Scheduler
 from sgld.engine.stages import Stages
 from sgld.engine.statistics import ReplicaStatistics
 from sgld.errors import RankLost
-from sgld.messages import AnyCommand, LoadLora, Run, UnloadLora
+from sgld.messages import AnyCommand, LoadLora, LorasHeld, Run, UnloadLora
 from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
 
@@ -117,7 +117,7 @@ class Replica:
         self.rank, self._stages = None, Stages()
         self.adapters.clear()
 
-    def statistics(self, requests: Requests) -> ReplicaStatistics:
+    def statistics(self, requests: Requests, adapters: LorasHeld) -> ReplicaStatistics:
         """What it does now; the queues to its rank are None while there is none."""
         tensor_queue, channel = self.rank.statistics() if self.rank is not None else (None, None)
         return ReplicaStatistics(
@@ -126,6 +126,7 @@ class Replica:
             num_running=requests.num_in(RequestState.RUNNING, self.index),
             tensor_queue=tensor_queue,
             channel=channel,
+            adapters=adapters,
         )
 
 

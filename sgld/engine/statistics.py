@@ -58,6 +58,8 @@ class ReplicaStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     tensor_queue: TensorQueueStatistics | None = None
     channel: ChannelStatistics | None = None
+    adapters: LorasHeld = LorasHeld()
+    """LoRA adapters that its rank holds."""
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,8 +82,6 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     etas: tuple[EtaStatistics, ...] = ()
     """How far predictions were from what came."""
     replicas: tuple[ReplicaStatistics, ...]
-    adapters: LorasHeld = LorasHeld()
-    """LoRA adapters that the first rank holds."""
 
 
 class Tally:

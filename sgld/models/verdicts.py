@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import msgspec
 
 from sgld.config import cache_root
 from sgld.models.resolve import ModelSource
+from sgld.models.shared_file import change
 
 if TYPE_CHECKING:
     from sgld.models.plan import ComponentPlan
@@ -53,6 +53,9 @@ class Kept(msgspec.Struct, frozen=True):
     """Component name to merge, interleave or exclusive, as last proved."""
 
 
+NOTHING = Kept()
+
+
 class VerdictFile:
     """The file of one configuration of a model.
 
@@ -75,16 +78,33 @@ class VerdictFile:
     def read(self) -> Kept:
         """What is kept; nothing if there is no file, or one that another version wrote."""
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=Kept)
-        except (OSError, msgspec.DecodeError):
+            return _decoded(self._path.read_bytes())
+        except OSError:
             return Kept()
 
-    def write(self, kept: Kept) -> None:
-        """Keep it, atomically. A folder that can't be written to is no error: the next start learns again."""
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+    def write(self, kept: Kept, before: Kept = NOTHING) -> None:
+        """Keep what is known now, beside what other processes wrote meanwhile.
+
+        A folder that can't be written to is no error: the next start learns again.
+
+        :param before: what was known when it was read or written last; other modes than there are news.
+        """
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(msgspec.json.encode(kept))
-            temporary.replace(self._path)
+            change(self._path, lambda content: msgspec.json.encode(_merged(_decoded(content), kept, before)))
         except OSError as error:
             logger.warning("what was learned of the model can't be kept: %s", error)
+
+
+def _decoded(content: bytes) -> Kept:
+    try:
+        return msgspec.json.decode(content, type=Kept)
+    except msgspec.DecodeError:
+        return NOTHING
+
+
+def _merged(there: Kept, kept: Kept, before: Kept) -> Kept:
+    if there == NOTHING:
+        return kept
+    axes = {one.key: one for one in (*there.axes, *kept.axes)}
+    news = {name: mode for name, mode in kept.modes.items() if before.modes.get(name) != mode}
+    return Kept(tuple(axes.values()), there.modes | news)

@@ -127,7 +127,6 @@ async def server_info(request: Request) -> Response:
         "num_running_reqs": services.requests.num_live,
         "engine": services.engine_config,
         "replicas": statistics.replicas,
-        "lora": statistics.adapters,
         "storage": {
             "cloud": bool(services.jobs.storage.origins),
             "num_pending_files": await services.jobs.storage.num_pending(),

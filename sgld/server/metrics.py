@@ -26,6 +26,12 @@ _NUMS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 # SGLang's: which part of a server it is, and which of several.
 _ROLE = {"role": "server", "replica": "0"}
 # The cheapest first; each geometry has its own, and servers that meet thousands of them exist.
+_OF_LORAS = (
+    ("sgld:lora_adapters", "LoRA adapters in memory", "num_adapters"),
+    ("sgld:lora_adapter_bytes", "memory that they take", "adapter_bytes"),
+    ("sgld:lora_slots", "combinations of adapters on the device", "num_slots"),
+    ("sgld:lora_slot_bytes", "memory of the device that these take", "slot_bytes"),
+)
 _MAX_COSTS = 200
 
 
@@ -132,11 +138,11 @@ def _of_engine(statistics: Statistics) -> Iterator[Metric]:
         costs.add_metric((cost.key, str(cost.num_rows), cost.variant), cost.elapsed_s)
     yield costs
     yield _of_etas(statistics.etas)
-    held = statistics.adapters
-    yield _gauge("sgld:lora_adapters", "LoRA adapters in memory", held.num_adapters)
-    yield _gauge("sgld:lora_adapter_bytes", "memory that they take", held.adapter_bytes)
-    yield _gauge("sgld:lora_slots", "combinations of adapters on the device", held.num_slots)
-    yield _gauge("sgld:lora_slot_bytes", "memory of the device that these take", held.slot_bytes)
+    for name, said, field in _OF_LORAS:
+        family = GaugeMetricFamily(name, said, labels=("replica",))
+        for index, replica in enumerate(statistics.replicas):
+            family.add_metric((str(index),), getattr(replica.adapters, field))
+        yield family
     used = GaugeMetricFamily("sgld:tensor_queue_used_ratio", "how full the queue of pixels is", labels=("replica",))
     for index, replica in enumerate(statistics.replicas):
         if (queue := replica.tensor_queue) is not None:

@@ -34,8 +34,8 @@ class Memory:
             for key, call in verdicts.axes.items()
             if call.results is not None
         )
-        self._kept = Kept(tuple(axes), dict(verdicts.modes))
-        self._file.write(self._kept)
+        before, self._kept = self._kept, Kept(tuple(axes), dict(verdicts.modes))
+        self._file.write(self._kept, before)
 
 
 def _kept(leaves: dict[Path, Batched]) -> tuple[KeptLeaf, ...]:

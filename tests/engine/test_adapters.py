@@ -83,7 +83,7 @@ async def test_requests_get_their_own_adapters_or_those_of_the_start(
     requests = [params_of(flux[1], lora=chosen) for chosen, _ in choices]
     async with serving(flux, lora_path=tuple(paths[:2]), lora_scale=(0.5,)) as engine:
         ends = await ends_of(engine, *requests)
-        held = engine.statistics().adapters
+        held = engine.statistics().replicas[0].adapters
     for end, (_, used) in zip(ends, choices, strict=True):
         assert isinstance(end, Completed), end
         assert difference(end.frames, expected(reference, params, *used)) <= 1

@@ -28,7 +28,7 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
     LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
     learned = LearnedFile(KEPT, CONFIG).read()
     assert (list(learned.times), list(learned.profiles)) == (TIMES, PROFILES)
-    assert [path.suffix for path in folder.iterdir()] == [".json"]
+    assert [path.suffix for path in folder.glob("[!.]*")] == [".json"]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,27 @@ def test_other_models_and_devices_have_other_files(change: dict[str, object]) ->
 def test_options_that_forwards_depend_on_have_other_files() -> None:
     LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
     assert LearnedFile(KEPT, EngineConfig(enable_torch_compile=True)).read() == Learned()
-    for same in (EngineConfig(max_batch_size=3), EngineConfig(parallel=ParallelConfig(dp_size=2))):
-        assert LearnedFile(KEPT, same).read() != Learned()
+    copies = EngineConfig(parallel=ParallelConfig(dp_size=2))
+    assert LearnedFile(KEPT, copies).read() == Learned()  # which share the cores
+    assert LearnedFile(KEPT, EngineConfig(max_batch_size=3)).read() != Learned()
+    on_gpu = msgspec.structs.replace(KEPT, device="cuda:0")
+    LearnedFile(on_gpu, CONFIG).write(TIMES, PROFILES)
+    assert LearnedFile(on_gpu, copies).read() != Learned()
+
+
+def test_what_others_wrote_meanwhile_stays_but_for_what_is_news() -> None:
+    first = LearnedFile(KEPT, CONFIG)
+    first.write(TIMES, PROFILES, ("64x64",))
+    second = LearnedFile(KEPT, CONFIG)
+    second.read()
+    faster: LearnedTime = (*TIMES[0][:3], 0.125)
+    first.write([faster, TIMES[1]], PROFILES, ("64x64",))
+    other: LearnedTime = ("vae.decode(8)", 1, "eager", 0.5)
+    second.write([*TIMES, other], [Profile("c", 1.0, ())], ("32x32",))
+    learned = first.read()
+    assert list(learned.times) == [faster, TIMES[1], other]
+    assert [profile.like for profile in learned.profiles] == ["a", "b", "c"]
+    assert learned.calibrated == ("64x64", "32x32")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +82,7 @@ def test_options_that_forwards_depend_on_have_other_files() -> None:
 def test_broken_and_foreign_files_are_like_none(folder: Path, content: bytes) -> None:
     file = LearnedFile(KEPT, CONFIG)
     file.write(TIMES, PROFILES)
-    next(folder.iterdir()).write_bytes(content)
+    next(folder.glob("*.json")).write_bytes(content)
     assert file.read() == Learned()
     file.write(TIMES, PROFILES)
     assert file.read() != Learned()

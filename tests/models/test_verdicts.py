@@ -33,7 +33,7 @@ def file(folder: Path | None = None, name: str = "a/model", **index: Any) -> Ver
 
 
 def only(cache: Path) -> Path:
-    (found,) = (cache / "learned").iterdir()
+    (found,) = (cache / "learned").glob("[!.]*")
     return found
 
 
@@ -48,10 +48,12 @@ def test_nothing_is_kept_of_a_model_that_was_not_seen() -> None:
     assert file().read() == Kept()
 
 
-def test_writing_replaces_and_leaves_one_file(cache: Path) -> None:
-    file().write(KEPT)
-    file().write(Kept(modes={"unet": "interleave"}))
-    assert file().read().modes == {"unet": "interleave"}
+def test_what_others_wrote_meanwhile_stays_but_for_what_is_news(cache: Path) -> None:
+    file().write(Kept(modes={"unet": "merge", "vae": "merge"}))
+    before = file().read()
+    file().write(Kept(KEPT.axes, {"unet": "exclusive", "vae": "merge", "text": "merge"}), before)
+    file().write(Kept(modes={"unet": "merge", "vae": "interleave"}), before)
+    assert file().read() == Kept(KEPT.axes, {"unet": "exclusive", "vae": "interleave", "text": "merge"})
     assert only(cache).suffix == ".json"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from sgld.engine.statistics import ReplicaStatistics
 from sgld.media.metadata import read_metadata
 from sgld.messages import LorasHeld
 from sgld.sampling_params import LoraChoice
@@ -200,16 +201,19 @@ async def test_what_is_not_there_is_not_switched_or_unloaded(tmp_path: Path) -> 
         assert (await server.http.delete("/v1/loras/a")).status_code == 404
 
 
-async def test_what_the_rank_holds_is_told(tmp_path: Path) -> None:
+async def test_what_each_rank_holds_is_told(tmp_path: Path) -> None:
     engine = FakeEngine()
     held = LorasHeld(num_adapters=2, adapter_bytes=300, num_slots=3, slot_bytes=900)
-    engine.counted = msgspec.structs.replace(engine.counted, adapters=held)
+    replicas = [
+        ReplicaStatistics(is_ready=True, num_queued=0, num_running=0, adapters=each) for each in (LorasHeld(), held)
+    ]
+    engine.counted = msgspec.structs.replace(engine.counted, replicas=tuple(replicas))
     async with running(tmp_path, engine) as server:
         info = (await server.http.get("/server_info")).json()
         metrics = (await server.http.get("/metrics")).text
-    assert info["lora"] == msgspec.to_builtins(held)
-    assert "sgld:lora_adapter_bytes 300.0" in metrics
-    assert "sgld:lora_slots 3.0" in metrics
+    assert [each["adapters"] for each in info["replicas"]] == msgspec.to_builtins([LorasHeld(), held])
+    assert 'sgld:lora_adapter_bytes{replica="1"} 300.0' in metrics
+    assert 'sgld:lora_slots{replica="0"} 0.0' in metrics
 
 
 async def test_adapters_need_a_key_where_others_do(tmp_path: Path) -> None:
