@@ -1,11 +1,11 @@
 """How videos are encoded: flags, config keys and fields of requests alike."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from sgld.fields import FieldError, check_fields
+from sgld.fields import FieldError, check_fields, option
 
 VideoCodec = Literal["h264", "hevc", "av1"]
 X264Preset = Literal[
@@ -22,10 +22,6 @@ def quality_of(quality: int | OutputQuality) -> int:
     return quality if isinstance(quality, int) else _QUALITIES[quality]
 
 
-def _field(description: str, **extra: Any) -> Meta:
-    return Meta(description=description, extra=extra or None)
-
-
 class VideoEncoding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the encoder of MP4 files is told; None leaves it to the quality.
 
@@ -33,25 +29,25 @@ class VideoEncoding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     video_codec: Annotated[
-        VideoCodec, _field("codec of MP4: h264 plays everywhere, hevc and av1 are smaller and slower")
+        VideoCodec, option("codec of MP4: h264 plays everywhere, hevc and av1 are smaller and slower")
     ] = "h264"
     video_crf: (
         Annotated[
             int,
             Meta(ge=0, le=63),
-            _field(
+            option(
                 "constant rate factor of MP4, 0 is the best: to 51 (h264, hevc) or 63 (av1). Default: by the quality"
             ),
         ]
         | None
     ) = None
-    x264_preset: Annotated[X264Preset, _field("effort of the encoders of h264 and hevc. Default: veryfast")] | None = (
+    x264_preset: Annotated[X264Preset, option("effort of the encoders of h264 and hevc. Default: veryfast")] | None = (
         None
     )
 
     video_fragmented: Annotated[
         bool,
-        _field("MP4 in fragments, which only grows while it is written; seeking is slower"),
+        option("MP4 in fragments, which only grows while it is written; seeking is slower"),
     ] = False
 
     def __post_init__(self) -> None:

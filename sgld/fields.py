@@ -1,4 +1,4 @@
-"""Fields of structs: the ranges that `msgspec.Meta` states, checked also where a struct is constructed."""
+"""Fields of structs: what they are for users, and the ranges that `Meta` states, checked in the constructor, too."""
 
 from functools import cache
 from typing import Any, TypedDict, get_type_hints
@@ -13,6 +13,14 @@ class FieldError(ValueError):
     def __init__(self, field: str, value: object, problem: str) -> None:
         super().__init__(f"{field} is {value!r}: {problem}")
         self.field = field
+
+
+def option(description: str, **extra: Any) -> msgspec.Meta:
+    """A field of a config, which is a flag and a key, too.
+
+    :param extra: `aliases`, other spellings; `later`, what it waits for: only its default is accepted until then.
+    """
+    return msgspec.Meta(description=description, extra=extra or None)
 
 
 def check_fields(struct: msgspec.Struct) -> None:

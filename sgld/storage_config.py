@@ -3,18 +3,14 @@
 Secrets are no fields of it, so that nothing that shows a config shows one: `sgld.storage.settings` reads them.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from sgld.fields import FieldError, check_fields
+from sgld.fields import FieldError, check_fields, option
 
 MAX_PRESIGN_S = 7 * 86400
-
-
-def _field(description: str, **extra: Any) -> Meta:
-    return Meta(description=description, extra=extra or None)
 
 
 class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,21 +21,21 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     cloud_storage_type: Annotated[
         Literal["none", "s3"] | None,
-        _field("s3: outputs are uploaded to a bucket. Default: $SGLD_CLOUD_STORAGE_TYPE, else none"),
+        option("s3: outputs are uploaded to a bucket. Default: $SGLD_CLOUD_STORAGE_TYPE, else none"),
     ] = None
-    s3_bucket_name: Annotated[str | None, _field("its name. Default: $SGLD_S3_BUCKET_NAME")] = None
+    s3_bucket_name: Annotated[str | None, option("its name. Default: $SGLD_S3_BUCKET_NAME")] = None
     s3_endpoint_url: Annotated[
-        str | None, _field("where it is, if not at AWS, as https://minio.example.com. Default: $SGLD_S3_ENDPOINT_URL")
+        str | None, option("where it is, if not at AWS, as https://minio.example.com. Default: $SGLD_S3_ENDPOINT_URL")
     ] = None
     s3_region_name: Annotated[
-        str | None, _field("its region. Default: $SGLD_S3_REGION_NAME, else as AWS is set up")
+        str | None, option("its region. Default: $SGLD_S3_REGION_NAME, else as AWS is set up")
     ] = None
     s3_key_prefix: Annotated[
-        str | None, _field("what the keys of all objects begin with, as images/. Default: $SGLD_S3_KEY_PREFIX")
+        str | None, option("what the keys of all objects begin with, as images/. Default: $SGLD_S3_KEY_PREFIX")
     ] = None
     s3_public_url: Annotated[
         str | None,
-        _field(
+        option(
             "where anybody gets objects by their keys, as a CDN; else URLs are signed. Default: $SGLD_S3_PUBLIC_URL"
         ),
     ] = None
@@ -47,18 +43,18 @@ class StorageConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Annotated[
             int,
             Meta(ge=1, le=MAX_PRESIGN_S),
-            _field("how long a signed URL is good. Default: $SGLD_S3_PRESIGN_SECONDS, else an hour"),
+            option("how long a signed URL is good. Default: $SGLD_S3_PRESIGN_SECONDS, else an hour"),
         ]
         | None
     ) = None
     storage_keep_local: Annotated[
         bool | None,
-        _field("keep the local file of what was uploaded, too. Default: sgld generate does, sgld serve doesn't"),
+        option("keep the local file of what was uploaded, too. Default: sgld generate does, sgld serve doesn't"),
     ] = None
 
     output_hook: Annotated[
         str | None,
-        _field("function, as module:name, that is called with each finished file and its media type before it is kept"),
+        option("function, as module:name, that is called with each finished file and its media type before it is kept"),
     ] = None
 
     def __post_init__(self) -> None:
