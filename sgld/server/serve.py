@@ -36,6 +36,7 @@ from sgld.server.app import create_app
 from sgld.server.auth import Keys, read_keys
 from sgld.server.edge import Activity
 from sgld.server.feed import MAX_ENDED, Feed
+from sgld.server.image_work import image_work
 from sgld.server.job_store import JobStore
 from sgld.server.jobs import Jobs, Works
 from sgld.server.limits import limits_of
@@ -149,7 +150,7 @@ async def serve(
             counted = RequestMetrics(services.registry)
             requests.observers.append(lambda live, event: counted.observe(live, event, time.monotonic()))
             works: Works = {
-                images.KIND: partial(images.image_work, services),
+                images.KIND: partial(image_work, services),
                 videos.KIND: partial(videos.video_work, services),
             }
             async with jobs.open(works), anyio.create_task_group() as tasks:
