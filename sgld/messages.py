@@ -220,6 +220,12 @@ class Noted(Reply, frozen=True, kw_only=True, tag="noted"):
     note: str
 
 
+class Compiling(Reply, frozen=True, kw_only=True, tag="compiling"):
+    """Whether code is on its way that later forwards will run, sent when it has changed."""
+
+    is_pending: bool
+
+
 class Idle(Reply, frozen=True, tag="idle"):
     """A `Run` has come to its end; the rank waits for commands."""
 
@@ -301,6 +307,7 @@ AnyReply = (
     | LoraFailed
     | LorasHeld
     | Noted
+    | Compiling
     | Idle
     | Stepped
     | Previewed

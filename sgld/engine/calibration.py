@@ -4,9 +4,10 @@ They go the ordinary way, so that what is compiled or captured is what will run.
 step, until more rows gain nothing.
 """
 
+import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import anyio
 
@@ -50,6 +51,7 @@ async def calibrate(
     max_rows: int,
     limit_s: float,
     num_replicas: int = 1,
+    is_compiling: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
     """Measure forwards of these sizes; returns those that were done.
@@ -57,6 +59,7 @@ async def calibrate(
     :param generate: runs a request; those that run at the same time share all forwards that they can.
     :param max_rows: as many requests run together at most.
     :param num_replicas: each gets as many, for requests are spread evenly: all are to be warm.
+    :param is_compiling: whether code is on its way that forwards will run instead of what they run now.
     :param limit_s: no request begins after so many seconds.
     """
     done: list[str] = []
@@ -67,7 +70,15 @@ async def calibrate(
             if clock() > until:
                 logger.warning("calibration ends after %g s; not done: %s", limit_s, ", ".join(sizes[index:]))
                 return done
-            if (problem := await _run(size, num * num_replicas, generate)) is not None:
+            problem = await _settled(
+                functools.partial(_run, size, num * num_replicas, generate),
+                is_compiling,
+                is_late=lambda: clock() > until,
+                said=f"calibration: {size}, {num} at a time, again, as code is being compiled",
+            )
+            if problem is None and is_compiling():
+                continue
+            if problem is not None:
                 logger.warning("calibration of %s with %d at a time failed: %s", size, num, problem)
                 # What no single request can be isn't done; for what memory has no room for that is the answer.
                 done += [size] if num > 1 else []
@@ -81,6 +92,21 @@ async def calibrate(
                 break
             num, before_s = 2 * num, step_s
     return done
+
+
+async def _settled(
+    run: Callable[[], Awaitable[str | None]], is_compiling: Callable[[], bool], is_late: Callable[[], bool], said: str
+) -> str | None:
+    """Run requests, and again until the code that is being compiled ran in them from the start; why one of them failed.
+
+    A rank takes code over between its calls, so waiting needs some.
+    """
+    problem, has_new = await run(), is_compiling()
+    while problem is None and has_new and not is_late():
+        logger.info(said)
+        has_new = is_compiling()
+        problem = await run()
+    return problem
 
 
 async def _run(size: str, num: int, generate: Generate) -> str | None:

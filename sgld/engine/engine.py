@@ -39,6 +39,7 @@ from sgld.messages import (
     Alive,
     AnyReply,
     Cancel,
+    Compiling,
     Decoded,
     Finished,
     Heard,
@@ -348,6 +349,7 @@ class Engine:
                 num_replicas=len(self._replicas),
                 max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
                 limit_s=self._config.calibration.calibrate_limit_s,
+                is_compiling=lambda: any(replica.is_compiling for replica in self._replicas),
             )
             self._calibrated = (*self._calibrated, *done)
             await self._keep()
@@ -394,6 +396,8 @@ class Engine:
                 self._tally.judged(reply)
             case Noted(component=component, note=note):
                 self._model = self._model and with_note(self._model, component, note)
+            case Compiling(is_pending=is_pending):
+                replica.is_compiling = is_pending
             case Launched(call_ids=call_ids):
                 self._tally.launched(call_ids, replica.index)
                 replica.scheduler.launched(call_ids)

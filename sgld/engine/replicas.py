@@ -41,6 +41,8 @@ class Replica:
         self.rank: Rank | None = None
         """None while no rank is ready."""
         self.running: Batch | None = None
+        self.is_compiling = False
+        """Code is on its way that its rank will run."""
         self.has_served = False
         """A rank of it was ready once."""
         self.num_lost_loads = 0
@@ -114,7 +116,7 @@ class Replica:
 
     def lost(self) -> None:
         """The rank is gone."""
-        self.rank, self._stages = None, Stages()
+        self.rank, self._stages, self.is_compiling = None, Stages(), False
         self.adapters.clear()
 
     def statistics(self, requests: Requests, adapters: LorasHeld) -> ReplicaStatistics:

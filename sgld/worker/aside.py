@@ -3,6 +3,7 @@
 The process is told all at once and ends with its work; nothing here waits for it.
 """
 
+import fcntl
 import hashlib
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import msgspec
 import torch
@@ -21,6 +22,8 @@ from torch import nn
 from sgld.models import attention
 from sgld.worker.compiler import CompileJob, CompileResult, TorchState
 from sgld.worker.sketch import CannotSketch, sketched
+
+_CLAIM = "compiling"
 
 
 class Watch:
@@ -114,6 +117,31 @@ class Known:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder / "sgld" if folder is not None else None
+        self._claim: IO[str] | None = None
+
+    def claim(self) -> bool:
+        """Be the one that compiles; False while another process on this machine does, which may have the same to do.
+
+        :raises OSError: the folder can't be used.
+        """
+        if self._folder is None or self._claim is not None:
+            return True
+        self._folder.mkdir(parents=True, exist_ok=True)
+        claim = (self._folder / _CLAIM).open("w")
+        try:
+            # The kernel takes it back from who dies.
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            claim.close()
+            return False
+        self._claim = claim
+        return True
+
+    def release(self) -> None:
+        """Let others compile."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     def has(self, job: CompileJob) -> bool:
         return self._folder is not None and (self._folder / _name(job)).exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from sgld.ipc.channel import RankEnd
-from sgld.messages import AnyCommand, AnyReply
+from sgld.messages import AnyCommand, AnyReply, Compiling
 from sgld.models.performance import Compilation
 from sgld.worker.heartbeat import heartbeat
 from sgld.worker.runtime import Runtime
@@ -40,6 +40,7 @@ def swap_of(
         note=note,
         changed=runtime.forget,
         compiling=compiling,
+        pending=lambda is_pending: channel.send(Compiling(is_pending=is_pending)),
         cache=Path(cache) if cache else None,
     )
 

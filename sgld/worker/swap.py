@@ -43,6 +43,8 @@ _NEXT_MODE: dict[State, Mode] = {
 # A pause between two steps that is longer than this isn't one of computing.
 _MAX_STEP_S = 1.0
 _MAX_PROBLEM_CHARS = 300
+# How often it is looked whether others are done.
+LOOK_S = 1.0
 
 
 class Swap:
@@ -54,6 +56,7 @@ class Swap:
     :param note: told of a component what came of it.
     :param changed: told which component runs other code from now on.
     :param compiling: entered where this process compiles.
+    :param pending: told whether code is on its way that later calls will run.
     :param cache: the folder of compiled code.
     """
 
@@ -66,6 +69,7 @@ class Swap:
         note: Callable[[str, str], None] = lambda component, note: None,
         changed: Callable[[nn.Module], None] = lambda module: None,
         compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        pending: Callable[[bool], None] = lambda is_pending: None,
         cache: Path | None = None,
         compiles: Callable[[nn.Module], None] = compile_module,
         start: Callable[[Sequence[CompileJob]], CompilerProcess] = CompilerProcess,
@@ -78,7 +82,7 @@ class Swap:
         self._regions = {module: regions(module) for module in names}
         self._after_s, self._clock = after_s, clock
         self._note, self._changed, self._compiling, self._start = note, changed, compiling, start
-        self._inline, self._compiles = inline, compiles
+        self._inline, self._compiles, self._pending = inline, compiles, pending
         self._said: set[tuple[nn.Module, str]] = set()
         self._known = Known(cache)
         self._states: Recent[State] = Recent()
@@ -89,6 +93,9 @@ class Swap:
         """Forms that wait for a process, and those that one compiles now."""
         self._readings: deque[Callable[[], None]] = deque()
         """What is to be done until code of the cache is in this process, a second or two each."""
+        self._look_again_at = 0.0
+        """When another process compiles, that may have the same to do."""
+        self._is_told = False
         self._process: CompilerProcess | None = None
         self._compiled_now: list[str] = []
 
@@ -144,16 +151,19 @@ class Swap:
             return False
         self.close()
         self._process, self._compiled_now = None, []
+        self._known.release()
         for form, (module, _) in self._queue.items():
             self._states.pop(form, None)
             self._busy_s[module] = 0.0
         self._queue.clear()
+        self._tell()
         return True
 
     def close(self) -> None:
         """End the process, if there is one."""
         if self._process is not None:
             self._process.close()
+        self._known.release()
 
     def _stance(self, module: nn.Module, mode: Mode) -> AbstractContextManager[Any]:
         """What torch does where code is missing while a call runs."""
@@ -177,39 +187,64 @@ class Swap:
         except CannotSketch as error:
             self._refuse(module, [form], str(error))
             return
-        if all(map(self._known.has, jobs)):
-            self._build(module, form, jobs)
-            return
         self._states[form] = "pending"
         self._queue[form] = module, jobs
         if self._process is None:
             self._begin()
+        self._tell()
 
     def _begin(self) -> None:
-        """Have all that waits compiled."""
+        """Have all that waits compiled, but for what is in the cache. Where others compile, that is looked at again."""
         # Meanwhile a component may have left: its calls compile it, or nothing does.
         self._queue = {form: entry for form, entry in self._queue.items() if entry[0] in self._names}
-        if not self._queue:
-            return
+        self._compiled_now = list(self._queue)
+        try:
+            is_ours = self._known.claim()
+            self._build_known()
+            if self._queue and is_ours:
+                self._start_process()
+                return
+        except OSError as error:
+            self._end(CompileResult(problem=str(error)))
+        self._known.release()
+        self._compiled_now = []
+        self._look_again_at = self._clock() + LOOK_S
+
+    def _start_process(self) -> None:
         self._compiled_now = list(self._queue)
         jobs = [job for _, of_form in self._queue.values() for job in of_form]
         logger.info("compiling %s in a process of its own", ", ".join(self._names[m] for m, _ in self._queue.values()))
-        try:
-            self._process = self._start(list(dict.fromkeys(jobs)))
-        except OSError as error:
-            self._end(CompileResult(problem=str(error)))
+        self._process = self._start(list(dict.fromkeys(jobs)))
+
+    def _build_known(self) -> None:
+        for form, (module, jobs) in list(self._queue.items()):
+            if all(map(self._known.has, jobs)):
+                del self._queue[form]
+                self._compiled_now.remove(form)
+                self._build(module, form, jobs)
 
     def look(self) -> None:
         """Between two calls: see whether the process is done, and read a part of what it compiled."""
         if self._readings:
             self._readings.popleft()()
-        if self._process is None or (result := self._process.result()) is None:
-            return
-        self._process.close()
-        self._process = None
-        self._end(result)
-        if self._queue:
-            self._begin()
+        if self._process is None:
+            if self._queue and self._clock() >= self._look_again_at:
+                self._begin()
+        elif (result := self._process.result()) is not None:
+            self._process.close()
+            self._process = None
+            self._end(result)
+            self._known.release()
+            if self._queue:
+                self._begin()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell whether code is on its way, if that is news."""
+        is_pending = bool(self._queue or self._readings)
+        if is_pending != self._is_told:
+            self._is_told = is_pending
+            self._pending(is_pending)
 
     def _end(self, result: CompileResult) -> None:
         forms, self._compiled_now = self._compiled_now, []

@@ -72,6 +72,24 @@ async def test_nothing_begins_after_the_limit(caplog: pytest.LogCaptureFixture) 
     assert "not done: 32x32" in caplog.text
 
 
+async def test_code_that_is_being_compiled_is_waited_for_and_measured() -> None:
+    cost = LinearCost()
+    server = Server(cost)
+    # It is being compiled while the first two run, and there when the third begins.
+    compiling = iter([True, True, False, False])
+    assert await done(server, cost, "64x64", max_rows=1, is_compiling=lambda: next(compiling)) == ["64x64"]
+    assert server.num == {"64x64": 3}
+
+
+async def test_size_is_not_done_where_code_comes_too_late(caplog: pytest.LogCaptureFixture) -> None:
+    cost, times = LinearCost(), iter([0.0, 1.0, 2.0, 20.0, 21.0])
+    server = Server(cost)
+    options: dict[str, Any] = {"max_rows": 1, "clock": lambda: next(times), "is_compiling": lambda: True}
+    assert await done(server, cost, "64x64", **options) == []
+    assert server.num == {"64x64": 2}
+    assert "not done: 64x64" in caplog.text
+
+
 def test_pictures_have_more_sizes_than_videos() -> None:
     assert sizes_of((), MODEL) == (DEFAULT, *SQUARES)
     assert sizes_of((), msgspec.structs.replace(MODEL, fps=16.0)) == (DEFAULT,)

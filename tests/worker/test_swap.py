@@ -13,7 +13,7 @@ from sgld.worker.aside import CompilerProcess
 from sgld.worker.compiler import CompileJob, CompileResult
 from sgld.worker.invocation import Invocation
 from sgld.worker.runtime import Runtime
-from sgld.worker.swap import Swap
+from sgld.worker.swap import LOOK_S, Swap
 from worker.layered import Denoiser
 
 
@@ -190,6 +190,37 @@ def test_what_was_compiled_before_an_earlier_start_needs_no_process(tmp_path: Pa
     second = Bench(cache=tmp_path)
     assert any(second.run(2) == "compiled" for _ in range(9))
     assert second.processes == []
+
+
+def test_one_process_on_a_machine_compiles_what_several_ranks_need(tmp_path: Path) -> None:
+    times = [0.0]
+    first, second = Bench(cache=tmp_path), Bench(cache=tmp_path, clock=lambda: times[-1])
+    first.run(2)
+    assert [second.run(2) for _ in range(3)] == ["eager"] * 3
+    assert (len(first.processes), len(second.processes)) == (1, 0)
+    first.until_compiled(2)
+    times.append(LOOK_S)
+    assert any(second.run(2) == "compiled" for _ in range(9))
+    assert second.processes == []
+
+
+def test_who_compiled_for_all_and_is_gone_has_a_successor(tmp_path: Path) -> None:
+    first, second = Bench(cache=tmp_path), Bench(cache=tmp_path, clock=iter(range(99)).__next__)
+    first.run(2)
+    second.run(2)
+    first.runtime.close()
+    second.run(2)
+    assert len(second.processes) == 1
+    second.until_compiled(2)
+
+
+def test_it_is_told_whether_code_is_on_its_way() -> None:
+    told: list[bool] = []
+    bench = Bench(pending=told.append)
+    bench.run(2)
+    assert told == [True]
+    bench.until_compiled(2)
+    assert told == [True, False]
 
 
 def test_code_is_read_in_parts_between_calls() -> None:
