@@ -5,7 +5,9 @@
 Models of real size with random weights are made (bench/real_models.py), then each side measures in a process of its
 own (bench/sides.py says what the sides are). First requests are told apart; of the others the median counts, each with
 a prompt and a seed of its own. Times are those of whole requests up to pictures or frames in memory; of HTTP requests
-up to the PNG at the client. The report is written whenever something is known. `--tiny --device cpu` tries it out.
+up to the PNG at the client. The report is written whenever something is known, also when the run is ended early.
+With `--seconds` what no longer fits is left out, and said. Models are kept with `--keep`, and used again.
+`--tiny --device cpu` tries it out.
 """
 
 import argparse
@@ -27,16 +29,19 @@ from typing import IO, Any
 
 import numpy as np
 import reports
+from budget import Budget
 from compared import PAIRS, text
 from real_models import MODELS
 from rows import CHOSEN, ROWS, Row
 from served import CACHES
 from sides import SIDES
+from stuck import show_stacks
 
 HERE = Path(__file__).parent
 _LEAVE_S = 30.0
+_MAX_PROBLEM_CHARS = 8000
 # What sides say, and the list of the report that it is put into.
-_LISTS = {"measured": "measured", "start": "starts", "settling": "settling", "ticks": "ticks"}
+_LISTS = {"measured": "measured", "start": "starts", "settling": "settling", "ticks": "ticks", "skipped": "skipped"}
 # The models in this order, each in turns; the folder of one is gone before the next is made.
 _ORDER = ("flux", "sdxl", "wan", "qwen-image", "z-image", "sd3.5-medium")
 
@@ -47,6 +52,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
         self._began = time.monotonic()
+        self._budget = Budget(args.seconds)
         self.report: dict[str, Any] = {
             "command": reports.command(),
             **reports.where(args.device),
@@ -58,29 +64,36 @@ class Comparison:
             "pictures": {},
             "settling": [],
             "ticks": [],
+            "skipped": [],
             "problems": [],
         }
 
-    def model(self, name: str, rows: Sequence[Row]) -> None:
-        """Make the model, measure its rows, and remove it."""
+    def model(self, name: str, rows: Sequence[Row], num_models: int) -> None:
+        """Make the model, measure its rows, and remove it.
+
+        :param num_models: that are still to come, this one included.
+        """
         root = self._args.models / name
         with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-            stack.callback(shutil.rmtree, root, ignore_errors=True)
+            if not self._args.keep:
+                stack.callback(shutil.rmtree, root, ignore_errors=True)
             pictures = Path(temporary)
+            caches = self._args.caches or pictures
             # They import what they need while the model is made.
             waiting = []
             for side in self._args.sides:
                 if more := self._rows_of(side, name, rows):
                     command = ["sides.py", side, name, str(root), temporary, *more]
                     # A server finds what the engine kept.
-                    caches = pictures / ("ours" if side in ("sgld", "http") else side)
-                    waiting.append((side, stack.enter_context(self._process(command, caches))))
+                    own = "ours" if side in ("sgld", "http") else side
+                    waiting.append((side, stack.enter_context(self._process(command, caches / own))))
             command = ["real_models.py", str(self._args.models), name]
-            maker = stack.enter_context(self._process(command, pictures / "make"))
-            for line in self._lines(maker, "make", name):
+            maker = stack.enter_context(self._process(command, caches / "make"))
+            for line in self._lines(maker, "make", name, None):
                 self.report["models"].append(line)
-            for side, process in waiting:
-                for line in self._lines(process, side, name):
+            for index, (side, process) in enumerate(waiting):
+                seconds = self._budget.shared((len(waiting) - index) * num_models)
+                for line in self._lines(process, side, name, seconds):
                     self._add(name, line)
                 self._compare_pictures(pictures, rows)
                 self.write()
@@ -90,14 +103,22 @@ class Comparison:
         chosen = [row.name for row in rows if (row.kind == "http") == (side == "http")]
         if not chosen or (side == "max-autotune" and name != "sdxl"):
             return []
-        settings = {"repeats": self._args.repeats, "settle-s": self._args.settle_s, "options": self._args.options}
+        names = ("repeats", "settle_s", "ready_s", "options")
+        settings = {name.replace("_", "-"): getattr(self._args, name) for name in names}
         return [*chosen, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
 
     def _add(self, name: str, line: dict[str, Any]) -> None:
         for kind, value in line.items():
             if kind == "decisions":
                 self.report["decisions"][name] = value
-            else:
+            elif kind == "measured":
+                # Of what is measured again, or known better, the later one counts.
+                known = self.report["measured"]
+                self.report["measured"] = [
+                    *(m for m in known if (m["row"], m["side"]) != (value["row"], value["side"])),
+                    value,
+                ]
+            elif kind in _LISTS:
                 self.report[_LISTS[kind]].append(value)
         self.write()
 
@@ -124,20 +145,33 @@ class Comparison:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def _lines(self, process: "Process", what: str, name: str) -> Iterator[Any]:
-        """What it says when it is told to begin, a JSON value for each line, until its time is up."""
+    def _lines(self, process: "Process", what: str, name: str, seconds: float | None) -> Iterator[Any]:
+        """What it says when it is told to begin, a JSON value for each line, until its time is up.
+
+        :param seconds: that it has; it may finish what it is doing then.
+        """
         deadline = time.monotonic() + self._args.limit_s
+        self._say(name, what, "begins" + (f", has {seconds:.0f} s" if seconds is not None else ""))
         try:
-            for line in process.lines(deadline):
-                print(f"{time.monotonic() - self._began:6.1f} s {name} {what}: {line.strip()[:400]}", flush=True)
+            for line in process.lines(deadline, seconds):
+                self._say(name, what, line.strip()[:400])
                 if line.startswith("{"):
                     yield json.loads(line)
             code = process.popen.wait(_LEAVE_S)
+        except KeyboardInterrupt:
+            show_stacks(process.popen.pid)
+            self._problem(name, what, f"{process.said()}\nthe run was ended while it went on")
+            raise
         except (queue.Empty, subprocess.TimeoutExpired):
+            show_stacks(process.popen.pid)
             self._problem(name, what, f"{process.said()}\nnot done after {self._args.limit_s:.0f} s")
         else:
             if code:
                 self._problem(name, what, f"code {code}: {process.said()}")
+        self._say(name, what, "ended")
+
+    def _say(self, name: str, what: str, line: str) -> None:
+        print(f"{time.monotonic() - self._began:6.1f} s {name} {what}: {line}", flush=True)
 
     def _problem(self, name: str, what: str, text: str) -> None:
         self.report["problems"].append(f"{name}, {what}: {text}")
@@ -164,14 +198,16 @@ class Process:
     popen: "subprocess.Popen[str]"
     log: IO[str]
 
-    def lines(self, deadline: float) -> Iterator[str]:
+    def lines(self, deadline: float, seconds: float | None) -> Iterator[str]:
         """Let it begin; the lines that it writes.
+
+        :param seconds: that it has.
 
         :raises queue.Empty: there is no further one at the deadline, and it hasn't ended.
         """
         assert self.popen.stdin is not None
         with suppress(BrokenPipeError):
-            self.popen.stdin.write("\n")
+            self.popen.stdin.write(f"{'' if seconds is None else seconds}\n")
             self.popen.stdin.close()
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._forward, args=(lines,), daemon=True).start()
@@ -180,7 +216,7 @@ class Process:
 
     def said(self) -> str:
         self.log.seek(0)
-        return self.log.read()[-1500:]
+        return self.log.read()[-_MAX_PROBLEM_CHARS:]
 
     def _forward(self, lines: "queue.Queue[str | None]") -> None:
         assert self.popen.stdout is not None
@@ -204,18 +240,23 @@ def main() -> None:
     parser.add_argument(
         "--settle-s", type=float, default=100.0, help="of sgld, at most, for what is compiled and captured"
     )
-    parser.add_argument("--limit-s", type=float, default=600.0, help="seconds that a side may take for a model")
+    parser.add_argument("--ready-s", type=float, default=120.0, help="seconds until sgld must be ready")
+    parser.add_argument("--seconds", type=float, help="what is to come has so many; what doesn't fit is left out")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="seconds after which a side is ended")
     parser.add_argument("--options", default="{}", help="JSON: options of sgld, as of its config file")
     parser.add_argument("--models", type=Path, default=Path("/dev/shm/sgld-bench"), help="where models are made")
+    parser.add_argument("--caches", type=Path, help="where caches of compiled code are kept; by default nowhere")
+    parser.add_argument("--keep", action="store_true", help="keep the models, for other benches and later runs")
     parser.add_argument("--tiny", action="store_true", help="models with next to no layers, to try the script")
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     comparison = Comparison(args)
     chosen = [ROWS[name] for name in args.rows]
-    for name in _ORDER:
-        rows = [row for row in chosen if row.model == name]
-        if rows:
-            comparison.model(name, rows)
+    models = [name for name in _ORDER if any(row.model == name for row in chosen)]
+    with suppress(KeyboardInterrupt):
+        for index, name in enumerate(models):
+            comparison.model(name, [row for row in chosen if row.model == name], len(models) - index)
     comparison.write()
     print(text(comparison.report))
 

@@ -10,6 +10,7 @@ value is lost in bf16. With `--tiny` the same pipelines have next to no layers, 
 import argparse
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ _SHARD_BYTES = 1024**3
 _NUM_WRITERS = 12
 _BUFFER_BYTES = 64 * 1024**2
 _ALIGNMENT = 64
+# Last to be written: what was said of a model that is whole.
+_SAID = "made.json"
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 Config = Mapping[str, Any]
 
@@ -513,7 +516,11 @@ def look(name: str, pipeline: Any, *, is_tiny: bool) -> str:
 
 
 def make(name: str, root: Path, *, is_tiny: bool, device: str) -> dict[str, Any]:
-    """Build, look and save; :return: seconds and gigabytes."""
+    """Build, look and save, unless it is there; :return: seconds and gigabytes."""
+    said = root / name / _SAID
+    if said.exists():
+        return dict(json.loads(said.read_text()))
+    shutil.rmtree(root / name, ignore_errors=True)
     start = time.perf_counter()
     pipeline = MODELS[name].build(is_tiny=is_tiny, device=device)
     _wait(device)
@@ -528,7 +535,9 @@ def make(name: str, root: Path, *, is_tiny: bool, device: str) -> dict[str, Any]
         if isinstance(module, torch.nn.Module)
     }
     times = {"build_s": built - start, "look_s": looked - built, "save_s": saved - looked}
-    return {"model": name, "gb": sizes, **{key: round(value, 2) for key, value in times.items()}, "look": seen}
+    made = {"model": name, "gb": sizes, **{key: round(value, 2) for key, value in times.items()}, "look": seen}
+    said.write_text(json.dumps(made))
+    return made
 
 
 def _wait(device: str) -> None:

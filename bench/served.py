@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx2
+from stuck import show_stacks
 
 ROOT = Path(__file__).parents[1]
 _POLL_S = 0.05
@@ -24,10 +25,12 @@ CACHES = ("SGLANG_DIFFUSION_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACH
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, and when its process was started, by time.monotonic()."""
+    """Where it listens, when its process was started, by time.monotonic(), and which that is."""
 
     url: str
     started_at: float
+    pid: int
+    log: IO[str]
 
     def client(self) -> httpx2.AsyncClient:
         limits = httpx2.Limits(max_connections=None)
@@ -51,7 +54,7 @@ async def serving(
             env={**os.environ, **(environment or {}), "PYTHONPATH": path},
         )
         try:
-            yield Server(await _address(process, log), started_at)
+            yield Server(await _address(process, log), started_at, process.pid, log)
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)
@@ -70,14 +73,21 @@ async def _address(process: asyncio.subprocess.Process, log: IO[str]) -> str:
         await asyncio.sleep(_POLL_S)
 
 
-async def ready_s(server: Server, http: httpx2.AsyncClient) -> float:
-    """Seconds from the start of the process until its model is loaded."""
+async def ready_s(server: Server, http: httpx2.AsyncClient, limit_s: float = 600.0) -> float:
+    """Seconds from the start of the process until its model is loaded.
+
+    :raises RuntimeError: it isn't after so many; says what its processes do.
+    """
     while True:
         answer = await http.get("/health")
         if answer.status_code == 200:
             return time.monotonic() - server.started_at
         if answer.status_code != 503:
             answer.raise_for_status()
+        if time.monotonic() > server.started_at + limit_s:
+            show_stacks(server.pid)
+            server.log.seek(0)
+            raise RuntimeError(f"sgld serve isn't ready after {limit_s:g} s:\n{server.log.read()[-6000:]}")
         await asyncio.sleep(_POLL_S)
 
 

@@ -3,12 +3,15 @@
 The sides: `eager` and `compiled` are plain diffusers, the latter by its documented recipe of regional compilation
 (`compile_repeated_blocks(fullgraph=True)`); `max-autotune` is diffusers' recipe of whole compilation
 (`torch.compile(mode="max-autotune", fullgraph=True)` in the channels-last format); `sgld` is an Engine with its rank
-process; `http` is `sgld serve` and a client. It begins when it reads a line on stdin.
+process; `http` is `sgld serve` and a client. It begins when it reads a line on stdin: the seconds that it has, or
+nothing. What is worth most comes first, and each row is said as soon as it is known: `sgld-early` is sgld before
+anything is compiled.
 """
 
 import argparse
 import io
 import json
+import logging
 import os
 import statistics
 import sys
@@ -17,9 +20,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from stuck import show_stacks  # before what takes long to import: a rank imports this script, too
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -30,6 +36,7 @@ import httpx2
 import msgspec
 import numpy as np
 import torch
+from budget import Budget
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from real_models import MODELS
@@ -40,8 +47,9 @@ from served import CACHES, Server, picture, ready_s, serving
 SIDES = ("eager", "compiled", "max-autotune", "sgld", "http")
 # Of the staggered requests a plain pipeline runs so many, which have as many steps in the mean as all.
 _SOME_STAGGERED = (0, 5, 10, 15)
-# Where the prompts and seeds of requests begin that others aren't compared with.
-_STAGGERED, _SETTLING = 100, 500
+# Where the prompts and seeds of requests begin that others aren't compared with; those of a later turn are others, as
+# what text encoders said is kept.
+_LATER, _STAGGERED, _SETTLING = 40, 100, 500
 _FEW_STEPS = {"num_inference_steps": 10}
 # Rounds that took as long as one another, within so much.
 _NUM_STEADY, _STEADY = 3, 1.05
@@ -112,7 +120,7 @@ class Plain:
         return float(before.elapsed_time(after) if self._device == "cuda" else 1e3 * (after - before))
 
 
-def plain_rows(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[Measured]:
+def plain_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budget) -> Iterator[Measured]:
     """Measure with plain diffusers, one request after the other."""
     torch.set_grad_enabled(False)
     plain = Plain(args.model, args.folder, args.device, args.side)
@@ -122,6 +130,8 @@ def plain_rows(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[Measur
     if args.side == "eager":
         notes["roof_tflops"] = roof_tflops(args.device, 256 if args.tiny else ROOF_SIDE)
     for row in rows:
+        if not fits(row, budget):
+            continue
         measured = Measured(row.name, args.side, launch_us=launch_us, notes=dict(notes))
         if row.kind == "staggered":
             plain.run(row.request(0, call) | {"num_inference_steps": 2})
@@ -132,7 +142,7 @@ def plain_rows(rows: Sequence[Row], args: argparse.Namespace) -> Iterator[Measur
             continue
         measured.first_s, _, frames = plain.run(row.request(0, call))
         keep(args, row, args.side, frames)
-        for index in range(1, args.repeats + 1):
+        for index in budget.as_many(range(1, args.repeats + 1)):
             elapsed_s, step_ms, _ = plain.run(row.request(index, call))
             measured.warm_s.append(elapsed_s)
             measured.step_ms.append(step_ms)
@@ -170,9 +180,9 @@ class Ours:
         raise RuntimeError("the request ended without a result")
 
     @property
-    def decisions(self) -> str:
+    def decisions(self) -> dict[str, str]:
         """What the engine says of its components by now."""
-        return json.dumps(self._engine.model.decisions)
+        return dict(self._engine.model.decisions)
 
     async def staggered(self, row: Row, call: Any, first: int) -> float:
         """Seconds of a request, from the first one's arrival to the last one's end; `first` is its index."""
@@ -188,58 +198,108 @@ class Ours:
         return (time.perf_counter() - start) / NUM_STAGGERED
 
 
-async def our_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Measure with the engine: first requests of all rows, then requests for a while, then each row."""
+async def our_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budget) -> None:
+    """Measure with the engine: all rows as they are at first, then requests for a while, then all rows again."""
     from sgld.engine.engine import Engine
 
+    say_logs()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         start = time.perf_counter()
         async with Engine(msgspec.structs.replace(engine_config(args), trace=str(trace))) as engine:
-            info = await engine.ready()
+            with anyio.move_on_after(args.ready_s):
+                await engine.ready()
+            if engine.model is None:
+                show_stacks(os.getpid())
+                raise SystemExit(f"the engine isn't ready after {args.ready_s:g} s; what its processes do is above")
             load_s = time.perf_counter() - start
-            say("decisions", info.decisions)
-            measured_ids = await _measure(Ours(engine), rows, args, load_s)
+            ours = OurRows(Ours(engine), rows, args, budget, load_s)
+            await ours.measure()
         ticks = [event for event in json.loads(trace.read_text()) if "cost_key" in event.get("args", {})]
-    for name, ids in measured_ids.items():
+    for name, ids in ours.ids.items():
         say("ticks", {"row": name, **busy(ticks, ids, MODELS[args.model].denoiser)})
 
 
-async def _measure(ours: Ours, rows: Sequence[Row], args: argparse.Namespace, load_s: float) -> dict[str, list[str]]:
-    """:return: the ids of single requests that were measured, by row."""
-    call = MODELS[args.model].call
-    first_s: dict[str, float] = {}
-    for row in rows:
-        if row.kind == "single":
-            first_s[row.name], _, frames = await ours.run(row.request(0, call))
-            keep(args, row, "sgld-first", frames)
+class OurRows:
+    """The rows, measured with the engine.
 
-    async def one(request: dict[str, Any]) -> float:
-        return (await ours.run(request))[1]
+    :ivar ids: of requests that were measured last, by row.
+    """
 
-    async def said() -> str:
-        return ours.decisions
+    def __init__(
+        self, ours: Ours, rows: Sequence[Row], args: argparse.Namespace, budget: Budget, load_s: float
+    ) -> None:
+        self.ids: dict[str, list[str]] = {}
+        self._ours, self._rows, self._args, self._budget = ours, rows, args, budget
+        self._call = MODELS[args.model].call
+        self._notes: dict[str, Any] = {"load_s": load_s}
+        self._first_s: dict[str, float] = {}
+        self._measured: dict[str, Measured] = {}
 
-    await Settling(rows, call, args.settle_s).run(one, said)
-    ids: dict[str, list[str]] = {}
-    for row in rows:
-        measured = Measured(row.name, args.side, first_s.get(row.name), notes={"load_s": load_s})
+    async def measure(self) -> None:
+        """Measure; what fits into the budget."""
+        say("decisions", self._ours.decisions)
+        start = time.perf_counter()
+        for row in self._rows:
+            await self._row(row, "sgld-early")
+        once_s = time.perf_counter() - start
+
+        async def one(request: dict[str, Any]) -> float:
+            return (await self._ours.run(request))[1]
+
+        async def said() -> dict[str, str]:
+            return self._ours.decisions
+
+        limit_s = min(self._args.settle_s, self._budget.left_s - once_s)
+        await Settling(self._rows, self._call, limit_s).run(one, said)
+        say("decisions", self._ours.decisions)
+        for row in self._rows:
+            await self._row(row, "sgld")
+        for row in self._rows:
+            if row.kind == "single" and fits(row, self._budget):
+                await self._pictures(row)
+
+    async def _row(self, row: Row, side: str) -> None:
+        if not fits(row, self._budget):
+            return
+        measured = Measured(row.name, side, notes=dict(self._notes))
         if row.kind == "staggered":
-            measured.first_s, *measured.warm_s = [
-                await ours.staggered(row, call, _STAGGERED * turn) for turn in range(1, 4)
-            ]
+            turns = self._budget.as_many(range(3))
+            begin = _STAGGERED + _LATER * 2 * (side == "sgld")
+            taken = [await self._ours.staggered(row, self._call, begin + NUM_STAGGERED * turn) for turn in turns]
+            measured.first_s, measured.warm_s = taken[0], taken[1:] or taken
             say("measured", asdict(measured))
-            continue
-        for index in range(1, args.repeats + 1):
-            elapsed_s, step_ms, _ = await ours.run(row.request(index, call))
+            return
+        if row.name not in self._first_s:
+            self._first_s[row.name], _, frames = await self._ours.run(row.request(0, self._call))
+            keep(self._args, row, "sgld-first", frames)
+        measured.first_s, ids = self._first_s[row.name], []
+        begin = 1 + _LATER * (side == "sgld")
+        for index in self._budget.as_many(range(begin, begin + self._args.repeats)):
+            elapsed_s, step_ms, _ = await self._ours.run(row.request(index, self._call))
             measured.warm_s.append(elapsed_s)
             measured.step_ms.append(step_ms)
-            ids.setdefault(row.name, []).append(ours.last_id)
-        keep(args, row, "sgld", (await ours.run(row.request(0, call)))[2])
-        measured.notes["exact_s"], _, frames = await ours.run(row.request(0, call) | {"exact": True})
-        keep(args, row, "sgld-exact", frames)
+            ids.append(self._ours.last_id)
+        self.ids[row.name] = ids
+        self._measured[row.name] = measured
         say("measured", asdict(measured))
-    return ids
+
+    async def _pictures(self, row: Row) -> None:
+        """What it draws now, and what an exact request draws and takes."""
+        keep(self._args, row, "sgld", (await self._ours.run(row.request(0, self._call)))[2])
+        exact_s, _, frames = await self._ours.run(row.request(0, self._call) | {"exact": True})
+        keep(self._args, row, "sgld-exact", frames)
+        if (measured := self._measured.get(row.name)) is not None:
+            measured.notes["exact_s"] = exact_s
+            say("measured", asdict(measured))
+
+
+def fits(row: Row, budget: Budget) -> bool:
+    """Whether there is time for a row; says so where there is none."""
+    if budget.has(0):
+        return True
+    say("skipped", row.name)
+    return False
 
 
 def busy(ticks: Sequence[dict[str, Any]], ids: Sequence[str], denoiser: str) -> dict[str, Any]:
@@ -267,7 +327,9 @@ class Settling:
         self._call = call
         self._limit_s = limit_s
 
-    async def run(self, one: Callable[[dict[str, Any]], Awaitable[float]], said: Callable[[], Awaitable[str]]) -> None:
+    async def run(
+        self, one: Callable[[dict[str, Any]], Awaitable[float]], said: Callable[[], Awaitable[dict[str, str]]]
+    ) -> None:
         """Send them.
 
         :param one: runs a request; :return: what it took, in any unit.
@@ -279,7 +341,7 @@ class Settling:
             requests = [row.request(next(indices), self._call) | _FEW_STEPS for row in self._rows]
             rounds.append([await one(request) for request in requests])
             say("settling", {"took": [round(value, 3) for value in rounds[-1]]})
-            if is_steady(rounds) and "compiled" in await said():
+            if is_steady(rounds) and is_compiled(await said()):
                 return
 
 
@@ -289,23 +351,35 @@ def is_steady(rounds: Sequence[Sequence[float]]) -> bool:
     return len(last) == _NUM_STEADY and all(max(of) <= _STEADY * min(of) for of in zip(*last, strict=True))
 
 
-async def http_rows(rows: Sequence[Row], args: argparse.Namespace) -> None:
-    """Measure over HTTP: the first answer on a cold cache, then all with a server that finds what the engine kept."""
+def is_compiled(decisions: dict[str, str]) -> bool:
+    """Whether all that is to be compiled is, or can't be."""
+    said = [note.split("; ") for note in decisions.values() if "compiled by a process of its own" in note]
+    return all("compiled" in phrases or "without compilation" in phrases[-1] for phrases in said)
+
+
+async def http_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budget, *, is_warm: bool) -> None:
+    """Measure over HTTP: all rows, then the first answer of another start.
+
+    :param is_warm: there are caches; then the second start has none, else those of the first.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        cold = {name: str(Path(folder) / name) for name in CACHES}
-        async with serving(Path(folder) / "cold", _serve_flags(args), cold) as server, server.client() as http:
-            await first_answers(server, http, rows[:1], args, "cold")
-        async with serving(Path(folder) / "warm", _serve_flags(args)) as server, server.client() as http:
-            ready, answered = await first_answers(server, http, rows, args, "warm")
-            await _measure_http(http, rows, args, dict(zip(rows, answered, strict=True)), ready)
+        async with serving(Path(folder) / "first", _serve_flags(args)) as server, server.client() as http:
+            ready, answered = await first_answers(server, http, rows, args, "warm" if is_warm else "cold")
+            await _measure_http(http, rows, args, budget, dict(zip(rows, answered, strict=True)), ready)
             say("decisions", (await http.get("/server_info")).json()["model"]["decisions"])
+        if not budget.has(2 * ready):
+            say("skipped", "a second start")
+            return
+        caches = {name: str(Path(folder) / name) for name in CACHES} if is_warm else None
+        async with serving(Path(folder) / "second", _serve_flags(args), caches) as server, server.client() as http:
+            await first_answers(server, http, rows[:1], args, "cold" if is_warm else "warm")
 
 
 async def first_answers(
     server: Server, http: httpx2.AsyncClient, rows: Sequence[Row], args: argparse.Namespace, cache: str
 ) -> tuple[float, list[float]]:
     """Seconds until the model is loaded, and what a first request of each row takes then."""
-    ready, answered = await ready_s(server, http), []
+    ready, answered = await ready_s(server, http, args.ready_s), []
     for row in rows:
         begin = time.monotonic()
         await picture(http, row.request(0, MODELS[args.model].call))
@@ -316,7 +390,12 @@ async def first_answers(
 
 
 async def _measure_http(
-    http: httpx2.AsyncClient, rows: Sequence[Row], args: argparse.Namespace, first_s: dict[Row, float], load_s: float
+    http: httpx2.AsyncClient,
+    rows: Sequence[Row],
+    args: argparse.Namespace,
+    budget: Budget,
+    first_s: dict[Row, float],
+    load_s: float,
 ) -> None:
     call = MODELS[args.model].call
 
@@ -325,15 +404,23 @@ async def _measure_http(
         await picture(http, request)
         return time.perf_counter() - begin
 
-    async def said() -> str:
-        return json.dumps((await http.get("/server_info")).json()["model"]["decisions"])
+    async def said() -> dict[str, str]:
+        return dict((await http.get("/server_info")).json()["model"]["decisions"])
 
-    await Settling(rows, call, args.settle_s).run(one, said)
+    for side in ("http-early", "http"):
+        start = time.perf_counter()
+        for row in rows:
+            if fits(row, budget):
+                measured = Measured(row.name, side, first_s[row], notes={"load_s": load_s})
+                begin = 1 + _LATER * (side == "http")
+                indices = budget.as_many(range(begin, begin + args.repeats))
+                measured.warm_s = [await one(row.request(index, call)) for index in indices]
+                say("measured", asdict(measured))
+        if side == "http-early":
+            limit_s = min(args.settle_s, budget.left_s - (time.perf_counter() - start))
+            await Settling(rows, call, limit_s).run(one, said)
     for row in rows:
-        measured = Measured(row.name, args.side, first_s[row], notes={"load_s": load_s})
-        measured.warm_s = [await one(row.request(index, call)) for index in range(1, args.repeats + 1)]
         keep(args, row, "http", _as_frames([_decoded(await picture(http, row.request(0, call)))]))
-        say("measured", asdict(measured))
 
 
 def engine_config(args: argparse.Namespace) -> Any:
@@ -373,6 +460,18 @@ def _decoded(content: bytes) -> Any:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
+class _Said(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say("log", record.getMessage())
+
+
+def say_logs() -> None:
+    """The engine's log goes to the process that compares: how far a rank that loads is, and what is compiled."""
+    logger = logging.getLogger("sgld")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Said())
+
+
 def say(kind: str, value: Any) -> None:
     """One line for the process that compares."""
     print(json.dumps({kind: value}), flush=True)
@@ -388,18 +487,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--settle-s", type=float, default=0.0)
+    parser.add_argument("--ready-s", type=float, default=120.0, help="seconds until sgld must be ready")
     parser.add_argument("--options", default="{}", help="JSON: options of sgld")
     parser.add_argument("--tiny", action="store_true", help="small pictures and few steps")
     args = parser.parse_args()
     # All is imported; what takes the device begins when it is free.
-    sys.stdin.readline()
+    seconds = sys.stdin.readline().strip()
+    budget = Budget(float(seconds) if seconds else None)
     rows = [tiny(ROWS[name]) if args.tiny else ROWS[name] for name in args.rows]
     if args.side == "sgld":
-        anyio.run(our_rows, rows, args)
+        anyio.run(our_rows, rows, args, budget)
     elif args.side == "http":
-        anyio.run(http_rows, rows, args)
+        is_warm = Path(os.environ[CACHES[0]]).exists()
+        anyio.run(partial(http_rows, rows, args, budget, is_warm=is_warm))
     else:
-        for measured in plain_rows(rows, args):
+        for measured in plain_rows(rows, args, budget):
             say("measured", asdict(measured))
 
 
