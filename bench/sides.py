@@ -354,7 +354,7 @@ def is_steady(rounds: Sequence[Sequence[float]]) -> bool:
 def is_compiled(decisions: dict[str, str]) -> bool:
     """Whether all that is to be compiled is, or can't be."""
     said = [note.split("; ") for note in decisions.values() if "compiled by a process of its own" in note]
-    return all("compiled" in phrases or "without compilation" in phrases[-1] for phrases in said)
+    return all("compiled" in phrases or any("without compilation" in p for p in phrases) for phrases in said)
 
 
 async def http_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budget, *, is_warm: bool) -> None:

@@ -5,7 +5,7 @@ import pytest
 from compare import relative_error
 from compared import ratio, text
 from rows import CHOSEN, NUM_STAGGERED, ROWS
-from sides import busy, is_steady
+from sides import busy, is_compiled, is_steady
 
 
 def measured(row: str, side: str, warm_s: list[float], step_ms: list[float]) -> dict[str, Any]:
@@ -30,9 +30,11 @@ def report() -> dict[str, Any]:
         "options": {},
         "starts": [],
         "models": [],
+        "skipped": ["sdxl-1024"],
         "problems": ["flux, http: code 1: Traceback\nKeyError: 'x'"],
         "measured": [
             measured("flux-1024", "eager", [5.0, 4.0, 9.0], [150.0]),
+            measured("flux-1024", "sgld-early", [3.0], [90.0]),
             measured("flux-1024", "sgld", [2.0, 2.5, 2.6], [75.0]),
             measured("flux-1024-http", "http", [2.7], []),
         ],
@@ -46,7 +48,7 @@ def test_ratios_are_of_medians_and_stand_beside_what_was_wanted() -> None:
 
     row = next(line for line in lines if line.startswith("| flux 1024x1024, 28 steps | 10.0"))
     assert [cell.strip() for cell in row.split("|")[3:]] == (
-        ["5.000", "", "2.500", "1.00", "2.00x", "1.25x", "2.00x", "1.3x", "", "1x", ""]
+        ["5.000", "", "2.500", "1.00", "3.000", "2.00x", "1.25x", "2.00x", "1.3x", "", "1x", ""]
     )
 
 
@@ -67,6 +69,22 @@ def test_rounds_are_steady_when_three_took_as_long_as_one_another() -> None:
     assert is_steady([[9.0, 9.0], [1.0, 2.0], [1.02, 2.0], [1.0, 2.05]])
     assert not is_steady([[1.0, 2.0], [1.0, 2.0], [1.0, 1.8]])
     assert not is_steady([[1.0, 2.0], [1.0, 2.0]])
+
+
+def test_what_was_measured_before_compilation_counts_where_nothing_came_after_it() -> None:
+    early = report() | {"measured": [m for m in report()["measured"] if m["side"] != "sgld"]}
+
+    row = next(line for line in text(early).splitlines() if line.startswith("| flux 1024x1024, 28 steps | 10.0"))
+    assert [cell.strip() for cell in row.split("|")[3:9]] == ["5.000", "", "3.000", "1.00", "3.000", "1.67x"]
+    assert "Left out, as there was no time for it: sdxl-1024." in text(early)
+
+
+def test_denoisers_are_compiled_when_they_say_so_not_when_they_are_going_to_be() -> None:
+    aside = "bf16; compiled by a process of its own once it has computed for 60 s"
+    assert not is_compiled({"vae": "bf16", "transformer": aside})
+    assert is_compiled({"transformer": f"{aside}; compiled"})
+    assert is_compiled({"transformer": f"{aside}; some calls run without compilation: x"})
+    assert is_compiled({"unet": "fp32; not compiled: few weights"})
 
 
 def test_problems_are_told_by_their_last_line() -> None:
