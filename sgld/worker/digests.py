@@ -22,7 +22,7 @@ class Digests:
         """One for each value: equal for equal values; what can't be compared is equal to itself only."""
         trees = [list(leaves(value)) for value in values]
         tensors = [leaf for tree in trees for _, leaf in tree if isinstance(leaf, torch.Tensor)]
-        known = self._known(self._digests, tensors, _digests)
+        known = self._known(self._digests, tensors, digests)
         return ["|".join(f"{path}={_of_leaf(leaf, known)}" for path, leaf in tree) for tree in trees]
 
     def are_zero(self, *tensors: torch.Tensor) -> list[bool]:
@@ -54,7 +54,7 @@ def _of_leaf(leaf: Any, known: dict[int, str]) -> str:
     return repr(leaf) if is_constant(leaf) else f"object {id(leaf)}"
 
 
-def _digests(tensors: Sequence[torch.Tensor]) -> Iterable[str]:
+def digests(tensors: Sequence[torch.Tensor]) -> Iterable[str]:
     """Of the bytes of tensors on one device."""
     parts = [_bytes(tensor) for tensor in tensors]
     data = torch.split(torch.cat(parts).cpu(), [len(part) for part in parts])

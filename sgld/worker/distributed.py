@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from sgld.parallel import ParallelConfig
 from sgld.worker import rows, tiles
 from sgld.worker.calls import CallContext, current_context, entered
 from sgld.worker.comparison import relative_error
+from sgld.worker.graph_orders import Order as GraphOrder
+from sgld.worker.graph_orders import Ordered, Refusal
+from sgld.worker.graphs import Graphs, graphs_on
 from sgld.worker.invocation import Invocation
 from sgld.worker.proof import ceiling
 from sgld.worker.residency import residency
@@ -57,6 +61,7 @@ class Invoke:
     random: tuple[bytes, ...]
     adapters: tuple[tuple[tuple[str, int], ...], bool] | None
     rows: RowAxes | None
+    graph: GraphOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Member:
 
     def perform(self, invoke: Invoke, tree: Any, runtime: Runtime) -> Any:
         """Run this rank's share of a forward of the whole arguments; all ranks must."""
-        num_rows = invoke.adapters
+        num_rows, is_part = invoke.adapters, invoke.rows is not None or self.seat.index > 0
         if invoke.rows is not None:
             bounds = invoke.rows.parts(self.num_groups)
             assert bounds is not None
@@ -150,7 +155,10 @@ class Member:
         # Of rows that are parted others wait for the result only.
         waits = invoke.component in self._sequences or self.is_tiled(invoke.component)
         dtype, is_exact, (args, kwargs) = invoke.context.dtype, invoke.is_exact, tree
-        invocation = Invocation(module, invoke.method, args, kwargs, dtype, is_exact, is_shared=waits)
+        ordered = Ordered(invoke.graph, _agreed, is_own=not self.seat.index) if invoke.graph is not None else None
+        invocation = Invocation(
+            module, invoke.method, args, kwargs, dtype, is_exact, is_shared=waits, ordered=ordered, lends=is_part
+        )
         forward = functools.partial(self._forward, runtime, invoke.component, invocation)
         slots = self.slots.get(invoke.component)
         with slots.selected(num_rows[0], by_row=num_rows[1]) if slots and num_rows else contextlib.nullcontext():
@@ -228,12 +236,12 @@ class Leader:
         except Unsendable as error:
             raise PipelineFailed(f"{error}, which several GPUs can't share; serve it with one GPU") from None
         invoke = self._invoke(invocation, parcel)
-        once = functools.partial(self._run_once, buffer=buffer, tree=invocation.tree, runtime=runtime)
+        once = functools.partial(self._run_once, buffer=buffer, invocation=invocation, runtime=runtime)
         axes = invocation.axes
         is_whole = not self.parts_rows or invocation.is_exact
         if axes is None or is_whole or axes.parts(self._member.num_groups) is None:
             return once(invoke)
-        key = (invoke.component, invoke.method, axes.rows, *sorted(map(str, axes.arguments)))
+        key = (invoke.component, invoke.method, *axes.form)
         if key in self._parts:
             known = self._parts[key]
             return once(replace(invoke, rows=replace(axes, results=known.results) if known is not None else None))
@@ -270,14 +278,20 @@ class Leader:
         self._note(invoke.component, f"rows of its calls {said} {self._member.num_groups} groups of ranks")
         return axes if is_right else None
 
-    def _run_once(self, invoke: Invoke, *, buffer: torch.Tensor | None, tree: Any, runtime: Runtime) -> Any:
+    def _run_once(
+        self, invoke: Invoke, *, buffer: torch.Tensor | None, invocation: Invocation, runtime: Runtime
+    ) -> Any:
         self._seq += 1
-        invoke = replace(invoke, seq=self._seq)
+        graph = None
+        if not self._member.is_tiled(invoke.component):
+            # Of other rows each rank runs others.
+            graph = runtime.order(invocation, invoke.rows and (self._member.num_groups, *invoke.rows.form))
+        invoke = replace(invoke, seq=self._seq, graph=graph)
         self._tell(invoke)
         try:
             if buffer is not None:
                 dist.broadcast(buffer, src=0)
-            result = self._member.perform(invoke, tree, runtime)
+            result = self._member.perform(invoke, invocation.tree, runtime)
             return result if invoke.rows is None else self._joined(invoke, result)
         except Exception as error:
             forget_locals(error)
@@ -361,9 +375,12 @@ def fail(seat: Seat, problem: str) -> None:
         wire.recv_bytes()
 
 
-def follow(seat: Seat, model: LoadedModel, config: EngineConfig) -> None:
+def follow(
+    seat: Seat, model: LoadedModel, config: EngineConfig, graphs_on: Callable[..., Graphs | None] = graphs_on
+) -> None:
     """A follower, from the loaded model until rank 0 is gone.
 
+    :param graphs_on: makes what replays CUDA graphs; rank 0 decides which there are.
     :raises SystemExit: it can't go on.
     """
     [wire] = seat.wires
@@ -372,7 +389,8 @@ def follow(seat: Seat, model: LoadedModel, config: EngineConfig) -> None:
     member = Member(seat, model, config.parallel)
     offloaded = {name: part for name, part in member.components.items() if name in model.offloaded}
     pins, compiled = config.memory.pin_cpu_memory, {member.components[n]: n for n in model.compiled}
-    runtime = Runtime(residency(model.device, offloaded, pins=pins), compiled)
+    graphs = graphs_on(model.device, config.graphs.max_bytes and sys.maxsize, member.components)
+    runtime = Runtime(residency(model.device, offloaded, pins=pins), compiled, graphs=graphs)
     max_slots = config.adapters.max_loras + 1
     member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}
     while True:
@@ -430,6 +448,13 @@ def _join(seat: Seat, device: torch.device, timeout_s: float) -> None:
         world_size=seat.num_ranks,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def _agreed(refusal: Refusal | None) -> Refusal | None:
+    """What any rank has against a graph."""
+    said: list[Refusal | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, refusal)
+    return next((one for one in said if one is not None), None)
 
 
 def _send(wire: Connection, message: Any) -> None:

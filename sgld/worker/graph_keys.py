@@ -12,14 +12,16 @@ from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import Unfit
 from sgld.worker.trees import is_sequence
 
+_SPLITS = "diffusers.hooks.context_parallel"
+
 
 class Key(NamedTuple):
     """Calls with an equal one may share a graph."""
 
     module: nn.Module
     method: str
-    fixed: Hashable
-    """What beside the arguments is the same in each use: adapters, and how it runs without a graph."""
+    fixed: tuple[Variant, Hashable]
+    """What beside the arguments is the same in each use: how it runs without a graph, and adapters."""
     state: tuple[object, ...]
     signature: tuple[object, ...]
 
@@ -30,9 +32,7 @@ def key_of(invocation: Invocation, variant: Variant, device_type: str) -> tuple[
     :param variant: what its graph is captured of.
     :raises Unfit: an argument isn't only its value, or is read by the host.
     """
-    parts: list[object] = []
-    tensors: list[torch.Tensor] = []
-    _flatten(invocation.tree, parts, tensors, device_type)
+    parts, tensors = flattened(invocation.tree, device_type)
     is_autocast = torch.is_autocast_enabled("cuda")
     state = (
         torch.is_grad_enabled(),
@@ -43,17 +43,30 @@ def key_of(invocation: Invocation, variant: Variant, device_type: str) -> tuple[
     return Key(invocation.module, invocation.method, fixed, state, tuple(parts)), tensors
 
 
+def flattened(tree: Any, device_type: str) -> tuple[list[object], list[torch.Tensor]]:
+    """What is equal in all uses of a graph, and the tensors that may differ.
+
+    :raises Unfit: a leaf isn't only its value, or is read by the host.
+    """
+    parts: list[object] = []
+    tensors: list[torch.Tensor] = []
+    _flatten(tree, parts, tensors, device_type)
+    return parts, tensors
+
+
 def unfit(module: nn.Module) -> str:
     """Why a component can't be captured, as far as one can see: Python that runs in each forward isn't in a graph.
 
-    The hooks with which transformers collects results are no matter: they return what the forward made.
+    The hooks with which transformers collects results are no matter: they return what the forward made. Nor are those
+    with which ranks share tokens: what they do depends on shapes only.
     """
     for name, part in module.named_modules():
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
         if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             return f"a hook is on {name or 'it'}"
         registry = getattr(part, "_diffusers_hook", None)
-        if hasattr(part, "_hf_hook") or (registry is not None and registry.hooks):
+        of_diffusers = registry.hooks.values() if registry is not None else ()
+        if hasattr(part, "_hf_hook") or any(type(hook).__module__ != _SPLITS for hook in of_diffusers):
             return f"a hook is on {name or 'it'}"
     return ""
 
@@ -75,6 +88,9 @@ def _flatten(node: Any, parts: list[object], tensors: list[torch.Tensor], device
         parts.append((type(node), len(node)))
         for value in node:
             _flatten(value, parts, tensors, device_type)
+    elif isinstance(node, torch.Generator):
+        # Most decoders are given one and draw nothing; those that draw are refused.
+        parts.append((torch.Generator, node.device.type))
     elif is_constant(node):
         parts.append((type(node), node))
     else:

@@ -115,6 +115,13 @@ class GraphPolicy(Generic[K]):
             self._drop(key)
         self._see(key, _Seen(is_refused=True))
 
+    def postpone(self, key: K) -> None:
+        """There was no memory for this one: others may have given some back when it is tried again, as if evicted."""
+        num_graphs = self._seen.get(key, _Seen()).num_graphs
+        if key in self._graphs:
+            self._drop(key)
+        self._see(key, _Seen(num_graphs=num_graphs + 1))
+
     def forget(self, is_outdated: Callable[[K], bool]) -> list[K]:
         """Nothing is known of these keys any more; returns those that had graphs."""
         gone = [key for key in self._graphs if is_outdated(key)]

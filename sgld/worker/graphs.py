@@ -6,7 +6,9 @@ can't be a graph runs as it always did.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +16,26 @@ from torch import nn
 
 from sgld.messages import Variant
 from sgld.worker.comparison import relative_error
-from sgld.worker.graph_keys import Key, key_of, unfit
+from sgld.worker.effects import Effects
+from sgld.worker.graph_keys import Key, flattened, key_of, unfit
+from sgld.worker.graph_orders import Agree, Order, Ordered, Refusal, Shared, refusal_of
 from sgld.worker.graph_policy import Decision, GraphPolicy, is_worth_capturing, pays
 from sgld.worker.invocation import Invocation, Tree
-from sgld.worker.randomness import default_states
-from sgld.worker.recorder import Broken, CudaRecorder, Leaking, Recorder, Recording, Unfit, check_result
+from sgld.worker.recorder import (
+    Broken,
+    CudaRecorder,
+    Failed,
+    Forward,
+    Leaking,
+    Recorder,
+    Recording,
+    Slow,
+    Unfit,
+    Warmed,
+    check_result,
+)
 from sgld.worker.trees import clone, closed, opened, rebuilt
+from sgld.worker.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 MAX_BROKEN = 3
@@ -54,6 +70,11 @@ class Graphs:
         self._names = names
         self._note = note
         self._recordings: dict[Key, Recording] = {}
+        self._uploads: dict[Key, Uploads] = {}
+        self._uploading: set[tuple[nn.Module, str]] = set()
+        """Methods whose forwards take tensors of the host to the device."""
+        self._gone: list[tuple[str, str, tuple[Any, ...]]] = []
+        """Graphs of what ranks share that the others don't know to be gone."""
         self._num_broken: Counter[tuple[nn.Module, str]] = Counter()
         self._noted: set[tuple[nn.Module, str, str]] = set()
 
@@ -70,6 +91,30 @@ class Graphs:
             return invocation.plain()
         return self.perform(self.decide(key), key, invocation, tensors)
 
+    def order(self, invocation: Invocation, variant: Variant, shared: Hashable) -> Order | None:
+        """Decide for all ranks how they run an invocation; None: eagerly.
+
+        :param shared: what of it each rank runs.
+        """
+        try:
+            key, _ = key_of(replace(invocation, fixed=Shared(invocation.fixed, shared)), variant, self._device_type)
+        except Unfit as problem:
+            self._tell(invocation.module, invocation.method, str(problem))
+            return None
+        gone, self._gone = tuple(self._gone), []
+        return Order(self.decide(key), tuple(key[2:]), gone)
+
+    def obey(self, invocation: Invocation, ordered: Ordered) -> Any:
+        """Run this rank's share as rank 0 decided: all ranks run as many forwards, whatever each has captured."""
+        order = ordered.order
+        if not ordered.is_own:
+            modules = {name: module for module, name in self._names.items()}
+            self._remove([Key(modules[name], method, *rest) for name, method, rest in order.gone if name in modules])
+            self._gone.clear()
+        key = Key(invocation.module, invocation.method, *order.rest)
+        _, tensors = flattened(invocation.tree, self._device_type)
+        return self.perform(order.decision, key, invocation, tensors, ordered.agree)
+
     def key(self, invocation: Invocation, variant: Variant = "eager") -> tuple[Key, list[torch.Tensor]]:
         """What an invocation must share with others that use its graph, and the tensors that may differ.
 
@@ -81,8 +126,18 @@ class Graphs:
         """How an invocation with this key runs."""
         return Decision.EAGER if torch.is_grad_enabled() else self._policy.decide(key)
 
-    def perform(self, decision: Decision, key: Key, invocation: Invocation, tensors: Sequence[torch.Tensor]) -> Any:
-        """Run what was decided, be it by another rank: each runs as many forwards whatever it has captured."""
+    def perform(
+        self,
+        decision: Decision,
+        key: Key,
+        invocation: Invocation,
+        tensors: Sequence[torch.Tensor],
+        agree: Agree = lambda refusal: refusal,
+    ) -> Any:
+        """Run what was decided.
+
+        :param agree: of what ranks share: what one of them refuses none of them replays.
+        """
         forward, tree = invocation.forward, invocation.tree
         self.has_replayed = decision is Decision.REPLAY
         match decision:
@@ -90,10 +145,10 @@ class Graphs:
                 return forward(tree)
             case Decision.CAPTURE:
                 self.num_trials += 1
-                return self._capture(key, forward, tree, tensors)
+                return self._capture(key, forward, tree, tensors, agree)
             case Decision.COMPARE:
                 self.num_trials += 1
-                return self._compare(key, forward, tree, tensors)
+                return self._compare(key, forward, tree, tensors, agree)
             case Decision.REPLAY:
                 self.num_replays += 1
                 result = self._replayed(key, forward, tree, tensors)
@@ -107,37 +162,60 @@ class Graphs:
         """Free what graphs take, as memory is short; false if there were none."""
         return self._remove(self._policy.evict_all())
 
-    def _capture(self, key: Key, forward: Callable[[Tree], Any], tree: Tree, tensors: Sequence[torch.Tensor]) -> Any:
-        """Run eagerly, and make a graph of the same if that promises to be faster."""
-        generators, versions = default_states(), _versions(tensors)
-        warmed = self._recorder.warm_up(forward, tree)
+    def _capture(self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agree) -> Any:
+        """Run eagerly, and make a graph of the same if that promises to be faster.
+
+        Where that fails, the forward may need tensors of the host: it is watched once, and captured with these.
+        """
+        effects = Effects(tree, tensors)
+        warmed = self._recorder.warm_up(forward, _copied(tree))
+        uploads: Uploads | None = None
+        refusal = agree(self._record(key, forward, effects, warmed))
+        if refusal is not None and refusal.may_upload:
+            uploads = Uploads(self._device_type)
+            with uploads.watched():
+                self._recorder.warm_up(forward, _copied(tree))
+            refusal = agree(self._record(key, forward, effects, warmed, uploads) if uploads.order else refusal)
+        if refusal is not None:
+            self._refuse(key, refusal)
+            return warmed.result
+        if uploads is not None:
+            self._uploading.add((key.module, key.method))
+            self._uploads[key] = uploads
+        recording, num_uploaded = self._recordings[key], uploads.size_bytes if uploads is not None else 0
+        self._remove(self._policy.captured(key, recording.size_bytes + num_uploaded, recording.pool_growth_bytes))
+        return warmed.result
+
+    def _record(
+        self, key: Key, forward: Forward, effects: Effects, warmed: Warmed, uploads: Uploads | None = None
+    ) -> Refusal | None:
+        """Capture a forward that was warmed up; what speaks against it."""
+
+        def with_uploads(tree: Tree) -> Any:
+            with uploads.given() if uploads is not None else nullcontext():
+                return forward(tree)
+
         try:
             if not is_worth_capturing(warmed.launch_s, warmed.total_s):
-                logger.debug("%s: no graph, launches take %s", self._name(key.module), warmed)
-                self._policy.refuse(key)
-                return warmed.result
+                raise Slow(f"launches take {warmed.launch_s} of {warmed.total_s} s")
             if self._num_broken[key.module, key.method] >= MAX_BROKEN:
                 raise Unfit("captures of such calls were cut off")
             if reason := unfit(key.module):
                 raise Unfit(reason)
-            if _versions(tensors) != versions:
-                raise Unfit("it writes to its arguments")
-            if any(not torch.equal(*pair) for pair in zip(default_states(), generators, strict=True)):
-                raise Unfit("it draws random numbers")
+            effects.check()
             check_result(warmed.result, self._device_type)
-            recording = self._recorder.record(forward, tree, tensors)
+            if uploads is None and (key.module, key.method) in self._uploading:
+                raise Failed("it takes tensors of the host to the device")
+            self._recordings[key] = self._recorder.record(with_uploads, effects.tree, effects.tensors)
         except Unfit as problem:
-            self._refuse(key, str(problem))
             self._num_broken[key.module, key.method] += isinstance(problem, Broken)
             if isinstance(problem, Leaking):
                 self._remove(self._policy.evict_all())
                 self._recorder.renew()
-            return warmed.result
-        self._recordings[key] = recording
-        self._remove(self._policy.captured(key, recording.size_bytes, recording.pool_growth_bytes))
-        return warmed.result
+            return refusal_of(problem)
+        return None
 
-    def _compare(self, key: Key, forward: Callable[[Tree], Any], tree: Tree, tensors: Sequence[torch.Tensor]) -> Any:
+    def _compare(self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agree) -> Any:
         """Run eagerly and as a graph, for arguments that it wasn't captured with: which is faster, and is it right?
 
         Twice each, as the first eager forward after a capture takes memory from the device again, and the first replay
@@ -145,19 +223,24 @@ class Graphs:
         """
 
         def again() -> Any:
-            # Models take things out of the dicts that they are given.
-            return self._replayed(key, forward, rebuilt(tree, lambda _path, leaf: leaf), tensors)
+            return self._replayed(key, forward, _copied(tree), tensors)
 
-        forward(rebuilt(tree, lambda _path, leaf: leaf))
+        known, uploads = self._uploads.get(key), Uploads(self._device_type)
+        with uploads.watched() if known is not None else nullcontext():
+            forward(_copied(tree))
         again()
         replayed, replay_s = self._recorder.timed(lambda: clone(again()))
         result, eager_s = self._recorder.timed(lambda: forward(tree))
         logger.debug("%s: %.2f ms as a graph, %.2f without", self._name(key.module), 1e3 * replay_s, 1e3 * eager_s)
-        if (error := relative_error(closed(replayed), result)) != 0:
-            self._refuse(key, f"a graph returned something else (relative error {error:.2g})")
+        refusal = None
+        if known is not None and uploads.order != known.order:
+            refusal = Refusal("it copies something else to the device each time")
+        elif (error := relative_error(closed(replayed), result)) != 0:
+            refusal = Refusal(f"a graph returned something else (relative error {error:.2g})")
         elif not pays(replay_s, eager_s):
-            self._policy.refuse(key)
-            self._remove([key])
+            refusal = Refusal()
+        if (refusal := agree(refusal)) is not None:
+            self._refuse(key, refusal)
         else:
             self._policy.proved(key)
         return result
@@ -167,10 +250,14 @@ class Graphs:
         recording = self._recordings.get(key)
         return opened(forward(tree)) if recording is None else recording.replay(tensors)
 
-    def _refuse(self, key: Key, problem: str) -> None:
-        self._policy.refuse(key)
+    def _refuse(self, key: Key, refusal: Refusal) -> None:
+        if refusal.is_passing:
+            self._policy.postpone(key)
+        else:
+            self._policy.refuse(key)
         self._remove([key])
-        self._tell(key.module, key.method, problem)
+        if refusal.said:
+            self._tell(key.module, key.method, refusal.said)
 
     def _tell(self, module: nn.Module, method: str, problem: str) -> None:
         if (module, method, problem) not in self._noted:
@@ -184,13 +271,20 @@ class Graphs:
 
     def _remove(self, keys: Sequence[Key]) -> bool:
         had = [self._recordings.pop(key, None) for key in keys]
+        for key in keys:
+            self._uploads.pop(key, None)
+        shared = [key for key in keys if isinstance(key.fixed[1], Shared)]
+        self._gone += [(self._name(key.module), key.method, tuple(key[2:])) for key in shared]
         if any(had) and not self._recordings:
             self._recorder.renew()
         return any(had)
 
 
 def graphs_on(
-    device: torch.device, max_bytes: int, components: Mapping[str, Any], note: Callable[[str, str], None]
+    device: torch.device,
+    max_bytes: int,
+    components: Mapping[str, Any],
+    note: Callable[[str, str], None] = lambda component, note: None,
 ) -> Graphs | None:
     """The graphs of a pipeline's components; None where there are none."""
     if device.type != "cuda" or not max_bytes:
@@ -199,6 +293,6 @@ def graphs_on(
     return Graphs(device, GraphPolicy(max_bytes), CudaRecorder(device), names, note)
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Which change with each write."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+def _copied(tree: Tree) -> Tree:
+    """The tree for one forward: models take things out of the dicts that they are given."""
+    return rebuilt(tree, lambda _path, leaf: leaf)  # type: ignore[no-any-return]

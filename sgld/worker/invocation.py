@@ -3,13 +3,16 @@
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sgld.worker.rows import RowAxes
 from sgld.worker.trees import leaves
+
+if TYPE_CHECKING:
+    from sgld.worker.graph_orders import Ordered
 
 Tree = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments and others."""
@@ -35,6 +38,8 @@ class Invocation:
     """Which arguments count rows, where several ranks may share these."""
     is_shared: bool = False
     """Other ranks wait for this one inside of the forward, so it mustn't begin it once more."""
+    ordered: "Ordered | None" = None
+    """How rank 0 has all ranks run it, where it may be a CUDA graph."""
 
     @property
     def tree(self) -> Tree:

@@ -21,8 +21,20 @@ class Unfit(Exception):
     """A forward that can't be a graph; the message says why."""
 
 
-class Broken(Unfit):
+class Failed(Unfit):
+    """A capture failed where an eager forward doesn't."""
+
+
+class Broken(Failed):
     """The device cut a capture off; later ones share no memory with those before."""
+
+
+class Slow(Unfit):
+    """A graph wouldn't pay."""
+
+
+class Full(Unfit):
+    """Memory was too short."""
 
 
 class Leaking(Unfit):
@@ -120,6 +132,8 @@ class CudaRecorder:
             inputs = [_static(tensor) for tensor in tensors]
             if self._pool is None:
                 self._new_pool()
+        except torch.OutOfMemoryError as error:
+            raise Full(_in_short(error)) from None
         except RuntimeError as error:
             raise Unfit(_in_short(error)) from None
         own = iter(inputs)
@@ -150,7 +164,8 @@ class CudaRecorder:
                 outer.wait_stream(self._stream)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, forward: Forward, tree: Any) -> Any:
-        problem, is_broken = "", False
+        problem = ""
+        kind: type[Unfit] = Failed
         had_gc = gc.isenabled()
         gc.disable()  # what it frees may need calls that a capture forbids
         torch.clear_autocast_cache()
@@ -162,17 +177,18 @@ class CudaRecorder:
                 except Exception as error:  # noqa: BLE001 - whatever it raises, it isn't captured
                     traceback.clear_frames(error.__traceback__)  # they hold tensors
                     problem = _in_short(error)
+                    kind = _kind(error)
                 torch.clear_autocast_cache()
                 try:
                     graph.capture_end()
                 except Exception as error:  # noqa: BLE001 - of the device, or of torch
-                    problem, is_broken = problem or _in_short(error), True
+                    problem, kind = problem or _in_short(error), Broken if kind is Failed else kind
                     self._clean_up(graph)
         finally:
             if had_gc:
                 gc.enable()
         if problem:
-            raise Broken(problem) if is_broken else Unfit(problem)
+            raise kind(problem)
         return result
 
     def _clean_up(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -242,6 +258,12 @@ def check_result(result: Any, device_type: str) -> None:
             raise Unfit(f"it returns a {type(leaf).__name__}")
         if isinstance(leaf, torch.Tensor) and leaf.device.type != device_type:
             raise Unfit(f"it returns a tensor on {leaf.device}")
+
+
+def _kind(error: Exception) -> type[Unfit]:
+    if isinstance(error, Unfit):
+        return type(error)
+    return Full if isinstance(error, torch.OutOfMemoryError) else Failed
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -24,6 +24,11 @@ class RowAxes:
     rows: int
     unit: int
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Forwards with an equal one are parted alike."""
+        return self.rows, *sorted(map(str, self.arguments))
+
     def parts(self, num: int) -> list[tuple[int, int]] | None:
         """Rows from and to of so many parts, as equal as they can be; None: they can't be parted like this."""
         bounds = [index * self.rows // num for index in range(num + 1)]

@@ -7,7 +7,7 @@ once more with what was missing.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
 from sgld.models.placement import compile_components, decompile, dtype_of
+from sgld.worker.graph_orders import Order
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
 from sgld.worker.precision import cast, computing_in, differs
@@ -208,13 +209,27 @@ class Runtime:
 
     def _replayed(self, invocation: Invocation) -> Any:
         """As a CUDA graph, where that can be."""
-        if self.graphs is None or not self._may_be_graph(invocation):
+        if self.graphs is None:
             return invocation.plain()
-        # A graph of compiled code is another one, and the compiler may be done at any time.
-        result = self.graphs.run(invocation, self.variant)
+        if invocation.ordered is not None:
+            result = self.graphs.obey(invocation, invocation.ordered)
+        elif self._may_be_graph(invocation):
+            # A graph of compiled code is another one, and the compiler may be done at any time.
+            result = self.graphs.run(invocation, self.variant)
+        else:
+            return invocation.plain()
         if self.graphs.has_replayed:
             self.variant = "compiled graph" if self.variant == "compiled" else "graph"
         return result
+
+    def order(self, invocation: Invocation, shared: Hashable) -> Order | None:
+        """How all ranks run what they share; None: eagerly.
+
+        :param shared: what of it each rank runs.
+        """
+        if self.graphs is None or not self._may_be_graph(invocation):
+            return None
+        return self.graphs.order(invocation, "compiled" if self._has_code(invocation.module) else "eager", shared)
 
     def _may_be_graph(self, invocation: Invocation) -> bool:
         is_usual = not invocation.is_exact and not self.are_changed and invocation.dtype is None

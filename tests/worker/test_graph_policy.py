@@ -79,6 +79,19 @@ def test_what_has_no_room_alone_is_not_tried_again() -> None:
     assert {policy.decide("a") for _ in range(20)} == {Decision.EAGER}
 
 
+def test_what_had_no_memory_is_tried_again_ever_later() -> None:
+    policy = GraphPolicy[str](1000)
+    waited = []
+    for _ in range(3):
+        waited.append(until_captured(policy, "a") + 1)
+        policy.postpone("a")
+    assert waited == [CAPTURES_AFTER, 2 * CAPTURES_AFTER, 4 * CAPTURES_AFTER]
+    until_captured(policy, "a")
+    assert policy.captured("a", 10, 0) == []
+    policy.postpone("a")
+    assert policy.num_graphs == 0
+
+
 def test_what_is_outdated_is_forgotten_and_may_come_again() -> None:
     policy = with_graphs(GraphPolicy[str](1000), "a1", "b1")
     policy.refuse("a2")

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,58 +17,14 @@ from sgld.worker.graph_keys import Key
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import MAX_BROKEN, Graphs, graphs_on
 from sgld.worker.invocation import Invocation
-from sgld.worker.recorder import Broken, Leaking, Unfit, Warmed
+from sgld.worker.recorder import Broken, Full, Leaking, Unfit
 from sgld.worker.residency import Residency, Weights
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Applied, Slots
-from sgld.worker.trees import opened, rebuilt
+from worker.recordings import FakeRecorder
 from worker.requests import Function, call_of, picture, request
 
 CPU = torch.device("cpu")
-
-
-class FakeRecording:
-    """Runs the forward again, on tensors of its own."""
-
-    def __init__(self, forward: Callable[[Any], Any], tree: Any, tensors: Sequence[torch.Tensor]) -> None:
-        self.size_bytes, self.pool_growth_bytes = 10, 100
-        self._inputs = [tensor.clone() for tensor in tensors]
-        own = iter(self._inputs)
-        self._tree = rebuilt(tree, lambda _path, leaf: next(own) if isinstance(leaf, torch.Tensor) else leaf)
-        self._forward = forward
-
-    def replay(self, tensors: Sequence[torch.Tensor]) -> Any:
-        for own, tensor in zip(self._inputs, tensors, strict=True):
-            own.copy_(tensor)
-        return opened(self._forward(self._tree))
-
-
-class FakeRecorder:
-    """Makes such recordings. `seconds`: what is timed takes so long, one after the other; then a second each."""
-
-    def __init__(self) -> None:
-        self.launch_s = 1.0
-        self.seconds: list[float] = []
-        self.problem: Unfit | None = None
-        self.num_warmed = self.num_recorded = self.num_renewed = 0
-
-    def warm_up(self, forward: Callable[[Any], Any], tree: Any) -> Warmed:
-        self.num_warmed += 1
-        return Warmed(forward(tree), self.launch_s, 1.0)
-
-    def record(self, forward: Callable[[Any], Any], tree: Any, tensors: Sequence[torch.Tensor]) -> FakeRecording:
-        if self.problem is not None:
-            raise self.problem
-        self.num_recorded += 1
-        return FakeRecording(forward, tree, tensors)
-
-    def timed(self, run: Callable[[], Any]) -> tuple[Any, float]:
-        # A replay comes before the eager forward.
-        self.seconds = self.seconds or [0.1, 1.0]
-        return run(), self.seconds.pop(0)
-
-    def renew(self) -> None:
-        self.num_renewed += 1
 
 
 class World:
@@ -189,7 +144,6 @@ class TestKey:
         ("argument", "problem"),
         [
             (torch.ones(1, device="meta"), "a tensor on meta"),
-            (torch.Generator(), "a Generator, which may have a state"),
             (doubled, "a function, which may have a state"),
             (torch.nn.Buffer(torch.ones(1)), None),
         ],
@@ -247,6 +201,32 @@ class TestWhatIsNoGraph:
 
     def test_one_that_draws(self) -> None:
         assert "random" in self.refused(World(Function(lambda x: x + torch.rand(2))), torch.ones(2))
+
+    def test_one_that_draws_from_what_it_is_given(self) -> None:
+        world = World(Function(lambda x, generator: x + torch.rand(2, generator=generator)))
+        assert "random" in self.refused(world, torch.ones(2), torch.Generator())
+
+    def test_a_generator_that_is_only_handed_over_is_no_matter(self) -> None:
+        world = World(Function(doubled))
+        world.run(torch.ones(2), generator=torch.Generator(), times=UNTIL_REPLAYED)
+        assert world.is_replayed(torch.ones(2), generator=torch.Generator().manual_seed(3))
+        assert not world.is_replayed(torch.ones(2))
+
+    def test_one_for_which_memory_was_short_until_it_is_not(self) -> None:
+        world = World(Function(doubled))
+        world.recorder.problem = Full("CUDA out of memory")
+        world.run(torch.ones(2), times=CAPTURES_AFTER)
+        world.recorder.problem = None
+        world.run(torch.ones(2), times=2 * CAPTURES_AFTER - 1)
+        assert world.recorder.num_recorded == 0
+        world.run(torch.ones(2), times=2)
+        assert world.is_replayed(torch.ones(2))
+
+    def test_a_model_that_takes_things_out_of_what_it_is_given_gets_them_each_time(self) -> None:
+        world = World(Function(lambda x, options: x * options.pop("scale", 1.0)))
+        for _ in range(UNTIL_REPLAYED + 1):
+            assert world.run(torch.ones(2), {"scale": 3.0}).tolist() == [3.0, 3.0]
+        assert world.graphs.num_replays == 1
 
     def test_one_that_writes_to_its_arguments(self) -> None:
         assert "arguments" in self.refused(World(Function(lambda x: x.add_(1))), torch.ones(2))

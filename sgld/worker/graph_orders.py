@@ -1,0 +1,59 @@
+"""What ranks say to one another of graphs: rank 0 decides, and what one of them refuses none of them replays."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sgld.worker.graph_policy import Decision
+from sgld.worker.recorder import Failed, Full, Slow, Unfit
+
+Rest = tuple[Any, ...]
+"""A key without its component and method, as these have names of their own on each rank."""
+
+
+class Shared(NamedTuple):
+    """What is fixed for graphs of what ranks share. `part`: what of it each of them runs."""
+
+    fixed: Hashable
+    part: Hashable
+
+
+@dataclass(frozen=True)
+class Order:
+    """How all ranks run a forward. `gone`: component, method and rest of graphs that rank 0 has no more."""
+
+    decision: Decision
+    rest: Rest
+    gone: tuple[tuple[str, str, Rest], ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a graph isn't replayed.
+
+    `said`: to people; empty: it doesn't pay. `is_passing`: memory was short. `may_upload`: a capture failed, which it
+    does where tensors of the host are taken to the device.
+    """
+
+    said: str = ""
+    is_passing: bool = False
+    may_upload: bool = False
+
+
+Agree = Callable[[Refusal | None], Refusal | None]
+"""From what this rank has against a graph to what any of them has; all are asked at the same places."""
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """An order as a rank gets it. `is_own`: it gave that itself."""
+
+    order: Order
+    agree: Agree
+    is_own: bool
+
+
+def refusal_of(problem: Unfit) -> Refusal:
+    """What a problem means for those to come."""
+    said = "" if isinstance(problem, Slow) else str(problem)
+    return Refusal(said, is_passing=isinstance(problem, Full), may_upload=isinstance(problem, Failed))

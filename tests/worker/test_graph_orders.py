@@ -1,0 +1,216 @@
+"""Ranks that replay graphs together, as real processes on the CPU with a recorder that runs forwards again."""
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sgld.config import EngineConfig
+from sgld.ipc.seats import Seat, seats
+from sgld.models.load import LoadedModel
+from sgld.models.sharing import Sharing
+from sgld.parallel import ParallelConfig
+from sgld.worker.distributed import follow, lead
+from sgld.worker.graph_orders import Refusal, refusal_of
+from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
+from sgld.worker.graphs import Graphs
+from sgld.worker.invocation import Invocation
+from sgld.worker.recorder import Broken, Failed, Full, Slow, Unfit
+from sgld.worker.runtime import Runtime
+from worker.recordings import FakeRecorder, FakeRecording
+
+CPU = torch.device("cpu")
+UNTIL_REPLAYED = CAPTURES_AFTER + 1
+# Calls of so many elements can't be captured on one rank.
+FAILS_ON_FOLLOWER, FAILS_ON_LEADER, IS_FULL_ON_FOLLOWER = 5, 6, 7
+DIFFERS_ON_FOLLOWER = 8
+TIMEOUT_S = 60.0
+
+
+class Summing(nn.Module):
+    """Twice the sum of what the ranks have."""
+
+    num_forwards = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_forwards += 1
+        x = x.clone()
+        dist.all_reduce(x)
+        return self.weight * x
+
+
+class RankRecorder(FakeRecorder):
+    """Of one rank, which can't capture everything."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def record(self, forward: Any, tree: Any, tensors: Any) -> FakeRecording:
+        num = tensors[0].numel()
+        if num == (FAILS_ON_FOLLOWER if self._rank else FAILS_ON_LEADER):
+            raise Unfit("this rank can't")
+        if num == IS_FULL_ON_FOLLOWER and self._rank and self.num_full == 0:
+            self.num_full += 1
+            raise Full("out of memory")
+        recording = super().record(forward, tree, tensors)
+        if num == DIFFERS_ON_FOLLOWER and self._rank:
+            replay = recording.replay
+            recording.replay = lambda tensors: replay(tensors) + 1  # type: ignore[method-assign]
+        return recording
+
+    num_full = 0
+
+
+def model() -> LoadedModel:
+    return LoadedModel(
+        SimpleNamespace(components={"transformer": Summing()}), CPU, {}, "", sharing=Sharing(denoisers=("transformer",))
+    )
+
+
+def config() -> EngineConfig:
+    return EngineConfig(model_path="x", device="cpu", parallel=ParallelConfig(enable_cfg_parallel=True))
+
+
+def graphs_of(rank: int, max_bytes: int, components: Any) -> Graphs:
+    names = {part: name for name, part in components.items()}
+    return Graphs(CPU, GraphPolicy(max_bytes), RankRecorder(rank), names)
+
+
+def state(graphs: Graphs, module: Any) -> list[int]:
+    """How many graphs a rank has, and what it ran."""
+    return [len(graphs._recordings), graphs.num_trials, graphs.num_replays, module.num_forwards]
+
+
+def follower(seat: Seat, told: Connection) -> None:
+    own = model()
+    made: list[Graphs] = []
+
+    def graphs_on(_device: Any, max_bytes: int, components: Any) -> Graphs:
+        made.append(graphs_of(1, max_bytes, components))
+        return made[0]
+
+    follow(seat, own, config(), graphs_on)
+    told.send_bytes(json.dumps(state(made[0], own.pipeline.components["transformer"])).encode())
+
+
+def leader(seat: Seat, told: Connection) -> None:
+    """Makes calls of several sizes, and tells what came of them."""
+    own = model()
+    module = own.pipeline.components["transformer"]
+    notes: list[str] = []
+    # Room for two graphs: a recording grows the pool by 100 and takes 10, and one of another form was refused.
+    graphs = graphs_of(0, 425, {"transformer": module})
+    graphs._note = lambda _name, note: notes.append(note)
+    runtime = Runtime(graphs=graphs)
+    runtime.ranks = lead(seat, own, config(), lambda _name, _note: None)
+    results: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def call(size: int, times: int) -> tuple[int, bool]:
+        """How many of the calls were replayed, and whether all were right."""
+        before, is_right = graphs.num_replays, True
+        for n in range(times):
+            x = torch.full((size,), float(n))
+            is_right &= torch.equal(runtime.run(Invocation(module, "forward", (x,), fixed=())), 2 * x)
+        return graphs.num_replays - before, is_right
+
+    for name, size, times in (
+        ("usual", 2, UNTIL_REPLAYED + 2),
+        ("fails on follower", FAILS_ON_FOLLOWER, UNTIL_REPLAYED + 2),
+        ("fails on leader", FAILS_ON_LEADER, UNTIL_REPLAYED + 2),
+        ("differs on follower", DIFFERS_ON_FOLLOWER, UNTIL_REPLAYED + 2),
+        ("full on follower", IS_FULL_ON_FOLLOWER, CAPTURES_AFTER),
+        ("full no more", IS_FULL_ON_FOLLOWER, 2 * CAPTURES_AFTER + 2),
+        ("evicts", 3, UNTIL_REPLAYED + 1),
+        ("evicted", 2, 1),
+    ):
+        results[name] = call(size, times)
+    with torch.no_grad():
+        exact = Invocation(module, "forward", (torch.ones(2),), fixed=(), is_exact=True)
+        results["exact"] = graphs.num_replays, runtime.run(exact).tolist(), graphs.num_replays
+    results["state"], results["notes"] = state(graphs, module), notes
+    told.send_bytes(json.dumps(results).encode())
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """What rank 0 has to tell, and the state of the other rank."""
+    context = multiprocessing.get_context("spawn")
+    meeting: Path = tmp_path_factory.mktemp("ranks") / "meeting"
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    with seats(2, str(meeting)) as (first, second):
+        processes = [
+            context.Process(target=target, args=(seat, pipe[1]), daemon=True)
+            for target, seat, pipe in ((leader, first, pipes[0]), (follower, second, pipes[1]))
+        ]
+        for process in processes:
+            process.start()
+    try:
+        assert all(pipe.poll(TIMEOUT_S) for pipe, _ in pipes)
+        heard = [json.loads(pipe.recv_bytes()) for pipe, _ in pipes]
+        yield heard[0], heard[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def test_all_ranks_replay_what_rank_0_says(told: tuple[dict[str, Any], list[int]]) -> None:
+    assert told[0]["usual"] == [2, True]
+
+
+@pytest.mark.parametrize("where", ["fails on follower", "fails on leader", "differs on follower"])
+def test_what_one_rank_refuses_none_replays(told: tuple[dict[str, Any], list[int]], where: str) -> None:
+    assert told[0][where] == [0, True]
+
+
+def test_what_one_rank_had_no_memory_for_is_tried_again(told: tuple[dict[str, Any], list[int]]) -> None:
+    assert told[0]["full on follower"] == [0, True]
+    assert told[0]["full no more"] == [1, True]
+
+
+def test_graphs_go_on_all_ranks_when_rank_0_evicts_them(told: tuple[dict[str, Any], list[int]]) -> None:
+    assert told[0]["evicts"] == [1, True]
+    assert told[0]["evicted"] == [0, True]
+    num_graphs, *ran = told[0]["state"]
+    assert num_graphs == 2
+    assert told[1] == [num_graphs, *ran]
+
+
+def test_exact_calls_run_eagerly(told: tuple[dict[str, Any], list[int]]) -> None:
+    before, result, after = told[0]["exact"]
+    assert (result, before) == ([2.0, 2.0], after)
+
+
+def test_people_hear_why(told: tuple[dict[str, Any], list[int]]) -> None:
+    said = [note.removeprefix("some calls run without CUDA graphs: ") for note in told[0]["notes"]]
+    assert said[0] == "this rank can't"
+    assert "something else" in said[1]
+    assert "out of memory" in said[2]
+
+
+@pytest.mark.parametrize(
+    ("problem", "refusal"),
+    [
+        (Unfit("a"), Refusal("a")),
+        (Slow("a"), Refusal()),
+        (Full("a"), Refusal("a", is_passing=True)),
+        (Failed("a"), Refusal("a", may_upload=True)),
+        (Broken("a"), Refusal("a", may_upload=True)),
+    ],
+)
+def test_problems_tell_what_comes_next(problem: Unfit, refusal: Refusal) -> None:
+    assert refusal_of(problem) == refusal
