@@ -32,6 +32,7 @@ from sgld.server.schemas import (
 )
 from sgld.server.services import Services
 from sgld.server.sse import encode_event
+from sgld.storage import Upload
 
 Verb = Literal["image_generation", "image_edit"]
 _PARTIAL: dict[Verb, PartialType] = {
@@ -130,15 +131,18 @@ class ImageWork:
 
     async def _store(self, live: LiveRequest) -> None:
         jobs = self._services.jobs
+        files = [picture.file for picture in self._in_order]
         try:
+            if not self._is_job:
+                await jobs.announce(live, files)
             for picture in self._in_order:
                 await jobs.storage.put(picture.file.key, picture.content, picture.file.media_type)
-            await jobs.keep(live, [picture.file for picture in self._in_order])
+            await jobs.keep(live, files)
         except BaseException:
             if not self._is_job:
                 # Nobody else knows of these files.
                 with anyio.CancelScope(shield=True):
-                    await jobs.storage.delete(live.id)
+                    await jobs.forget(live.id)
             raise
 
     @property
@@ -231,6 +235,7 @@ class ImageWork:
             index=index,
             seed=picture.file.seed,
             id=source.id,
+            upload=await self._upload_of(picture),
         )
         return await run_sync(encode_event, event.type, event)
 
@@ -241,10 +246,14 @@ class ImageWork:
         return await run_sync(encode)
 
     async def _data(self, request: Request, request_id: str, picture: Picture, variant: int) -> ImageData:
+        upload = await self._upload_of(picture)
         if self._options.response_format == "url":
             url = await url_of(request, request_id, picture.file, variant)
-            return ImageData(seed=picture.file.seed, url=url)
-        return ImageData(seed=picture.file.seed, b64_json=picture.content)
+            return ImageData(seed=picture.file.seed, url=url, upload=upload)
+        return ImageData(seed=picture.file.seed, b64_json=picture.content, upload=upload)
+
+    async def _upload_of(self, picture: Picture) -> Upload | None:
+        return await results.upload_of(self._services.jobs.storage, picture.file.key)
 
 
 async def url_of(request: Request, request_id: str, file: StoredFile, variant: int) -> str:

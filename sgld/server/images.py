@@ -45,7 +45,11 @@ async def get_image(request: Request) -> Response:
     """GET /v1/images/{id}."""
     job = await _finished(request)
     urls = [await url_of(request, job.id, file, variant) for variant, file in enumerate(job.files)]
-    data = [ImageData(seed=file.seed, url=url) for file, url in zip(job.files, urls, strict=True)]
+    uploads = [await results.upload_of(services_of(request).jobs.storage, file.key) for file in job.files]
+    data = [
+        ImageData(seed=file.seed, url=url, upload=upload)
+        for file, url, upload in zip(job.files, urls, uploads, strict=True)
+    ]
     prompt = job.asked.params.prompt
     return json_response({"id": job.id, "created": job.created_at, "prompt": prompt, "data": data})
 

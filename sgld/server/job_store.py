@@ -70,6 +70,10 @@ class JobError(msgspec.Struct, frozen=True, kw_only=True):
     message: str
 
 
+UNSTORED = JobError(code="server_died", message="the server died while it stored the result")
+"""Of a request whose files are being stored: it is completed next, unless the server dies."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job as it is in the file; `attempts` counts how often it was begun and not put back."""
 
@@ -151,7 +155,7 @@ class JobStore:
         await self._update(job_id, f"status = 'queued', attempts = {attempts}", "in_progress")
 
     async def complete(self, job: Job) -> None:
-        """Keep a job with its files, or the files of one that is there and unfinished."""
+        """Keep a job with its files, or the files of one that is there and unfinished or being stored."""
         await self._database.run(lambda db: _complete(db, job))
 
     async def fail(self, job_id: str, error: JobError, now: int) -> None:
@@ -204,8 +208,8 @@ def _complete(db: sqlite3.Connection, job: Job) -> None:
     changes = "status = 'completed', files = ?, size_bytes = ?, completed_at = ?"
     is_there = db.execute("SELECT 1 FROM job WHERE id = ?", (job.id,)).fetchone() is not None
     if is_there:
-        query = f"UPDATE job SET {changes} WHERE id = ? AND {_UNFINISHED}"
-        db.execute(query, (files, size_bytes, job.completed_at, job.id))
+        query = f"UPDATE job SET {changes}, error = NULL WHERE id = ? AND ({_UNFINISHED} OR error = ?)"
+        db.execute(query, (files, size_bytes, job.completed_at, job.id, msgspec.json.encode(UNSTORED)))
     else:
         _insert(db, job)
 

@@ -24,7 +24,7 @@ from sgld.errors import EngineClosed, ModelError, QueueFull, SgldError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Started
 from sgld.media.inputs import InputPolicy, kept_in, references
 from sgld.sampling_params import SamplingParams
-from sgld.server.job_store import Asked, Job, JobError, JobStore, StoredFile
+from sgld.server.job_store import UNSTORED, Asked, Job, JobError, JobStore, StoredFile
 from sgld.server.requests import LiveRequest, Requests, new_id
 from sgld.storage import Storage
 
@@ -150,7 +150,7 @@ class Jobs:
                 await self._launch(job)
             except BaseException:
                 with anyio.CancelScope(shield=True):
-                    await self._forget(job.id)
+                    await self.forget(job.id)
                 raise
             return job
 
@@ -181,9 +181,17 @@ class Jobs:
         """When a finished job may be removed."""
         return None if job.completed_at is None else job.completed_at + int(self._config.result_ttl_s)
 
+    async def announce(self, live: LiveRequest, files: Sequence[StoredFile]) -> None:
+        """Files of a request that is no job are about to be stored: if the server dies then, they expire with it."""
+        job = self._ended(live, files)
+        await self._store.add(msgspec.structs.replace(job, status="failed", error=UNSTORED))
+
     async def keep(self, live: LiveRequest, files: Sequence[StoredFile]) -> None:
         """A request, a job or not, has an end: these files."""
-        job = Job(
+        await self._store.complete(self._ended(live, files))
+
+    def _ended(self, live: LiveRequest, files: Sequence[StoredFile]) -> Job:
+        return Job(
             id=live.id,
             kind=live.kind,
             owner=live.owner,
@@ -193,7 +201,6 @@ class Jobs:
             files=tuple(files),
             completed_at=int(self._clock()),
         )
-        await self._store.complete(job)
 
     async def cancel(self, job: Job) -> None:
         """End a job that is unfinished: it fails."""
@@ -203,13 +210,13 @@ class Jobs:
     async def delete(self, job: Job) -> None:
         """End a job if it is unfinished, and remove what there is of it."""
         await self._stop(job)
-        await self._forget(job.id)
+        await self.forget(job.id)
 
     async def sweep(self) -> None:
         """Remove what has expired."""
         before = int(self._clock() - self._config.result_ttl_s)
         for job in await self._store.expired(ended_before=before, max_bytes=self._config.result_max_bytes):
-            await self._forget(job.id)
+            await self.forget(job.id)
 
     async def _stop(self, job: Job) -> None:
         if (live := self._requests.get(job.id, job.owner)) is not None:
@@ -217,8 +224,8 @@ class Jobs:
         if (running := self.running(job.id)) is not None:
             await running.ended.wait()
 
-    async def _forget(self, job_id: str) -> None:
-        """The row last: whoever is interrupted here begins again with it."""
+    async def forget(self, job_id: str) -> None:
+        """Remove what there is of a job; the row last: whoever is interrupted here begins again with it."""
         await self.storage.delete(job_id)
         await run_sync(shutil.rmtree, self._folder / job_id, True)
         await self._store.delete(job_id)

@@ -5,6 +5,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 
 from sgld.server.errors import not_found
 from sgld.server.services import services_of
+from sgld.storage import Storage, Upload
 
 
 async def content(request: Request, key: str, media_type: str) -> Response:
@@ -18,6 +19,12 @@ async def content(request: Request, key: str, media_type: str) -> Response:
     if (url := await storage.url(key)) is not None:
         return RedirectResponse(url, 302)
     raise not_found(f"content of {key.partition('/')[0]} any more")
+
+
+async def upload_of(storage: Storage, *keys: str) -> Upload | None:
+    """Whether all these files are in the bucket; None where there is no bucket, or no file."""
+    found = {await storage.upload(key) for key in keys}
+    return "pending" if "pending" in found else next(iter(found), None)
 
 
 async def url_of(request: Request, key: str, path: str) -> str:

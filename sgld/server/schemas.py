@@ -19,6 +19,7 @@ from sgld.errors import InvalidRequest
 from sgld.media.files import ImageFormat
 from sgld.sampling_params import MAX_SEED, SamplingParams
 from sgld.server.errors import ApiError
+from sgld.storage import Upload
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
@@ -147,6 +148,7 @@ class ImageData(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int
     b64_json: bytes | None = None
     url: str | None = None
+    upload: Upload | None = None
 
 
 class ImagesResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,6 +192,7 @@ class CompletedImage(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     seed: int
     id: str
+    upload: Upload | None = None
 
 
 def image_request(

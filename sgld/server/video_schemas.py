@@ -26,6 +26,7 @@ from sgld.server.schemas import (
     unpacked,
     words_of,
 )
+from sgld.storage import Upload
 
 _SAMPLING = SAMPLING_FIELDS | {"num_frames", "fps"} | INTERPOLATION_FIELDS
 
@@ -131,6 +132,7 @@ class Video(msgspec.Struct, frozen=True, kw_only=True):
     error: VideoError | None
     url: str | None
     urls: list[str]
+    upload: Upload | None
 
 
 class VideoList(msgspec.Struct, frozen=True, kw_only=True):

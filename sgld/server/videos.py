@@ -195,6 +195,7 @@ async def video_of(request: Request, job: Job) -> Video:
         error=VideoError(code=job.error.code, message=job.error.message) if job.error else None,
         url=urls[0] if urls else None,
         urls=urls,
+        upload=await results.upload_of(services.jobs.storage, *(file.key for file in job.files)),
     )
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 Content = bytes | Callable[[Path], None]
 """What a file shall contain, or a function that writes it to a path, in a thread."""
+
+
+Upload = Literal["uploaded", "pending"]
+"""Where a file for a bucket is: there; or here, and its upload is tried until it works."""
 
 
 class Storage(Protocol):
@@ -33,6 +37,9 @@ class Storage(Protocol):
 
     async def file(self, key: str) -> Path | None:
         """A local file with this content; None if there is none, or it is elsewhere."""
+
+    async def upload(self, key: str) -> Upload | None:
+        """Whether a file is in the bucket; None where there is no bucket."""
 
     async def url(self, key: str) -> str | None:
         """From where clients fetch it without this server, for a while; None if they can't."""

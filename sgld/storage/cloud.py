@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 
 from sgld.errors import StorageError
-from sgld.storage import Content, Storage
+from sgld.storage import Content, Storage, Upload
 from sgld.storage.growing import Growing
 from sgld.storage.ledger import Entry, Ledger
 from sgld.storage.local import LocalStorage
@@ -165,6 +165,11 @@ class CloudStorage:
     async def file(self, key: str) -> Path | None:
         """The path of a file, if it is here."""
         return await self._local.file(key)
+
+    async def upload(self, key: str) -> Upload:
+        """Whether a file is in the bucket."""
+        entry = await self._ledger.get(key)
+        return "uploaded" if entry is not None and entry.state == "stored" else "pending"
 
     async def url(self, key: str) -> str | None:
         """From where clients get a file that was uploaded; None for others."""

@@ -43,6 +43,9 @@ class LocalStorage:
         """Always 0: what is kept is where it belongs."""
         return 0
 
+    async def upload(self, key: str) -> None:
+        """None: there is no bucket."""
+
     async def url(self, key: str) -> str | None:
         """None: local files are served by the server."""
         return None

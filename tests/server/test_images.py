@@ -13,6 +13,7 @@ from blockbuster import blockbuster_ctx
 from PIL import Image
 
 from sgld.server.auth import ANYBODY
+from sgld.storage.local import LocalStorage
 
 from .fakes import FakeEngine, running
 
@@ -221,3 +222,18 @@ async def test_a_picture_that_is_being_made_is_cancelled_by_its_deletion(tmp_pat
 
     assert (answers[0].status_code, error_of(answers[0])["code"]) == (409, "cancelled")
     assert answers[0].headers["x-should-retry"] == "false"
+
+
+async def test_a_picture_has_a_row_before_it_has_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, rows = LocalStorage.put, list[list[tuple[str, str]]]()
+
+    async with running(tmp_path) as server:
+
+        async def seen(storage: LocalStorage, *args: Any) -> None:
+            rows.append([(job.id, job.status) for job in await server.services.jobs.latest(9)])
+            await put(storage, *args)
+
+        monkeypatch.setattr(LocalStorage, "put", seen)
+        made = (await server.post(prompt="a cat")).json()
+        rows.append([(job.id, job.status) for job in await server.services.jobs.latest(9)])
+    assert rows == [[(made["id"], "failed")], [(made["id"], "completed")]]

@@ -347,3 +347,25 @@ async def test_results_expire(tmp_path: Path) -> None:
         assert [await server.store.get(job.id) for job in newer] == [None, None]
         assert len(await server.store.unfinished()) == 1
     assert not left_in(tmp_path)
+
+
+async def test_files_of_a_request_that_is_no_job_expire_though_the_server_died_before_they_were_kept(
+    tmp_path: Path,
+) -> None:
+    now, params = 1000.0, SamplingParams()
+    file = StoredFile(key="img_1/0-0.png", media_type="image/png", width=1, height=1, seed=0, size_bytes=5)
+    async with serving(tmp_path, clock=lambda: now, is_killed=True) as server:
+        live = LiveRequest("img_1", "img", OWNER, params, finish=Writes(server.jobs, {}).finish)
+        await server.jobs.announce(live, [file])
+        await server.jobs.storage.put(file.key, b"12345", "image/png")
+    assert left_in(tmp_path)
+    async with serving(tmp_path, clock=lambda: now, result_ttl_s=100.0) as server:
+        (died,) = await server.jobs.latest(9)
+        await server.jobs.announce(other := LiveRequest("img_2", "img", OWNER, params, finish=live._finish), [file])
+        await server.jobs.keep(other, [file])
+        kept = (await server.jobs.latest(9))[-1]
+        now = 1200.0
+        await server.jobs.sweep()
+    assert (died.status, died.error and died.error.code) == ("failed", "server_died")
+    assert (kept.id, kept.status, kept.error) == ("img_2", "completed", None)
+    assert not left_in(tmp_path)

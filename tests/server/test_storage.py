@@ -124,6 +124,8 @@ async def test_a_bucket_that_is_away_is_no_failure_of_a_request(bucket: S3Server
         later = (await server.http.get(f"/v1/images/{made['id']}")).json()
         video_later = (await server.http.get(f"/v1/videos/{video['id']}")).json()
 
+    told_of = [made["data"][0], video, later["data"][0], video_later]
+    assert [one["upload"] for one in told_of] == ["pending", "pending", "uploaded", "uploaded"]
     assert made["data"][0]["url"].startswith(f"{server.url}/v1/images/")
     assert (local.status_code, local.headers["content-type"]) == (200, "image/png")
     assert video["status"] == "completed"
