@@ -455,24 +455,22 @@ async def test_serve(offload: str, models: Models, tmp_path: Path) -> None:
     assert num_frames(tmp_path / "x.mp4") == 9
 
 
-async def test_cloud_storage(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cloud_storage(models: Models, bucket: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bucket is one on this machine."""
-    with S3Server() as bucket:
-        bucket.new_bucket()
-        monkeypatch.setenv("SGLANG_CLOUD_STORAGE_TYPE", "s3")
-        monkeypatch.setenv("SGLANG_S3_BUCKET_NAME", BUCKET)
-        monkeypatch.setenv("SGLANG_S3_ACCESS_KEY_ID", "your-access-key")
-        monkeypatch.setenv("SGLANG_S3_SECRET_ACCESS_KEY", "your-secret-key")
-        monkeypatch.setenv("SGLANG_S3_ENDPOINT_URL", bucket.url)
-        argv = arguments("sglang serve --model-path Qwen/Qwen-Image", model=models("qwen_image"), more=_SERVED)
-        async with served(argv, tmp_path) as client:
-            fields = {"prompt": "a cat", "size": "32x32", "num_inference_steps": 2, "response_format": "url"}
-            answer = await client.post("/v1/images/generations", json=fields)
-            assert answer.status_code == 200, answer.text
-            picture = await client.get(answer.json()["data"][0]["url"])
-        assert picture.url.port == int(bucket.url.rpartition(":")[2])
-        (tmp_path / "x.png").write_bytes(picture.content)
-        assert size_of(str(tmp_path / "x.png")) == (32, 32)
+    monkeypatch.setenv("SGLANG_CLOUD_STORAGE_TYPE", "s3")
+    monkeypatch.setenv("SGLANG_S3_BUCKET_NAME", BUCKET)
+    monkeypatch.setenv("SGLANG_S3_ACCESS_KEY_ID", "your-access-key")
+    monkeypatch.setenv("SGLANG_S3_SECRET_ACCESS_KEY", "your-secret-key")
+    monkeypatch.setenv("SGLANG_S3_ENDPOINT_URL", bucket.url)
+    argv = arguments("sglang serve --model-path Qwen/Qwen-Image", model=models("qwen_image"), more=_SERVED)
+    async with served(argv, tmp_path) as client:
+        fields = {"prompt": "a cat", "size": "32x32", "num_inference_steps": 2, "response_format": "url"}
+        answer = await client.post("/v1/images/generations", json=fields)
+        assert answer.status_code == 200, answer.text
+        picture = await client.get(answer.json()["data"][0]["url"])
+    assert picture.url.port == int(bucket.url.rpartition(":")[2])
+    (tmp_path / "x.png").write_bytes(picture.content)
+    assert size_of(str(tmp_path / "x.png")) == (32, 32)
 
 
 async def test_component_path_overrides(models: Models, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,15 @@ from sgld.storage import s3
 from .conftest import Engines, Sgld
 
 
-@pytest.fixture(scope="module")
-def _bucket() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
 @pytest.fixture
-def bucket(_bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def bucket(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setattr(s3, "_ATTEMPTS", 1)
     monkeypatch.setenv("SGLANG_CLOUD_STORAGE_TYPE", "s3")
     monkeypatch.setenv("SGLANG_S3_BUCKET_NAME", BUCKET)
     monkeypatch.setenv("SGLANG_S3_ACCESS_KEY_ID", "your-access-key")
     monkeypatch.setenv("SGLANG_S3_SECRET_ACCESS_KEY", "your-secret-key")
-    monkeypatch.setenv("SGLANG_S3_ENDPOINT_URL", _bucket.url)
-    _bucket.new_bucket()
-    return _bucket
+    monkeypatch.setenv("SGLANG_S3_ENDPOINT_URL", bucket.url)
+    return bucket
 
 
 def test_outputs_are_uploaded_and_kept(bucket: S3Server, sgld: Sgld, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 # How long an example takes says more of the machine than of the code.
@@ -13,12 +12,8 @@ settings.load_profile("sgld")
 
 
 @pytest.fixture(autouse=True)
-def _one_cpu_thread() -> Iterator[None]:
-    """Tasks have one CPU thread, and bits depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_cpu_thread(one_cpu_thread: None) -> None:
+    """For all tests of these modules."""
 
 
 @pytest.fixture(scope="session", autouse=True)

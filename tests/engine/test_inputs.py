@@ -1,13 +1,11 @@
 """Pictures inside `diffusers_kwargs`: from JSON to the pipeline that takes them."""
 
 import base64
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
 import msgspec
 import numpy as np
-import pytest
 import torch
 from diffusers import (
     ControlNetModel,
@@ -28,15 +26,6 @@ from sgld.sampling_params import SamplingParams
 from sgld.testing import InlineReplica
 
 CONFIG = EngineConfig(device="cpu", num_cpu_threads=1)
-
-
-@pytest.fixture(autouse=True)
-def _one_cpu_thread() -> Iterator[None]:
-    """Bits depend on the number of threads that sum."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def painted(mode: str = "RGB", size: int = 32) -> Image.Image:

@@ -1,7 +1,6 @@
 """Requests over HTTP up to a real pipeline with tiny random weights."""
 
 from base64 import b64decode
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import av
 import msgspec
 import numpy as np
 import pytest
-import torch
 from engine.streams import plain
 from PIL import Image
 from pipelines import build
@@ -24,14 +22,7 @@ from .fakes import running
 from .test_edits import png, upload
 from .test_images import error_of
 
-
-@pytest.fixture(autouse=True)
-def _one_cpu_thread() -> Iterator[None]:
-    """Bits depend on the number of threads that sum."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
 def serving(pipeline: Any) -> EngineFactory:

@@ -3,7 +3,6 @@
 import logging
 import signal
 from base64 import b64decode
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SECRET = "a-secret-that-nobody-may-see"
 
 
-@pytest.fixture(scope="module")
-def _bucket() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
 @pytest.fixture
-def bucket(_bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def bucket(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("SGLD_S3_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("SGLD_S3_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setattr(s3, "_ATTEMPTS", 1)
     monkeypatch.setattr(cloud, "PAUSES_S", (0.01,))
-    _bucket.new_bucket()
-    return _bucket
+    return bucket
 
 
 def storage_of(server: Running) -> CloudStorage:

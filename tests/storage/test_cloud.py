@@ -1,7 +1,7 @@
 """Files that go to a bucket, which may not be there when they come."""
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
@@ -25,20 +25,13 @@ from .s3_server import S3Server
 TIMEOUT_S = 20
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def server(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("SGLD_S3_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("SGLD_S3_SECRET_ACCESS_KEY", "secret")
     # Else each failure takes the client's own pauses.
     monkeypatch.setattr(s3, "_ATTEMPTS", 1)
-    _server.new_bucket()
-    return _server
+    return bucket
 
 
 def write_one(path: Path) -> None:

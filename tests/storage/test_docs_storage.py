@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,14 @@ SHELL, CURL = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 (CONFIG,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def _bucket() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
 @pytest.fixture
-def bucket(_bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def bucket(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The variables of the page, but for the place of the bucket."""
-    _bucket.new_bucket()
     for name, value in re.findall(r"export (\w+)=(\S+)", SHELL):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SGLANG_S3_BUCKET_NAME", BUCKET)
-    monkeypatch.setenv("SGLANG_S3_ENDPOINT_URL", _bucket.url)
-    return _bucket
+    monkeypatch.setenv("SGLANG_S3_ENDPOINT_URL", bucket.url)
+    return bucket
 
 
 def test_the_first_example(

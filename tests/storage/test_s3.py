@@ -2,7 +2,6 @@
 
 import random
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -22,18 +21,11 @@ CONTENT = random.Random(0).randbytes(2 * PART_BYTES + 1000)
 KEY_ID = "AKIDTHATNOBODYMAYSEE"
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+def server(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("SGLANG_S3_ACCESS_KEY_ID", KEY_ID)
     monkeypatch.setenv("SGLD_S3_SECRET_ACCESS_KEY", SECRET)
-    _server.new_bucket()
-    return _server
+    return bucket
 
 
 @pytest.fixture

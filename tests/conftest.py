@@ -1,0 +1,35 @@
+"""What tests of several packages share."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from storage.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> "Iterator[S3Server]":
+    from storage.s3_server import S3Server  # takes a second, which most tests don't need
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(_s3_server: "S3Server") -> "S3Server":
+    """A server with a bucket that is empty; modules say how it is reached."""
+    _s3_server.new_bucket()
+    return _s3_server
+
+
+@pytest.fixture
+def one_cpu_thread() -> Iterator[None]:
+    """Tasks have one CPU thread, and bits depend on the number of threads that sum."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
