@@ -148,7 +148,7 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def encoding_quality(self) -> int:
-        return quality_of(self.output_quality) if self.output_compression is None else max(1, self.output_compression)
+        return quality_of(self.output_quality, self.output_compression)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,9 +17,14 @@ _QUALITIES: dict[OutputQuality, int] = {"default": DEFAULT_QUALITY, "maximum": 1
 MAX_CRF: dict[VideoCodec, int] = {"h264": 51, "hevc": 51, "av1": 63}
 
 
-def quality_of(quality: int | OutputQuality) -> int:
-    """1 to 100, also of SGLang's words."""
-    return quality if isinstance(quality, int) else _QUALITIES[quality]
+def quality_of(quality: int | OutputQuality | None, compression: int | None = None) -> int:
+    """1 to 100, also of SGLang's words.
+
+    :param compression: the same, from 0 to 100; it counts more.
+    """
+    if compression is not None:
+        return max(1, compression)
+    return quality if isinstance(quality, int) else _QUALITIES[quality or "default"]
 
 
 class VideoEncoding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

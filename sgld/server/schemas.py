@@ -110,9 +110,7 @@ class ImageOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def encoding_quality(self) -> int:
-        if self.output_compression is not None:
-            return max(1, self.output_compression)
-        return quality_of(self.output_quality or "default")
+        return quality_of(self.output_quality, self.output_compression)
 
 
 class ImageRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -81,9 +81,7 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def encoding_quality(self) -> int:
-        if self.output_compression is not None:
-            return max(1, self.output_compression)
-        return quality_of(self.output_quality or "default")
+        return quality_of(self.output_quality, self.output_compression)
 
     @property
     def encoding(self) -> VideoEncoding:
