@@ -1,154 +1,184 @@
-"""Sequence parallelism through diffusers' context parallelism: the tokens of a forward are shared by several ranks."""
+"""Sequence parallelism: the tokens of a denoiser's forward are shared by several ranks, as a plan says."""
 
-import warnings
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers.hooks import context_parallel
-from diffusers.models import _modeling_parallel, attention_dispatch
-from diffusers.models._modeling_parallel import ContextParallelConfig
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sgld.errors import ModelError
+from sgld.models.shared_attention import Intercept, check_attention
+from sgld.models.token_plans import Argument, Each, Joined, Leading, Output, TokenPlan, Whole, plan_of
+from sgld.models.tokens import Ranks, Tokens, UnevenTokens
 from sgld.parallel import ParallelConfig
 
-# Plans for models that have none of their own, by class name.
-_PLANS: dict[str, dict[str, Any]] = {}
-_UNEVEN = "must be divisible by mesh size"
-
-
-def plan_of(cls: type) -> dict[str, Any] | None:
-    """How a class of models splits its tokens and gathers them again; None: nobody knows."""
-    plan = getattr(cls, "_cp_plan", None) or _PLANS.get(cls.__name__)
-    return dict(plan) if plan else None
-
-
-def check_attention(component: Any) -> None:
-    """See that tokens can be shared with the kernel of attention that was chosen.
-
-    :raises ModelError: they can't; says with which they can.
-    """
-    registry = attention_dispatch._AttentionBackendRegistry
-    for part in component.modules():
-        chosen = getattr(getattr(part, "processor", None), "_attention_backend", None)
-        backend = (
-            registry.get_active_backend()[0] if chosen is None else attention_dispatch.AttentionBackendName(chosen)
-        )
-        if not registry._is_context_parallel_available(backend):
-            able = ", ".join(sorted(map(str, registry._supports_context_parallel)))
-            raise ModelError(f"attention backend {backend.value} can't share tokens between GPUs; use one of {able}")
+# To forget one costs messages, no more.
+MAX_COURSES = 256
 
 
 class Sequence:
     """The tokens of one component, shared by the ranks of a mesh ("ring", "ulysses").
 
-    Each length is tried in equal parts first; where it can't be, all of that form are split unevenly, which costs a
-    message at each attention. All ranks find that out by themselves, before they say anything to one another.
+    Each length is tried in equal parts first; where it can't be, all of that course are split unevenly. All ranks find
+    that out by themselves, before they say anything to one another.
     """
 
     def __init__(self, component: Any, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device) -> None:
         plan = plan_of(type(component))
         assert plan is not None, "it was checked before anything was loaded"
         check_attention(component)
-        self._parallel = parallel
-        self._config = ContextParallelConfig(ring_degree=parallel.ring, ulysses_degree=parallel.ulysses)
-        config = _modeling_parallel.ParallelConfig(context_parallel_config=self._config)
-        config.setup(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, mesh=mesh)
-        component._parallel_config = config
-        for part in component.modules():
-            processor = getattr(part, "processor", None)
-            if processor is not None and hasattr(processor, "_parallel_config"):
-                processor._parallel_config = config
-        heads = getattr(component.config, "num_attention_heads", None)
-        self._is_always_uneven = isinstance(heads, int) and heads % parallel.ulysses != 0
-        self._uneven: set[str] = set()
-        context_parallel.apply_context_parallel(component, self._config, plan)
+        self._tokens = Tokens(type(component).__name__, Ranks.of(mesh))
+        self._uneven: dict[str, list[list[int]] | None] = {}
+        """Courses of which the tokens are split unevenly, and how; None: it isn't known yet."""
+        component._parallel_config = self._tokens
+        _apply(component, plan, self._tokens)
 
-    def run(self, form: str, forward: Any) -> Any:
-        """Run a forward of calls of one form.
+    def run(self, course: str, forward: Callable[[], Any]) -> Any:
+        """Run a forward.
 
-        :raises ValueError: the tokens can't be shared by so many ranks.
+        :param course: equal for those that go through the same layers in the same order, with tensors of the same form.
+        :raises ValueError: there are fewer tokens than ranks.
         """
-        self._split_unevenly(self._is_always_uneven or form in self._uneven)
-        try:
-            return forward()
-        except AssertionError as error:
-            if _UNEVEN not in str(error) or form in self._uneven:
-                raise
-        if not self._can_be_uneven:
-            raise ValueError(
-                f"the number of tokens of this request isn't a multiple of sp_degree {self._parallel.sp}, which"
-                f" ulysses_degree {self._parallel.ulysses} x ring_degree {self._parallel.ring} need; ask for another"
-                " size, or start with one of them only"
-            )
-        self._uneven.add(form)
-        self._split_unevenly(True)
-        return forward()
+        if course not in self._uneven:
+            self._tokens.begin([], is_uneven=False)
+            try:
+                return forward()
+            except UnevenTokens:
+                self._learn(course, None)
+        lengths = list(self._uneven[course] or ())
+        self._tokens.begin(lengths, is_uneven=True)
+        result = forward()
+        # One that fails is no measure: others may have come further in it.
+        self._learn(course, lengths)
+        return result
 
-    @property
-    def _can_be_uneven(self) -> bool:
-        return 1 in (self._parallel.ulysses, self._parallel.ring)
-
-    def _split_unevenly(self, is_uneven: bool) -> None:
-        self._config.ulysses_anything = is_uneven and self._parallel.ring == 1
-        self._config.ring_anything = is_uneven and self._parallel.ulysses == 1
+    def _learn(self, course: str, lengths: list[list[int]] | None) -> None:
+        """What is learned last is kept; all ranks do alike, and so forget alike."""
+        self._uneven.pop(course, None)
+        self._uneven[course] = lengths
+        if len(self._uneven) > MAX_COURSES:
+            del self._uneven[next(iter(self._uneven))]
 
 
-def attention_with_lse(
-    ctx: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
-    _save_ctx: bool = True,
-    _parallel_config: Any = None,
-) -> Any:
-    """Torch's own attention of (B, S, H, D), with the logarithm (B, S, H) of its denominators, which a ring needs."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > query.shape[1]:
-        # Repeated for all heads of the model, of which this rank has some.
-        attn_mask = attn_mask[:, : query.shape[1]]
-    if not return_lse:
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-        return out.transpose(1, 2)
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )
-    elif attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale
-        )
+def _apply(component: nn.Module, plan: TokenPlan, tokens: Tokens) -> None:
+    # The hook that is registered last runs first.
+    for index, (name, step) in reversed(list(enumerate(plan.steps))):
+        for module in _modules(component, name.split(".") if name else []):
+            hook = _Gather(tokens, step) if isinstance(step, Whole) else _Split(tokens, step)
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"tokens-{index}")
+    if plan.attention is None:
+        shared = [module for module in component.modules() if _is_prepared(module)]
     else:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-        )
-    return out.transpose(1, 2), lse[:, :, : query.shape[2]].transpose(1, 2)
+        shared = [module for name in plan.attention for module in _modules(component, name.split("."))]
+    for module in shared:
+        if _is_prepared(module):
+            vars(module.processor)["_parallel_config"] = tokens
+        else:
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(Intercept(tokens), "tokens")
 
 
-def gather_uneven(tensor: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
-    """Tensors of all ranks joined along `dim`, where they may differ in length, on each of them."""
-    sizes = _modeling_parallel.gather_size_by_comm(tensor.shape[dim], group)
-    shape = list(tensor.shape)
-    shape[dim] = max(sizes)
-    padded = tensor.new_zeros(shape)
-    padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(gathered, padded, group=group)
-    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(gathered, sizes, strict=True)], dim=dim)
+def _is_prepared(module: nn.Module) -> bool:
+    """Whether its attention goes through diffusers' dispatcher."""
+    return hasattr(getattr(module, "processor", None), "_parallel_config")
 
 
-def prepare() -> None:
-    """Have diffusers' `native` attention take part in a ring, and gloo gather what is of different lengths."""
-    attention_dispatch._native_attention_forward_op = attention_with_lse
-    context_parallel._all_gather_anything = gather_uneven
-    # What diffusers calls was renamed in torch 2.13.
-    warnings.filterwarnings("ignore", "`torch.distributed._functional_collectives", FutureWarning)
+def _modules(parent: Any, path: list[str]) -> Iterator[nn.Module]:
+    """Of a path like `blocks.*.attn`, `blocks.-1`. What is None has none."""
+    if parent is None:
+        return
+    if not path:
+        yield parent
+        return
+    first, *rest = path
+    if first == "*":
+        chosen = list(parent.children())
+    elif first.lstrip("-").isdigit():
+        chosen = list(parent.children())[int(first) :][:1]
+    else:
+        chosen = [getattr(parent, first)]
+    for child in chosen:
+        yield from _modules(child, rest)
+
+
+class _Split(ModelHook):  # type: ignore[misc]
+    """Splits arguments of a module before it runs, or its outputs after."""
+
+    def __init__(self, tokens: Tokens, step: Any) -> None:
+        super().__init__()
+        self._tokens = tokens
+        self._inputs: dict[str, Argument] = {n: one for n, one in step.items() if not isinstance(one, Output)}
+        self._outputs: dict[int, int] = {n: one.dim for n, one in step.items() if isinstance(one, Output)}
+        self._names: list[str] = []
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self._names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._inputs = {
+            name: one for name, one in self._inputs.items() if name in self._names or not isinstance(one, Leading)
+        }
+        unknown = self._inputs.keys() - set(self._names)
+        assert not unknown, f"{type(module).__name__} has no arguments {unknown}"
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        # Masks are asked of what is split in this very call, too.
+        for name, one in self._inputs.items():
+            if given.get(name) is not None:
+                given[name] = self._split(given[name], one, given)
+        num = len(args)
+        return (
+            *(given[name] for name in self._names[:num]),
+            *args[len(self._names) :],
+        ), {name: given[name] for name in kwargs}
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if not self._outputs:
+            return output
+        outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+        for index, dim in self._outputs.items():
+            outputs[index] = self._tokens.part(outputs[index], dim)
+        return outputs[0] if isinstance(output, torch.Tensor) else tuple(outputs)
+
+    def _split(self, value: Any, one: Argument, given: dict[str, Any]) -> Any:
+        match one:
+            case Each():
+                return self._part(value, one)
+            case Joined(names):
+                return _in_order(value, [self._tokens.lengths(given[name].shape[1]) for name in names])
+            case Leading(name):
+                lengths = self._tokens.lengths(given[name].shape[1])
+                index = self._tokens.ranks.index
+                return max(0, min(value - sum(lengths[:index]), lengths[index]))
+
+    def _part(self, value: Any, each: Each) -> Any:
+        if isinstance(value, torch.Tensor):
+            is_whole = each.num_dims not in (None, value.ndim) or (each.can_be_one and value.shape[each.dim] == 1)
+            return value if is_whole else self._tokens.part(value, each.dim)
+        if isinstance(value, dict):
+            return {key: self._part(item, each) for key, item in value.items()}
+        return tuple(self._part(item, each) for item in value)
+
+
+class _Gather(ModelHook):  # type: ignore[misc]
+    """Joins outputs of a module."""
+
+    def __init__(self, tokens: Tokens, step: Whole) -> None:
+        super().__init__()
+        self._tokens, self._dims = tokens, step.dims
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        outputs = [output] if isinstance(output, torch.Tensor) else list(output)
+        joined = [
+            value if dim is None else self._tokens.whole(value, dim)
+            for value, dim in zip(outputs, self._dims, strict=True)
+        ]
+        return joined[0] if isinstance(output, torch.Tensor) else tuple(joined)
+
+
+def _in_order(mask: torch.Tensor, streams: list[list[int]]) -> torch.Tensor:
+    """A mask of several sequences one after the other, in the order in which ranks have parts of each of them."""
+    of_streams = torch.split(mask, [sum(lengths) for lengths in streams], -1)
+    parts = [torch.split(stream, lengths, -1) for stream, lengths in zip(of_streams, streams, strict=True)]
+    return torch.cat([of_rank for of_all in zip(*parts, strict=True) for of_rank in of_all], dim=-1)

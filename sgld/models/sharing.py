@@ -61,12 +61,12 @@ def share(parts: Iterable[_Part], config: EngineConfig, device_type: str, *, is_
     roles = {part.name: (role(part.name, part.library, part.class_name), part) for part in parts}
     denoisers = [part for does, part in roles.values() if does == "dit" and part.library == "diffusers"]
     vaes = [name for name, (does, part) in roles.items() if does == "vae" and part.library == "diffusers"]
-    if parallel.sp > 1:
-        for part in denoisers:
-            check_sequence(part, parallel)
     notes = [
         f"{parallel.layout} (of each copy {parallel.num_ranks} ranks)" if parallel.dp_size > 1 else parallel.layout
     ]
+    if parallel.sp > 1:
+        denoisers, helpers = check_sequences(denoisers, parallel)
+        notes += [f"{part.name} runs on rank 0 alone: {part.class_name} can't share tokens" for part in helpers]
     if parallel.vae_sp is False:
         vaes = []
     return Sharing(tuple(part.name for part in denoisers), tuple(vaes), tuple(notes))
@@ -81,29 +81,27 @@ def _check_gpus(parallel: ParallelConfig) -> None:
         raise ModelError(f"num_gpus is {parallel.total}, but torch finds {num} GPUs here; {parallel.layout}")
 
 
-def check_sequence(part: _Part, parallel: ParallelConfig) -> None:
-    """See that a denoiser's tokens can be shared by so many ranks.
+def check_sequences(parts: Iterable[_Part], parallel: ParallelConfig) -> tuple[list[_Part], list[_Part]]:
+    """Of denoisers and what helps them those whose tokens are shared, and the others, which rank 0 runs alone.
 
-    :raises ModelError: they can't; says why, and what can be done instead.
+    :raises ModelError: so many ranks can't share them; says why, and what can be done instead.
     """
-    from sgld.models.sequence import plan_of
+    from sgld.models.token_plans import plan_of, why_not
 
+    parts = list(parts)
     instead = f"sp_degree is {parallel.sp}; use --enable-cfg-parallel or --dp-size {parallel.total} instead"
-    cls = _class(part.class_name)
-    if cls is None or plan_of(cls) is None:
-        problem = "has no plan of how to split its tokens (its attention isn't diffusers' own dispatcher's)"
-        raise ModelError(f"{part.name} ({part.class_name}) {problem}: {instead}")
-    config = _config(part.source)
-    heads = next((config[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in config), None)
-    # Ulysses alone pads heads and lengths.
-    if isinstance(heads, int) and parallel.ring > 1 and heads % parallel.ulysses:
-        raise ModelError(
-            f"{part.name} ({part.class_name}) has {heads} attention heads, which ulysses_degree {parallel.ulysses} x"
-            f" ring_degree {parallel.ring} can't share: {heads} isn't a multiple of {parallel.ulysses}"
-        )
-    if isinstance(heads, int) and heads < parallel.ulysses:
-        problem = f"has {heads} attention heads, too few for ulysses_degree {parallel.ulysses}"
-        raise ModelError(f"{part.name} ({part.class_name}) {problem}")
+    shared = [part for part in parts if (cls := _class(part.class_name)) is not None and plan_of(cls)]
+    if parts and not shared:
+        part = parts[0]
+        raise ModelError(f"{part.name} ({part.class_name}) {why_not(part.class_name)}: {instead}")
+    for part in shared:
+        config = _config(part.source)
+        heads = next((config[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in config), None)
+        # Ulysses pads heads, as long as each rank has one of its own.
+        if isinstance(heads, int) and heads < parallel.ulysses:
+            problem = f"has {heads} attention heads, too few for ulysses_degree {parallel.ulysses}"
+            raise ModelError(f"{part.name} ({part.class_name}) {problem}; use --ring-degree {parallel.sp}")
+    return shared, [part for part in parts if part not in shared]
 
 
 def _class(name: str) -> Any:

@@ -26,7 +26,8 @@ from sgld.errors import ModelError, PipelineFailed
 from sgld.ipc.seats import Seat
 from sgld.models.load import LoadedModel
 from sgld.models.lora import LoraLayer
-from sgld.models.sequence import Sequence, prepare
+from sgld.models.sequence import Sequence
+from sgld.models.shared_attention import prepare
 from sgld.outcome import forget_locals
 from sgld.parallel import ParallelConfig
 from sgld.worker import rows, tiles
@@ -163,7 +164,7 @@ class Member:
         slots = self.slots.get(invoke.component)
         with slots.selected(num_rows[0], by_row=num_rows[1]) if slots and num_rows else contextlib.nullcontext():
             sequence = self._sequences.get(invoke.component)
-            return forward() if sequence is None else sequence.run(invocation.form, forward)
+            return forward() if sequence is None else sequence.run(invocation.course, forward)
 
     def _forward(self, runtime: Runtime, component: str, invocation: Invocation) -> Any:
         # Models take things out of the dicts that they are given, and this may be done once more.

@@ -51,6 +51,12 @@ class Invocation:
         shapes = (f"{path}{tuple(leaf.shape)}" for path, leaf in leaves(self.tree) if isinstance(leaf, torch.Tensor))
         return f"{self.method} {' '.join(shapes)}"
 
+    @functools.cached_property
+    def course(self) -> str:
+        """Invocations of a component with an equal one go through the same layers in the same order."""
+        constants = ((path, leaf) for path, leaf in leaves(self.tree) if isinstance(leaf, int | str))
+        return f"{self.form} {' '.join(f'{path}{constant!r}' for path, constant in constants)}"
+
     def having(self, tree: Tree) -> "Invocation":
         """The same with other arguments."""
         args, kwargs = tree

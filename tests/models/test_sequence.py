@@ -1,50 +1,187 @@
-"""Tokens on several ranks, as far as one process shows it; tests/engine/test_ranks.py has the rest."""
+"""Tokens on several ranks, which are processes: what all of them return is what one returns."""
 
-from types import SimpleNamespace
+import copy
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from torch.nn import functional
+from pipelines import SHARING, build
+from worker.requests import request
 
-from sgld.errors import ModelError
-from sgld.models.sequence import attention_with_lse, check_attention, plan_of
+from models.ranks import Attending, Given, Group, group
+from sgld.models.token_plans import plan_of
+from sgld.parallel import ParallelConfig
+from sgld.worker.invocation import Invocation
+from sgld.worker.trees import leaves, opened
 
-
-def test_models_of_diffusers_say_how_they_split_tokens() -> None:
-    assert plan_of(diffusers.FluxTransformer2DModel)
-    assert plan_of(diffusers.WanTransformer3DModel)
-    assert plan_of(diffusers.UNet2DConditionModel) is None
-
-
-def test_kernel_that_cannot_share_tokens_is_refused_by_name() -> None:
-    model: Any = torch.nn.Identity()
-    model.processor = SimpleNamespace(_attention_backend="native")
-    check_attention(model)
-    model.processor = SimpleNamespace(_attention_backend="flex")
-    with pytest.raises(ModelError, match=r"flex can't share tokens between GPUs; use one of .*native"):
-        check_attention(model)
+# In float32, relative to the largest value; the largest difference seen is 2e-6.
+TOLERANCE = 1e-5
+ULYSSES, RING = ParallelConfig(ulysses_degree=2), ParallelConfig(ring_degree=2)
+BOTH = ParallelConfig(ulysses_degree=2, ring_degree=2)
 
 
-def test_parts_of_keys_make_the_attention_of_all() -> None:
-    """What a ring does: each part with the logarithm of its denominators."""
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    with group(2, tmp_path_factory.mktemp("two")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    with group(4, tmp_path_factory.mktemp("four")) as ranks:
+        yield ranks
+
+
+def denoiser_calls(name: str) -> list[tuple[Any, list[Given], list[Any]]]:
+    """The denoisers of a tiny pipeline that can share tokens, their first two calls, and what they return."""
+    pipeline, kwargs = build(name)
+    denoisers = [part for part in pipeline.components.values() if part is not None and plan_of(type(part)) is not None]
+    found = [(part, *recorded(part)) for part in denoisers]
+    with torch.no_grad():
+        pipeline(**request(name, 0, kwargs))
+    for part in denoisers:
+        del part.forward
+    return found
+
+
+def recorded(part: Any) -> tuple[list[Given], list[Any]]:
+    """Two calls of a component that are still to come, and what they return."""
+    calls: list[Given] = []
+    results: list[Any] = []
+    forward = part.forward
+
+    @functools.wraps(forward)
+    def record(*args: Any, **kwargs: Any) -> Any:
+        given = copy.deepcopy((args, kwargs))
+        result = forward(*args, **kwargs)
+        if len(calls) < 2:
+            calls.append(Given(Invocation(part, "forward", *given).course, *given))
+            results.append(copy.deepcopy(result))
+        return result
+
+    part.forward = record
+    return calls, results
+
+
+def check(ranks: Group, parallel: ParallelConfig, component: Any, calls: list[Given], wanted: list[Any]) -> None:
+    assert calls
+    for results in ranks.run(component, parallel, calls):
+        assert len(results) == len(wanted), results
+        for result, want in zip(results, wanted, strict=True):
+            assert not isinstance(result, str), result
+            got, right = (tensors(x) for x in (result, want))
+            assert len(got) == len(right) > 0
+            for one, other in zip(got, right, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE * float(other.abs().max()))
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for _, leaf in leaves(opened(result)) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_denoisers_return_what_they_return_on_one_rank(two_ranks: Group, name: str) -> None:
+    for component, calls, wanted in denoiser_calls(name):
+        check(two_ranks, ULYSSES, component, calls, wanted)
+
+
+@pytest.mark.parametrize("name", ["sd3", "hunyuan_video", "z_image", "qwen_image_edit_plus", "ltx_2"])
+def test_rings_do_too_and_both_together(two_ranks: Group, four_ranks: Group, name: str) -> None:
+    for component, calls, wanted in denoiser_calls(name):
+        check(two_ranks, RING, component, calls, wanted)
+        check(four_ranks, BOTH, component, calls, wanted)
+
+
+def called(component: Any, **kwargs: Any) -> tuple[list[Given], list[Any]]:
+    """Two calls that are alike, and what they return."""
+    with torch.no_grad():
+        result = component(**copy.deepcopy(kwargs))
+    return [Given("alike", (), kwargs)] * 2, [result] * 2
+
+
+def test_layers_that_are_skipped_and_residuals_of_others_are_as_on_one_rank(two_ranks: Group) -> None:
+    """Of Stable Diffusion 3.5, some layers look at the picture twice."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 6, 2, 8) for _ in range(3))
-    parts = [
-        attention_with_lse(None, query, key[:, half], value[:, half], return_lse=True)
-        for half in (slice(4), slice(4, 6))
-    ]
-    weights = torch.softmax(torch.stack([lse for _, lse in parts]), dim=0)
-    whole = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
-    heads_first = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    expected = functional.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(1, 2)
-    torch.testing.assert_close(whole, expected)
-
-
-def test_mask_for_all_heads_serves_those_of_a_rank() -> None:
-    query, key, value = (torch.randn(1, 6, 2, 8) for _ in range(3))
-    mask = torch.zeros(1, 4, 1, 6)
-    torch.testing.assert_close(
-        attention_with_lse(None, query, key, value, mask), attention_with_lse(None, query, key, value)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8,
+        num_attention_heads=3, joint_attention_dim=16, caption_projection_dim=24, pooled_projection_dim=16,
+        dual_attention_layers=(0, 1), qk_norm="rms_norm", pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+    calls, wanted = called(
+        model,
+        hidden_states=torch.randn(2, 4, 5, 5),
+        encoder_hidden_states=torch.randn(2, 7, 16),
+        pooled_projections=torch.randn(2, 16),
+        timestep=torch.tensor([3.0, 3.0]),
+        block_controlnet_hidden_states=[torch.randn(2, 25, 24)],
+        skip_layers=[0],
+        return_dict=False,
     )
+    check(two_ranks, ULYSSES, model, calls, wanted)
+
+
+def test_first_frame_that_is_given_is_as_on_one_rank(two_ranks: Group) -> None:
+    """HunyuanVideo changes tokens of the first frame in another way; all of them are of the first rank."""
+    torch.manual_seed(0)
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=False, text_embed_dim=16,
+        pooled_projection_dim=8, rope_axes_dim=(2, 4, 4), image_condition_type="token_replace",
+    ).eval()  # fmt: skip
+    calls, wanted = called(
+        model,
+        hidden_states=torch.randn(1, 4, 3, 3, 3),
+        timestep=torch.tensor([3]),
+        encoder_hidden_states=torch.randn(1, 5, 16),
+        encoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0]]),
+        pooled_projections=torch.randn(1, 8),
+        return_dict=False,
+    )
+    check(two_ranks, ULYSSES, model, calls, wanted)
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "num", "num_keys", "mask"),
+    [
+        (4, 4, 8, 8, None),
+        (3, 3, 9, 6, (2, 6)),
+        (6, 3, 7, 7, (2, 1, 1, 7)),
+        (4, 2, 6, 9, (2, 4, 1, 9)),
+        (3, 3, 5, 5, (1, 3, 1, 5)),
+    ],
+    ids=["plain", "other keys", "grouped and uneven", "grouped and a mask for each head", "heads are padded"],
+)
+@pytest.mark.parametrize("parallel", [ULYSSES, RING, BOTH], ids=["ulysses", "ring", "both"])
+def test_attention_is_among_all_tokens(
+    two_ranks: Group,
+    four_ranks: Group,
+    parallel: ParallelConfig,
+    heads: int,
+    key_heads: int,
+    num: int,
+    num_keys: int,
+    mask: tuple[int, ...] | None,
+) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, num, heads, 8), torch.randn(2, num_keys, key_heads, 8)
+    inputs = {"query": query, "key": key, "value": torch.randn_like(key)}
+    if mask is not None:
+        inputs["mask"] = torch.randn(mask) > -0.5
+    calls, wanted = called(Attending(), **inputs)
+    check(two_ranks if parallel.sp == 2 else four_ranks, parallel, Attending(), calls, wanted)
+
+
+def test_too_few_tokens_are_refused_by_name_and_nothing_hangs(two_ranks: Group) -> None:
+    few = {name: torch.randn(1, 1, 2, 8) for name in ("query", "key", "value")}
+    for results in two_ranks.run(Attending(), ULYSSES, [Given("few", (), few)]):
+        assert results == ["ValueError: Attending has a sequence of 1 tokens, which sp_degree 2 can't share"]
+
+
+def test_mask_for_each_query_is_refused(two_ranks: Group) -> None:
+    inputs = {name: torch.randn(1, 4, 2, 8) for name in ("query", "key", "value")}
+    calls = [Given("masked", (), inputs | {"mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)})]
+    for results in two_ranks.run(Attending(), ULYSSES, calls):
+        assert results == ["ValueError: Attending has a mask of (1, 1, 4, 2), which can't be shared by its tokens"]

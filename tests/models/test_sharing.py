@@ -39,21 +39,35 @@ def test_denoisers_and_vaes_are_shared() -> None:
     assert not share(parts, config(), "cpu", is_whole=False).names
 
 
-@pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel", "NoSuchModel"])
-def test_model_without_a_plan_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ModelError, match=rf"{name}\) has no plan .* sp_degree is 2; use --enable-cfg-parallel"):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("UNet2DConditionModel", "can't share its tokens: its convolutions see the pixels around each one"),
+        ("NoSuchModel", "has no plan of how to split its tokens"),
+    ],
+)
+def test_model_without_a_plan_is_refused_by_name(name: str, why: str) -> None:
+    with pytest.raises(ModelError, match=rf"{name}\) {why}: sp_degree is 2; use --enable-cfg-parallel"):
         share([Part("unet", name)], config(num_gpus=2), "cpu", is_whole=False)
     assert share([Part("unet", name)], config(enable_cfg_parallel=True), "cpu", is_whole=False).denoisers == ("unet",)
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_numbers(tmp_path: Path) -> None:
+def test_what_helps_a_denoiser_is_on_rank_0_alone() -> None:
+    parts = [Part("controlnet", "FluxControlNetModel"), Part("transformer", "FluxTransformer2DModel")]
+    found = share(parts, config(num_gpus=2), "cpu", is_whole=False)
+    assert found.denoisers == ("transformer",)
+    assert found.notes[-1] == "controlnet runs on rank 0 alone: FluxControlNetModel can't share tokens"
+
+
+def test_too_few_heads_are_refused_with_the_numbers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 5}))
     part = Part("transformer", "WanTransformer3DModel", ComponentSource(str(tmp_path), None, None))
-    with pytest.raises(ModelError, match="has 5 attention heads, which ulysses_degree 2 x ring_degree 2 can't share"):
-        share([part], config(ulysses_degree=2, ring_degree=2), "cpu", is_whole=False)
-    with pytest.raises(ModelError, match="has 5 attention heads, too few for ulysses_degree 8"):
+    problem = r"\(WanTransformer3DModel\) has 5 attention heads, too few for ulysses_degree 8; use --ring-degree 8"
+    with pytest.raises(ModelError, match=problem):
         share([part], config(num_gpus=8), "cpu", is_whole=False)
-    assert share([part], config(num_gpus=2), "cpu", is_whole=False).denoisers == ("transformer",)
+    # Others are padded.
+    for shared in (config(num_gpus=2), config(ulysses_degree=2, ring_degree=2)):
+        assert share([part], shared, "cpu", is_whole=False).denoisers == ("transformer",)
 
 
 def test_pipelines_that_run_whole_have_one_gpu() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pipelines import BUILDERS, build
 
+from sgld.models.token_plans import plan_of
 from sgld.testing import Report, run_together
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, Tick
@@ -22,11 +23,12 @@ Each has tiny random components and runs on a CPU in float32. Four requests at o
 numbers of steps and guidance, are compared with four plain calls of the pipeline. *Interleaved* requests take turns;
 *merged* ones share forwards where that is proved right. The difference is the largest of any pixel in [0, 1];
 *batch* is the most requests in one forward of the denoiser. *Two sizes*: two requests of each of two sizes at once.
+*Tokens*: several GPUs can share those of its denoiser, which returns the same (tests/models/test_sequence.py).
 
 `python -m pytest tests/worker/test_parity.py --write-table` writes this page.
 
-| Pipeline | Kind | Interleaved | Merged | Batch | Mode | Two sizes | Notes |
-|---|---|---|---|---|---|---|---|
+| Pipeline | Kind | Interleaved | Merged | Batch | Mode | Two sizes | Tokens | Notes |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -67,10 +69,16 @@ class Case:
         wanted = {"interleaved", "merged"} | ({"two sizes"} if self.entry.other_size else set())
         return wanted <= self.seen.keys()
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether several GPUs can share the tokens of its denoiser."""
+        return any(part is not None and plan_of(type(part)) for part in self.pipeline.components.values())
+
     def row(self) -> str:
         """The row of the table."""
         seen = [self.seen.get(column, "") for column in ("interleaved", "merged", "batch", "mode", "two sizes")]
-        return f"| {' | '.join([self.title, self.entry.kind, *seen, self.entry.because])} |"
+        tokens = "shared" if self.shares_tokens else ""
+        return f"| {' | '.join([self.title, self.entry.kind, *seen, tokens, self.entry.because])} |"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from pipelines import BUILDERS, build
+from pipelines import BUILDERS, SHARING, build
 
 from sgld.testing import run_together
 from worker.matrix import TABLE, Case, difference, table, together
@@ -84,7 +84,11 @@ def test_pictures_tell_prompts_and_seeds_apart(case: Case) -> None:
 
 
 def test_pipeline_has_its_row_in_the_docs(case: Case) -> None:
-    assert f"\n| {case.title} | {case.entry.kind} | " in TABLE.read_text()
+    [row] = [line for line in TABLE.read_text().splitlines() if line.startswith(f"| {case.title} | ")]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert (cells[2], cells[-2]) == (case.entry.kind, case.entry.because)
+    assert cells[-3] == ("shared" if case.shares_tokens else "")
+    assert case.shares_tokens == (case.name in SHARING)
 
 
 def test_docs_have_no_other_rows() -> None:

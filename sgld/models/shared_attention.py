@@ -1,0 +1,120 @@
+"""Attention of tokens that ranks share, in the place of what models compute: diffusers' dispatcher and torch's own."""
+
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.models import attention_dispatch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from sgld.errors import ModelError
+from sgld.models.tokens import Tokens
+
+
+def check_attention(component: Any) -> None:
+    """See that tokens can be shared with the kernel of attention that was chosen.
+
+    :raises ModelError: they can't; says with which they can.
+    """
+    registry = attention_dispatch._AttentionBackendRegistry
+    for part in component.modules():
+        chosen = getattr(getattr(part, "processor", None), "_attention_backend", None)
+        backend = (
+            registry.get_active_backend()[0] if chosen is None else attention_dispatch.AttentionBackendName(chosen)
+        )
+        if not registry._is_context_parallel_available(backend):
+            able = ", ".join(sorted(map(str, registry._supports_context_parallel)))
+            raise ModelError(f"attention backend {backend.value} can't share tokens between GPUs; use one of {able}")
+
+
+class Intercept(ModelHook):  # type: ignore[misc]
+    """Attention that torch computes inside of a module is among the tokens of all ranks."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Attention(self._tokens):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class _Attention(TorchFunctionMode):
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return self._attended(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attended(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return shared_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            forward_op=attention_dispatch._native_attention_forward_op, _parallel_config=self._tokens,
+        ).transpose(1, 2)  # fmt: skip
+
+
+def shared_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    *,
+    forward_op: Any,
+    _parallel_config: Tokens,
+    **_: Any,
+) -> torch.Tensor:
+    """What diffusers' kernels do of tokens (B, S, H, D) that are shared: its `_templated_context_parallel_attention`.
+
+    :param forward_op: the kernel, for tensors of one rank.
+    """
+    if is_causal or return_lse:
+        raise ValueError("attention that is causal, or returns more than its result, can't be shared by ranks")
+
+    def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        is_grouped = enable_gqa and key.shape[2] != query.shape[2]
+        return forward_op(
+            None, query, key, value, mask, dropout_p, False, scale, is_grouped, False,
+            _save_ctx=False, _parallel_config=None,
+        )  # fmt: skip
+
+    return _parallel_config.attention(query, key, value, attn_mask, compute)
+
+
+def _native(
+    ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, *_: Any, **__: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Torch's own attention, or what was measured to be faster."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    native: Any = registry._backends[attention_dispatch.AttentionBackendName.NATIVE]
+    result: torch.Tensor = native(
+        query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return result
+
+
+def prepare() -> None:
+    """Have attention of diffusers be shared as `Tokens` does it, for all of its kernels."""
+    attention_dispatch._templated_context_parallel_attention = shared_attention
+    attention_dispatch._native_attention_forward_op = _native

@@ -1,0 +1,228 @@
+"""The tokens of a forward in parts, one for each rank of a group, and attention among all of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
+
+Compute = Callable[..., torch.Tensor]
+"""Attention of (B, S, H, D) tensors on one rank: query, key, value, mask."""
+# Its name since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class UnevenTokens(Exception):
+    """So many tokens aren't a multiple of the ranks: they are tried unevenly."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`."""
+
+    group: Any
+    ring: Any
+    ulysses: Any
+    num_ring: int
+    num_ulysses: int
+    index: int
+
+    @property
+    def num(self) -> int:
+        return self.num_ring * self.num_ulysses
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> "Ranks":
+        """Those of a mesh ("ring", "ulysses")."""
+        ring, ulysses = mesh["ring"], mesh["ulysses"]
+        return cls(
+            mesh._flatten().get_group(),
+            ring.get_group(),
+            ulysses.get_group(),
+            ring.size(),
+            ulysses.size(),
+            ring.get_local_rank() * ulysses.size() + ulysses.get_local_rank(),
+        )
+
+
+class Tokens:
+    """How the tokens of one component are split among ranks; its hooks and its attention ask here.
+
+    Parts are equal, or those of `torch.tensor_split` where `is_uneven`. Ranks then tell each other how long theirs are
+    in the first forward of each course; later ones, which do the same in the same order, know it.
+    """
+
+    def __init__(self, name: str, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.is_uneven = False
+        self._name = name
+        self._lengths: list[list[int]] = []
+        """In the order in which a forward asks for them."""
+        self._num_asked = 0
+
+    def begin(self, lengths: list[list[int]], *, is_uneven: bool) -> None:
+        """A forward begins.
+
+        :param lengths: what is known from others of its course, and what is found out in this one.
+        """
+        self._lengths, self._num_asked, self.is_uneven = lengths, 0, is_uneven
+
+    def part(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
+        """The part of this rank of what all ranks have.
+
+        :raises UnevenTokens: the parts would differ in length, and weren't meant to.
+        :raises ValueError: there are fewer tokens than ranks.
+        """
+        start, stop = self.bounds(whole.shape[dim])
+        return whole.narrow(dim, start, stop - start)
+
+    def bounds(self, num: int) -> tuple[int, int]:
+        """From and to of so many tokens; raises as `part`."""
+        num_ranks, index = self.ranks.num, self.ranks.index
+        if num < num_ranks:
+            raise ValueError(f"{self._name} has a sequence of {num} tokens, which sp_degree {num_ranks} can't share")
+        if num % num_ranks and not self.is_uneven:
+            raise UnevenTokens(f"{num} tokens of {self._name} for {num_ranks} ranks")
+        size, more = divmod(num, num_ranks)
+        start = index * size + min(index, more)
+        return start, start + size + (index < more)
+
+    def lengths(self, num: int) -> list[int]:
+        """How long the parts of all ranks are, of which this one's is `num`."""
+        return self._told(num) if self.is_uneven else [num] * self.ranks.num
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _told(self, num: int) -> list[int]:
+        if self._num_asked == len(self._lengths):
+            self._lengths.append(_gathered_sizes(num, self.ranks))
+        known = self._lengths[self._num_asked]
+        self._num_asked += 1
+        if known[self.ranks.index] != num:
+            problem = f"{known[self.ranks.index]} tokens were expected at a place where there are {num}"
+            raise RuntimeError(
+                f"{self._name} went through its layers in another way than with arguments alike: {problem}"
+            )
+        return known
+
+    def whole(self, part: torch.Tensor, dim: int) -> torch.Tensor:
+        """What all ranks have, on each of them."""
+        return _gathered(part, dim, self.lengths(part.shape[dim]), self.ranks.group)
+
+    def total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors."""
+        part = part.contiguous()
+        dist.all_reduce(part, group=self.ranks.group)
+        return part
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        compute: Compute,
+    ) -> torch.Tensor:
+        """Attention of this rank's queries (B, S, H, D) to the keys and values of all ranks.
+
+        Ulysses: ranks exchange tokens for heads. Ring: then keys and values of the same heads come together.
+        A mask is for all keys in the order of the ranks, or for those of this rank.
+        """
+        ranks, num_heads = self.ranks, query.shape[2]
+        lengths, key_lengths = self.lengths(query.shape[1]), self.lengths(key.shape[1])
+        # All ranks must find the same.
+        is_alike = lengths == key_lengths and query.shape[2:] == key.shape[2:] == value.shape[2:]
+        if mask is not None:
+            mask = self._mask_of_keys(mask, key.shape[1], key_lengths)
+        if key.shape[2] != num_heads and key.shape[2] % ranks.num_ulysses:
+            key, value = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (key, value))
+        if is_alike:
+            query, key, value = self._by_heads(torch.cat((query, key, value), dim=-1), lengths).chunk(3, dim=-1)
+        else:
+            query = self._by_heads(query, lengths)
+            pairs = self._by_heads(torch.cat((key, value), dim=-1), key_lengths)
+            key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
+        if ranks.num_ring > 1:
+            by_ring = [
+                sum(key_lengths[start : start + ranks.num_ulysses]) for start in range(0, ranks.num, ranks.num_ulysses)
+            ]
+            pairs = _gathered(torch.cat((key, value), dim=-1), 1, by_ring, ranks.ring)
+            key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
+        if mask is not None and mask.shape[1] == num_heads > 1:
+            mask = self._own_heads(mask, query.shape[2])
+        return self._by_tokens(compute(query, key, value, mask), lengths, num_heads)
+
+    def _mask_of_keys(self, mask: torch.Tensor, num_own: int, lengths: list[int]) -> torch.Tensor:
+        """The mask of all keys, as (B, 1 or H, 1, S)."""
+        if mask.ndim == 2:
+            mask = mask[:, None, None, :]
+        if mask.ndim != 4 or mask.shape[2] != 1 or mask.shape[3] not in (num_own, sum(lengths)):
+            raise ValueError(f"{self._name} has a mask of {tuple(mask.shape)}, which can't be shared by its tokens")
+        return mask if mask.shape[3] == sum(lengths) else _gathered(mask, 3, lengths, self.ranks.group)
+
+    def _own_heads(self, mask: torch.Tensor, num: int) -> torch.Tensor:
+        index = self.ranks.index % self.ranks.num_ulysses
+        missing = self.ranks.num_ulysses * num - mask.shape[1]
+        return functional.pad(mask, (0, 0, 0, 0, 0, missing)).narrow(1, index * num, num)
+
+    def _of_ulysses(self, lengths: list[int]) -> list[int]:
+        """Of the parts of all ranks those of the ones that exchange heads with this one."""
+        start = self.ranks.index // self.ranks.num_ulysses * self.ranks.num_ulysses
+        return lengths[start : start + self.ranks.num_ulysses]
+
+    def _by_heads(self, part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads. Heads are padded where they must be."""
+        num = self.ranks.num_ulysses
+        if num == 1:
+            return part
+        if part.shape[2] % num:
+            part = functional.pad(part, (0, 0, 0, -part.shape[2] % num))
+        batch, length, heads, width = part.shape
+        sent = part.reshape(batch, length, num, heads // num, width).permute(2, 1, 0, 3, 4).flatten(0, 1).contiguous()
+        received = [length] * num if not self.is_uneven else self._of_ulysses(lengths)
+        return _exchanged(sent, received, [length] * num, self.ranks.ulysses).transpose(0, 1)
+
+    def _by_tokens(self, part: torch.Tensor, lengths: list[int], num_heads: int) -> torch.Tensor:
+        """The way back."""
+        num = self.ranks.num_ulysses
+        if num == 1:
+            return part
+        batch, _, heads, width = part.shape
+        length = lengths[self.ranks.index]
+        received = _exchanged(
+            part.transpose(0, 1).contiguous(), [length] * num, self._of_ulysses(lengths), self.ranks.ulysses
+        )
+        joined = received.view(num, length, batch, heads, width).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        return joined[:, :, :num_heads]
+
+
+def _exchanged(sent: torch.Tensor, received: list[int], given: list[int], group: Any) -> torch.Tensor:
+    """All to all along the first axis."""
+    result = sent.new_empty((sum(received), *sent.shape[1:]))
+    dist.all_to_all_single(result, sent, received, given, group=group)
+    return result
+
+
+def _gathered(part: torch.Tensor, dim: int, lengths: list[int], group: Any) -> torch.Tensor:
+    """Parts of these lengths along `dim`, joined."""
+    longest = max(lengths)
+    sent = part.movedim(dim, 0).contiguous()
+    if sent.shape[0] < longest:
+        sent = torch.cat([sent, sent.new_zeros((longest - sent.shape[0], *sent.shape[1:]))])
+    result = sent.new_empty((longest * len(lengths), *sent.shape[1:]))
+    _all_gather(result, sent, group=group)
+    if min(lengths) < longest:
+        parts = torch.split(result, longest)
+        result = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return result.movedim(0, dim)
+
+
+def _gathered_sizes(num: int, ranks: Ranks) -> list[int]:
+    # By gloo where there is one, so that no GPU has to be waited for.
+    device = "cpu" if "cpu" in str(dist.get_backend_config(ranks.group)) else "cuda"
+    own = torch.tensor([num], device=device)
+    sizes = [torch.empty_like(own) for _ in range(ranks.num)]
+    dist.all_gather(sizes, own, group=ranks.group)
+    return [int(size) for size in sizes]

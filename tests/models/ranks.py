@@ -1,0 +1,148 @@
+"""Processes that share tokens by gloo, of any number of denoisers in turn: to start them takes seconds."""
+
+import functools
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+from sgld.models.sequence import Sequence
+from sgld.models.shared_attention import prepare
+from sgld.parallel import ParallelConfig
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a component is given, and its course: forwards of one go through the same layers in the same order."""
+
+    course: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Attending(nn.Module):
+    """A model that is nothing but attention among tokens, of which it splits all that it is given."""
+
+    _cp_plan: ClassVar[Any] = {
+        "": {
+            "query": ContextParallelInput(split_dim=1),
+            "key": ContextParallelInput(split_dim=1),
+            "value": ContextParallelInput(split_dim=1),
+            "mask": ContextParallelInput(split_dim=-1),
+        },
+        "out": ContextParallelOutput(gather_dim=1),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner: Any = nn.Identity()
+        inner.processor = Dispatched()
+        self.inner = inner
+        self.out = nn.Identity()
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        processor: Any = self.inner.processor
+        return self.out(processor(query, key, value, mask))  # type: ignore[no-any-return]
+
+
+class Dispatched:
+    """A processor of attention, as diffusers' are."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> Any:
+        return dispatch_attention_fn(
+            query,
+            key,
+            value,
+            mask,
+            enable_gqa=key.shape[2] != query.shape[2],
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that wait for work."""
+
+    wires: tuple[Connection, ...]
+
+    def run(self, component: Any, parallel: ParallelConfig, calls: list[Given]) -> list[list[Any]]:
+        """What each rank gets for each call, tensors or the name of an exception and what it says."""
+        message = pickle.dumps((component, parallel, calls))
+        for wire in self.wires:
+            wire.send_bytes(message)
+        results = []
+        for wire in self.wires:
+            assert wire.poll(TIMEOUT_S), "a rank waits for another one"
+            results.append(pickle.loads(wire.recv_bytes()))
+        return results
+
+
+@contextmanager
+def group(num_ranks: int, folder: Path) -> Iterator[Group]:
+    """Ranks that live as long as the block."""
+    context = multiprocessing.get_context("forkserver")
+    # The models are imported once for all of them.
+    context.set_forkserver_preload([__name__, "diffusers.models.transformers"])
+    pairs = [context.Pipe() for _ in range(num_ranks)]
+    ranks = [
+        context.Process(target=_serve, args=(wire, rank, num_ranks, folder / "meeting"), daemon=True)
+        for rank, (_, wire) in enumerate(pairs)
+    ]
+    for rank in ranks:
+        rank.start()
+    for _, wire in pairs:
+        wire.close()
+    try:
+        yield Group(tuple(wire for wire, _ in pairs))
+    finally:
+        for wire, _ in pairs:
+            wire.close()
+        for rank in ranks:
+            rank.join(TIMEOUT_S)
+            rank.kill()
+
+
+def _serve(wire: Connection, rank: int, num_ranks: int, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    prepare()
+    store = dist.FileStore(str(meeting), num_ranks)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    meshes: dict[tuple[int, int], Any] = {}
+    while True:
+        try:
+            component, parallel, calls = pickle.loads(wire.recv_bytes())
+        except EOFError:
+            return
+        shape = (parallel.ring, parallel.ulysses)
+        if shape not in meshes:
+            meshes[shape] = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
+        wire.send_bytes(pickle.dumps(_results(component, parallel, meshes[shape], calls)))
+
+
+def _results(component: Any, parallel: ParallelConfig, mesh: Any, calls: list[Given]) -> list[Any]:
+    results: list[Any] = []
+    try:
+        sequence = Sequence(component, parallel, mesh, torch.device("cpu"))
+        with torch.no_grad():
+            for call in calls:
+                forward = functools.partial(component, *call.args, **call.kwargs)
+                results.append(sequence.run(call.course, forward))
+    except Exception as error:  # noqa: BLE001 - it is compared by the test
+        results.append(f"{type(error).__name__}: {error}")
+    return results

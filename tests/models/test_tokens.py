@@ -1,0 +1,42 @@
+"""Which tokens a rank has; tests/models/test_sequence.py has what it does with them."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sgld.models.tokens import Ranks, Tokens, UnevenTokens
+
+
+def tokens_of(index: int, num: int) -> Tokens:
+    return Tokens("Model", Ranks(None, None, None, 1, num, index))
+
+
+@pytest.mark.parametrize(("num", "ranks"), [(9, 2), (8, 4), (7, 4), (4, 4)])
+def test_parts_that_may_differ_are_those_of_torch(num: int, ranks: int) -> None:
+    whole = torch.arange(num)
+    for index, part in enumerate(whole.tensor_split(ranks)):
+        tokens = tokens_of(index, ranks)
+        tokens.begin([], is_uneven=True)
+        assert torch.equal(tokens.part(whole, 0), part)
+
+
+def test_equal_parts_follow_one_another() -> None:
+    bounds = [tokens_of(index, 3).bounds(9) for index in range(3)]
+    assert all(one[1] == other[0] for one, other in pairwise(bounds))
+    assert (bounds[0][0], bounds[-1][1]) == (0, 9)
+
+
+def test_lengths_that_are_no_multiple_are_told_apart_from_too_few() -> None:
+    with pytest.raises(UnevenTokens):
+        tokens_of(0, 2).part(torch.zeros(1, 3), 1)
+    with pytest.raises(ValueError, match="Model has a sequence of 1 tokens, which sp_degree 2 can't share"):
+        tokens_of(0, 2).part(torch.zeros(3, 1), 1)
+
+
+def test_lengths_that_are_known_are_told_in_the_order_in_which_they_are_asked_for() -> None:
+    tokens = tokens_of(0, 2)
+    tokens.begin([[5, 4], [2, 1]], is_uneven=True)
+    assert (tokens.lengths(5), tokens.lengths(2)) == ([5, 4], [2, 1])
+    tokens.begin([], is_uneven=False)
+    assert tokens.lengths(3) == [3, 3]
