@@ -13,6 +13,7 @@ from sgld.models.filters import Filter
 from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld.worker.calls import enter_around, real_of
+from sgld.worker.host_values import answer_from_host
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.postprocess import Postprocessing
@@ -72,6 +73,8 @@ class Delivery:
             torch.cuda.set_device(self._model.device)
         if self._flow_shift is not None:
             shift_noise(bound, self._flow_shift)
+        if self._model.device.type == "cuda":
+            answer_from_host(bound)
         if self._filters:
             device = self._model.device
             self._postprocessing = Postprocessing(task, self._params, self._filters, device, self._runtime)

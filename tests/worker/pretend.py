@@ -27,6 +27,7 @@ _WAITS = {
     _aten.unique_dim.default,
     _aten.unique_consecutive.default,
     _aten.bincount.default,
+    _aten._linalg_check_errors.default,
 }
 
 
@@ -93,6 +94,8 @@ class Device(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if not {type(leaf) for leaf in leaves} <= {torch.Tensor, nn.Parameter, OnDevice}:
+            return NotImplemented  # the turn of others, who come back with these
         here = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
         host = [leaf for leaf in leaves if not isinstance(leaf, OnDevice)]
         to = kwargs.get("device")
