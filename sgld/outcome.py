@@ -44,6 +44,11 @@ def outcome_of(
         return Raised(error)
 
 
+def message_of(error: BaseException, max_chars: int | None = None) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:max_chars] or type(error).__name__
+
+
 def forget_locals(error: BaseException | None) -> None:
     """Clear the frames of an exception and of those that led to it; they still print."""
     seen: set[int] = set()

@@ -5,7 +5,7 @@ import weakref
 import pytest
 
 from sgld.errors import Cancelled
-from sgld.outcome import Raised, Value, outcome_of
+from sgld.outcome import Raised, Value, message_of, outcome_of
 
 
 class Large:
@@ -48,3 +48,9 @@ def test_cancellation_is_caught_only_where_a_task_ends() -> None:
     with pytest.raises(Cancelled):
         outcome_of(work)
     assert isinstance(outcome_of(work, catches=BaseException), Raised)
+
+
+def test_message_is_one_line() -> None:
+    assert message_of(ValueError("a\n  b"), 2) == "a "
+    assert message_of(ValueError("a\n  b")) == "a b"
+    assert message_of(ValueError()) == "ValueError"

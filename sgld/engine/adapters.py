@@ -8,11 +8,10 @@ import msgspec
 
 from sgld.config import LoraConfig
 from sgld.engine.loras import ALL, Loras, of_config
+from sgld.engine.routing import AdapterSource
 from sgld.errors import EngineClosed, InvalidRequest, RankLost
 from sgld.messages import LoadLora, LoraFailed, LoraLoaded, LorasHeld, UnloadLora
 from sgld.sampling_params import LoraChoice, SamplingParams
-
-Source = tuple[str, float | None]
 
 
 @dataclass
@@ -44,7 +43,7 @@ class EngineLoras:
         self._send = send
         self._held: dict[int, LorasHeld] = {}
         """By replica."""
-        self._loads: dict[Source, _Load] = {}
+        self._loads: dict[AdapterSource, _Load] = {}
 
     @property
     def known(self) -> Loras:
@@ -111,7 +110,7 @@ class EngineLoras:
             if replica in load.told:
                 self._heard_from(replica, source, None)
 
-    def _heard_from(self, replica: int, source: Source, reply: LoraLoaded | LoraFailed | None) -> None:
+    def _heard_from(self, replica: int, source: AdapterSource, reply: LoraLoaded | LoraFailed | None) -> None:
         load = self._loads.get(source)
         if load is not None and not load.is_over.is_set():
             load.heard.add(replica)

@@ -7,7 +7,7 @@ from itertools import groupby
 from sgld.engine.remaining import Tracked
 
 # A second of waiting counts like so much less to do: a request with R seconds to do is overtaken by what arrives in
-# the next R / AGEING seconds at most. bench/queue.py shows what it costs and brings.
+# the next R / AGEING seconds at most. bench/queueing.py shows what it costs and brings.
 AGEING = 0.03
 # Deadlines press this much earlier than the predictions say.
 MARGIN = 1.25

@@ -18,6 +18,7 @@ import yaml
 from sgld.config import CacheDitConfig
 from sgld.errors import ModelError
 from sgld.models.backend import Backend
+from sgld.outcome import message_of
 
 PACKAGE = "cache-dit"
 Options = dict[str, Any]
@@ -91,7 +92,7 @@ def _of_file(given: str) -> CacheDit:
     try:
         content = json.loads(given) if given.lstrip().startswith("{") else yaml.safe_load(Path(given).read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ModelError(f"cache_dit_config {given} can't be read: {' '.join(str(error).split())}") from None
+        raise ModelError(f"cache_dit_config {given} can't be read: {message_of(error)}") from None
     if not isinstance(content, dict):
         raise ModelError(f"cache_dit_config {given} doesn't hold keys and values")
     for key, instead in _ELSEWHERE.items():
@@ -249,7 +250,7 @@ def apply(chosen: CacheDit, pipeline: Any) -> Callable[[int], None]:
             # `enable_cache` would put kernels of its own in the place of diffusers', which don't take each mask.
             CachedAdapter.apply(denoiser, cache_config=config, calibrator_config=calibrator)
     except (ValueError, TypeError, AssertionError, AttributeError) as error:
-        raise ModelError(f"cache-dit can't be used with {kind}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"cache-dit can't be used with {kind}: {message_of(error)}") from error
 
     def refresh(num_steps: int) -> None:
         for denoiser, own in zip(denoisers, options, strict=True):

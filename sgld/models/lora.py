@@ -21,7 +21,7 @@ from torch import nn
 from sgld.errors import InvalidRequest
 from sgld.models.lora_files import LoraFiles, find
 from sgld.models.resolve import one_line
-from sgld.outcome import Raised, outcome_of
+from sgld.outcome import Raised, message_of, outcome_of
 
 Tensors = dict[str, torch.Tensor]
 DENOISERS = ("transformer", "unet")
@@ -175,8 +175,8 @@ def _problem(error: BaseException, model: Adaptable) -> str:
     if isinstance(error, InvalidRequest):
         return str(error)
     # Converters of diffusers raise anything at files that they don't know.
-    said = " ".join(str(error).split())[:_MAX_CHARS]
-    return f"{model.pipeline_class.__name__} can't read it: {type(error).__name__}: {said}"
+    said = f"{type(error).__name__}: {message_of(error, _MAX_CHARS)}"
+    return f"{model.pipeline_class.__name__} can't read it: {said}"
 
 
 def _contents(path: Path) -> tuple[Tensors, dict[str, Any]]:

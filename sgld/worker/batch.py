@@ -111,11 +111,9 @@ def _trait(call: Call, axes: CallAxes, trait: Trait, digests: Digests) -> Any:
         return digests.of(value)
     if what == "zero":
         return digests.are_zero(value)
-    return sorted({repr([(path, tuple(x.shape)) for path, x in leaves(row) if _has_shape(x)]) for row in value})
-
-
-def _has_shape(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+    return sorted(
+        {repr([(path, tuple(x.shape)) for path, x in leaves(row) if isinstance(x, torch.Tensor)]) for row in value}
+    )
 
 
 def differing(calls: Sequence[Call], axes: CallAxes, digests: Digests, skip: Collection[Trait] = ()) -> set[Trait]:

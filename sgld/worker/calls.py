@@ -20,7 +20,7 @@ from sgld.messages import CallKind
 from sgld.models.placement import dtype_of
 from sgld.worker.axes import CallAxes
 from sgld.worker.invocation import Invocation
-from sgld.worker.precision import is_wider, wanted
+from sgld.worker.precision import Autocasts, autocasts, is_wider, wanted
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.rows import row_axes
 from sgld.worker.runtime import Runtime
@@ -40,7 +40,6 @@ INERT_METHODS = frozenset({"cuda", "cpu", "eval", "train", "requires_grad_"})
 EXCLUSIVE_NAMES = frozenset(
     {"attn_processors", "set_attn_processor", "register_forward_hook", "register_forward_pre_hook", "named_modules"}
 )
-_AUTOCAST_DEVICES = ("cpu", "cuda")
 _ids = count(1)
 
 
@@ -49,8 +48,7 @@ class CallContext:
     """The thread-local state of torch under which a call was made; it belongs to the merge key."""
 
     is_grad_enabled: bool
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    """Device type and dtype of each autocast region that is entered."""
+    autocast: Autocasts
     default_device: torch.device
     cache: tuple[Any, ...] | None
     """Arguments of `cache_context`, where the component has a cache that reads them."""
@@ -62,7 +60,7 @@ def current_context(cache: tuple[Any, ...] | None = None, dtype: torch.dtype | N
     """The context of the calling thread."""
     return CallContext(
         is_grad_enabled=torch.is_grad_enabled(),
-        autocast=tuple((d, torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)),
+        autocast=autocasts(),
         default_device=torch.get_default_device(),
         cache=cache,
         dtype=dtype,

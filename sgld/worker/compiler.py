@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from sgld.models.placement import compile_module
-from sgld.outcome import Raised, outcome_of
+from sgld.outcome import Raised, message_of, outcome_of
+from sgld.worker.precision import Autocasts, autocasts
 from sgld.worker.sketch import made
 
 _NICENESS = 10
@@ -36,16 +37,15 @@ class TorchState:
 
     is_grad_enabled: bool
     is_inference: bool
-    autocast: tuple[tuple[str, torch.dtype], ...]
+    autocast: Autocasts
     num_threads: int
 
     @classmethod
     def now(cls) -> "TorchState":
-        devices = ("cpu", "cuda")
         return cls(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d)),
+            autocasts(),
             torch.get_num_threads(),
         )
 
@@ -88,7 +88,7 @@ def run_jobs(jobs: list[CompileJob]) -> CompileResult:
     for job in jobs:
         ran = outcome_of(functools.partial(run_job, job))
         if isinstance(ran, Raised):
-            problem = f"{type(ran.error).__name__}: {' '.join(str(ran.error).split())}"
+            problem = f"{type(ran.error).__name__}: {message_of(ran.error)}"
             break
     num_known, num_compiled = graphs_of_cache()
     return CompileResult(

@@ -42,6 +42,7 @@ from sgld.worker.residency import residency
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Changes, Slots
+from sgld.worker.trees import copied
 from sgld.worker.wire import Parcel, Unsendable, packed, unpacked
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class Member:
 
     def _forward(self, runtime: Runtime, component: str, invocation: Invocation) -> Any:
         # Models take things out of the dicts that they are given, and this may be done once more.
-        own = invocation.having(rows.copied(invocation.tree))
+        own = invocation.having(copied(invocation.tree))
         with self._in_tiles(component, own.module):
             return runtime.run_here(own)
 

@@ -34,7 +34,7 @@ from sgld.worker.recorder import (
     Warmed,
     check_result,
 )
-from sgld.worker.trees import clone, closed, opened, rebuilt
+from sgld.worker.trees import clone, closed, copied, opened
 from sgld.worker.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -168,13 +168,13 @@ class Graphs:
         Where that fails, the forward may need tensors of the host: it is watched once, and captured with these.
         """
         effects = Effects(tree, tensors)
-        warmed = self._recorder.warm_up(forward, _copied(tree))
+        warmed = self._recorder.warm_up(forward, copied(tree))
         uploads: Uploads | None = None
         refusal = agree(self._record(key, forward, effects, warmed))
         if refusal is not None and refusal.may_upload:
             uploads = Uploads(self._device_type)
             with uploads.watched():
-                self._recorder.warm_up(forward, _copied(tree))
+                self._recorder.warm_up(forward, copied(tree))
             refusal = agree(self._record(key, forward, effects, warmed, uploads) if uploads.order else refusal)
         if refusal is not None:
             self._refuse(key, refusal)
@@ -223,11 +223,11 @@ class Graphs:
         """
 
         def again() -> Any:
-            return self._replayed(key, forward, _copied(tree), tensors)
+            return self._replayed(key, forward, copied(tree), tensors)
 
         known, uploads = self._uploads.get(key), Uploads(self._device_type)
         with uploads.watched() if known is not None else nullcontext():
-            forward(_copied(tree))
+            forward(copied(tree))
         again()
         replayed, replay_s = self._recorder.timed(lambda: clone(again()))
         result, eager_s = self._recorder.timed(lambda: forward(tree))
@@ -291,8 +291,3 @@ def graphs_on(
         return None
     names = {part: name for name, part in components.items() if isinstance(part, nn.Module)}
     return Graphs(device, GraphPolicy(max_bytes), CudaRecorder(device), names, note)
-
-
-def _copied(tree: Tree) -> Tree:
-    """The tree for one forward: models take things out of the dicts that they are given."""
-    return rebuilt(tree, lambda _path, leaf: leaf)  # type: ignore[no-any-return]

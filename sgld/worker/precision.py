@@ -10,6 +10,14 @@ from torch import nn
 
 from sgld.worker.trees import Path, leaves, rebuilt
 
+Autocasts = tuple[tuple[str, torch.dtype], ...]
+"""Device type and dtype of each autocast region that is entered."""
+
+
+def autocasts() -> Autocasts:
+    """Those of the calling thread."""
+    return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+
 
 def wanted(method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
     """The dtype that `module.<method>(*args, **kwargs)` casts to; None if it doesn't."""

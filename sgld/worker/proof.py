@@ -13,7 +13,7 @@ from sgld.worker.axes import CallAxes, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
 from sgld.worker.comparison import relative_error
-from sgld.worker.trees import at, leaves, opened, rebuilt
+from sgld.worker.trees import at, copied, leaves, opened, rebuilt
 
 # A mixed batch may be this much further from single forwards than a batch of one row repeated: batching alone changes
 # the order of summation.
@@ -26,14 +26,14 @@ _MAX_LOSS = 0.5
 
 def forward(calls: Sequence[Call], tree: Any, axes: CallAxes, *, by_row: bool = False) -> Any:
     """Run the component on a tree of its own: models take things out of the dicts that they are given."""
-    args, kwargs = rebuilt(tree, lambda _path, value: value)
+    args, kwargs = copied(tree)
     rows = [(call.adapters, num_rows(call.tree, axes)) for call in calls]
     return calls[0].run(args, kwargs, rows, by_row=by_row)
 
 
 def alone(call: Call) -> Any:
     """Run a single call on a tree of its own."""
-    args, kwargs = rebuilt(call.tree, lambda _path, value: value)
+    args, kwargs = copied(call.tree)
     return call.run(args, kwargs)
 
 

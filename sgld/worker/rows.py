@@ -88,11 +88,6 @@ def joined(results: Sequence[Any], axes: RowAxes) -> Any:
     return closed(rebuilt(parts[0], join))
 
 
-def copied(tree: Any) -> Any:
-    """The tree with containers of its own, and the same leaves."""
-    return rebuilt(tree, lambda _path, value: value)
-
-
 def completed(axes: RowAxes, result: Any) -> RowAxes | None:
     """The axes with those of the results, of which axis 0 counts rows where nothing else is known; None: it doesn't."""
     if axes.results:

@@ -17,6 +17,7 @@ from torch import nn
 from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
 from sgld.models.placement import compile_components, decompile, dtype_of
+from sgld.outcome import message_of
 from sgld.worker.graph_orders import Order
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
@@ -117,7 +118,7 @@ class Runtime:
             elif is_of_model and differs(invocation.tree, invocation.dtype or dtype_of(module)):
                 retry = self._with_casts
             elif is_of_compiler:
-                retry = functools.partial(self._uncompiled, problem=_in_short(error))
+                retry = functools.partial(self._uncompiled, problem=message_of(error, _MAX_PROBLEM_CHARS))
             else:
                 raise
         # Here, where nothing refers to what the failed forward allocated.
@@ -281,7 +282,3 @@ def _eagerly(is_eager: bool = True) -> AbstractContextManager[Any]:
 
 def _is_of_compiler(error: BaseException) -> bool:
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:_MAX_PROBLEM_CHARS] or type(error).__name__

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sgld.outcome import message_of
+
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -112,7 +114,7 @@ def sketched(value: Any) -> bytes:
     try:
         _Pickler(file).dump(value)
     except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
-        raise CannotSketch(" ".join(str(error).split())) from None
+        raise CannotSketch(message_of(error)) from None
     return file.getvalue()
 
 

@@ -6,10 +6,11 @@ Results may hold objects whose attributes are tensors, such as caches of keys an
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Path = tuple[str | int, ...]
 """Where a leaf is: the keys and indexes on the way to it."""
 
@@ -77,6 +78,11 @@ def rebuilt(tree: Any, replace: Callable[[Path, Any], Any], path: Path = ()) -> 
         values = [rebuilt(value, replace, (*path, index)) for index, value in enumerate(tree)]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return tree
+
+
+def copied(tree: T) -> T:
+    """The tree for one forward, with containers of its own: models take things out of the dicts that they are given."""
+    return rebuilt(tree, lambda _path, value: value)  # type: ignore[no-any-return]
 
 
 def clone(tree: Any) -> Any:
