@@ -138,9 +138,9 @@ def rank_main(seat: Seat, kind: str, scale: int, device_type: str, results: Any)
     parts = {name: made(make, device, dtype) for name, make in names.items()}
     if kind == "tiles":
         parts["VAE"].enable_tiling()
-    shared = {"denoisers": tuple(parts)} if kind != "tiles" else {"denoisers": (), "vaes": tuple(parts)}
+    sharing = Sharing(denoisers=tuple(parts)) if kind != "tiles" else Sharing(vaes=tuple(parts))
     pipeline = SimpleNamespace(components=parts)
-    model = LoadedModel(pipeline, device, {}, "bench", sharing=Sharing(**shared))
+    model = LoadedModel(pipeline, device, {}, "bench", sharing=sharing)
     parallel = ParallelConfig(num_gpus=NUM_RANKS, enable_cfg_parallel=kind == "rows")
     config = EngineConfig(parallel=parallel)
     with torch.no_grad():

@@ -32,7 +32,7 @@ from sgld.execution_config import (
 from sgld.execution_config import (
     Precision as Precision,
 )
-from sgld.fields import check_fields, option, refuse_later
+from sgld.fields import check_fields, option
 from sgld.model_config import (
     LoraConfig as LoraConfig,
 )
@@ -113,7 +113,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         check_fields(self)
-        refuse_later(self)
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -4,7 +4,6 @@ from functools import cache
 from typing import Any, TypedDict, get_type_hints
 
 import msgspec
-import msgspec.inspect
 
 
 class FieldError(ValueError):
@@ -18,7 +17,7 @@ class FieldError(ValueError):
 def option(description: str, **extra: Any) -> msgspec.Meta:
     """A field of a config, which is a flag and a key, too.
 
-    :param extra: `aliases`, other spellings; `later`, what it waits for: only its default is accepted until then.
+    :param extra: `aliases`, other spellings.
     """
     return msgspec.Meta(description=description, extra=extra or None)
 
@@ -41,15 +40,3 @@ def check_fields(struct: msgspec.Struct) -> None:
 def _as_typed_dict(struct: type[msgspec.Struct]) -> Any:
     """The fields of a struct as a TypedDict: checking that one doesn't construct the struct again."""
     return TypedDict(struct.__name__, get_type_hints(struct, include_extras=True))  # type: ignore[operator]
-
-
-def refuse_later(struct: msgspec.Struct) -> None:
-    """Refuse values of fields whose feature isn't there yet; their defaults say what is done today.
-
-    :raises FieldError: names the field and what it waits for.
-    """
-    for field in msgspec.inspect.type_info(type(struct)).fields:  # type: ignore[attr-defined]
-        later = (getattr(field.type, "extra", None) or {}).get("later")
-        value = getattr(struct, field.name)
-        if later and value != field.default:
-            raise FieldError(field.name, value, f"not supported yet ({later}); leave it at {field.default!r}")

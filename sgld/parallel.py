@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from sgld.fields import FieldError, check_fields, refuse_later
+from sgld.fields import FieldError, check_fields
 
 
 def _field(description: str, **extra: Any) -> Meta:
@@ -25,7 +25,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Annotated[int, Meta(ge=1), _field("GPUs, with --device cpu processes; default: as many as the degrees need")]
         | None
     ) = None
-    tp_size: Annotated[int, Meta(ge=1), _field("GPUs that share each layer", later="tensor parallelism")] = 1
+    tp_size: Annotated[
+        int,
+        Meta(ge=1),
+        _field("GPUs that have parts of each layer, of text encoders and of denoisers that can be divided"),
+    ] = 1
     sp_degree: (
         Annotated[
             int,
@@ -69,7 +73,6 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.sp != self.ulysses * self.ring:
             problem = f"it must be ulysses x ring = {self.ulysses} x {self.ring} = {self.ulysses * self.ring}"
             raise FieldError("sp_degree", self.sp, problem)
-        refuse_later(self)
 
     @property
     def total(self) -> int:

@@ -1,8 +1,7 @@
 """The flags of `sgld generate`, built from the structs that hold their values.
 
 A field of such a struct is a flag (`--num-frames`) and a key of the config file (`num_frames`); its `Meta` gives the
-help text, other spellings (`aliases`) and what it waits for (`later`). Nothing here imports more than msgspec:
-`--help` must answer at once.
+help text and other spellings (`aliases`). Nothing here imports more than msgspec: `--help` must answer at once.
 """
 
 import argparse
@@ -51,7 +50,6 @@ class Option:
     """One setting: a flag and a key of the config file.
 
     :ivar type: the annotation of its field, which says what values it takes.
-    :ivar later: what it waits for; until then only the default is accepted.
     :ivar is_scheduling: it decides when an output is made, not what it is.
     :ivar parse: what an item that is written as text stands for; a list stands for several.
     """
@@ -64,7 +62,6 @@ class Option:
     description: str
     metavar: str
     aliases: tuple[str, ...] = ()
-    later: str | None = None
     is_scheduling: bool = False
     parse: Callable[[str], object] | None = None
 
@@ -75,7 +72,7 @@ class Option:
     @property
     def help(self) -> str:
         """The help text; argparse takes `%` for the start of a format."""
-        text = self.description.replace("%", "%%") + (" - not supported yet" if self.later else "")
+        text = self.description.replace("%", "%%")
         return text if self.default in (None, (), {}, "") else f"{text} (default: {_shown(self.default)})"
 
     def convert(self, raw: object) -> object:
@@ -157,7 +154,6 @@ def _option(field: inspect.Field, hint: Any, group: str) -> Option | None:
         description=description,
         metavar=_metavar(core, field.name),
         aliases=extra.get("aliases", ()),
-        later=extra.get("later"),
         is_scheduling=extra.get("is_scheduling", False),
         parse=extra.get("parse"),
     )

@@ -272,15 +272,10 @@ def _check_supported(name: str, setting: Setting) -> None:
 
     :raises UsageError: names the setting as it was spelled, and the feature.
     """
-    option = options_by_name().get(name)
-    if option is None:
+    if name not in options_by_name():
         later = _later(setting.spelled, str(setting))
         if _said(setting.value) not in later.today:
             raise _not_yet(str(setting), later)
-    elif option.later and setting.value != option.default:
-        raise UsageError(
-            f"{setting} is {setting.value}: that isn't supported yet ({option.later}); leave it at {option.default}"
-        )
 
 
 def _not_yet(shown: str, later: Later) -> UsageError:

@@ -29,8 +29,7 @@ def row(option: Option) -> str:
     flags = ", ".join(f"`{flag}`" for flag in option.flags)
     is_empty = option.default in (None, (), {}, "")
     default = "" if is_empty else f"`{str(option.default).lower() if option.kind == 'switch' else option.default}`"
-    later = f"; not yet ({option.later}), only the default is accepted" if option.later else ""
-    return f"| {flags} | {values(option)} | {default} | {option.description}{later} |"
+    return f"| {flags} | {values(option)} | {default} | {option.description} |"
 
 
 def values(option: Option) -> str:

@@ -14,6 +14,8 @@ from sgld.models.plan import ComponentPlan, Plan
 from sgld.models.quantized import load_weights
 from sgld.models.resolve import one_line
 from sgld.models.sources import ComponentSource
+from sgld.models.tensor_files import load_parts
+from sgld.models.tensor_layers import Team
 from sgld.models.weight_files import Weights
 
 # What diffusers, transformers, torch and the hub raise for files that are missing, broken, or don't fit together.
@@ -31,12 +33,16 @@ LOAD_ERRORS = (
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_component(part: ComponentPlan, planned: Plan) -> Any:
+def load_component(part: ComponentPlan, planned: Plan, rank: int = 0) -> Any:
     """A component from its own place, on the CPU.
 
+    :param rank: that has it, or parts of it.
     :raises ModelError: it can't be loaded.
     """
     try:
+        if part.has_parts and part.precision is not None:
+            size = planned.config.parallel.tp_size
+            return load_parts(_class(part), part.source, Team(rank % size, size), DTYPES[part.precision])
         if part.weights is not None and part.precision is not None:
             return _with_weights(part, part.weights, DTYPES[part.precision])
         return _loader(part)(_place(part.source).path, **_options(part, planned))

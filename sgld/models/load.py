@@ -27,6 +27,7 @@ from sgld.models.quantized import quantize_components
 from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
 from sgld.models.sharing import NOTHING, Sharing, with_tiles
 from sgld.models.stages import Tell, nobody, reading, size_gb
+from sgld.models.tensor_layers import in_parts
 from sgld.models.verdicts import VerdictFile
 
 # What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
@@ -127,7 +128,7 @@ def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedMode
     recommended = defaults(planned.source)
     try:
         with reading(tell):
-            pipeline = _pipeline(planned)
+            pipeline = _pipeline(planned, rank)
         if rank:
             _keep_only(pipeline, planned.sharing.names)
         made = quantize_components(planned.components, pipeline.components, config.quantized, device)
@@ -146,6 +147,7 @@ def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedMode
     if not rank or "vae" in planned.sharing.names:
         _set_up_vae(pipeline, config)
     sharing, in_tiles = with_tiles(planned.sharing, pipeline.components, config.parallel)
+    of_parts = {name: in_parts(pipeline.components[name]) for name in sharing.divided.names}
     guidance, note = noise.apply(config.noise, pipeline, config.model_path)
     refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None
     parts = pipeline.components.items()
@@ -162,7 +164,7 @@ def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedMode
     compiled, of_compilation = compilation.components(denoisers) if compilation is not None else ((), {})
     if compilation is not None and not compilation.is_aside:
         compile_components({name: denoisers[name] for name in compiled})
-    for notes in (made, said, in_tiles, {"model": note} if note else {}, of_compilation):
+    for notes in (made, said, in_tiles, of_parts, {"model": note} if note else {}, of_compilation):
         decisions = with_notes(decisions, notes)
     return LoadedModel(
         pipeline,
@@ -181,11 +183,15 @@ def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedMode
     )
 
 
-def _pipeline(planned: Plan) -> Any:
+def _pipeline(planned: Plan, rank: int) -> Any:
     dtypes = {part.name: DTYPES[part.precision] for part in planned.components if part.precision}
     # Of parts that the index doesn't name; most get the same.
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
-    parts = {part.name: load_component(part, planned) for part in planned.components if part.is_separate}
+    parts = {
+        part.name: load_component(part, planned, rank)
+        for part in planned.components
+        if part.is_separate or part.has_parts
+    }
     if planned.scheduler is not None:
         parts[noise.NAME] = planned.scheduler
     source, config = planned.source, planned.config

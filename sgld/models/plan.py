@@ -43,6 +43,8 @@ class ComponentPlan:
     notes: tuple[str, ...] = ()
     is_separate: bool = False
     """It is loaded by itself, not by the loader of its pipeline."""
+    has_parts: bool = False
+    """Each rank loads its parts of it only."""
     auto_class: str | None = None
     weights: Weights | None = None
     """Files that its weights come from, if not from its source by its library's own loader."""
@@ -101,7 +103,8 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
     modes = VerdictFile(source, index, parts).read().modes
     backend = choose_backend(config.backend, [name], modes, cache_dit.asked_for(config.cache_dit))
     cached = cache_dit.choose(config.cache_dit, backend)
-    sharing = share(parts, config, device_type, is_whole=backend.is_whole)
+    sharing = share(parts, config, device_type, is_whole=backend.is_whole, file=source.file)
+    parts = tuple(_with_parts(part, sharing) for part in parts)
     chosen = (backend.note, *(choice.note for choice in (attention, cached) if choice is not None))
     if attention is None and device_type == "cuda" and not backend.is_whole:
         chosen = (*chosen, "attention by the kernel that is found to be fastest while it is loaded")
@@ -114,6 +117,13 @@ def plan(config: EngineConfig, *, materializes: bool = True) -> Plan:
         *config.adapters.notes,
     )
     return Plan(config, source, index, name, device_type, parts, notes, attention, scheduler, backend, cached, sharing)
+
+
+def _with_parts(part: ComponentPlan, sharing: Sharing) -> ComponentPlan:
+    """As ranks that have parts of it load it."""
+    divided = sharing.divided
+    notes = (*part.notes, divided.said[part.name]) if part.name in divided.said else part.notes
+    return replace(part, notes=notes, has_parts=part.name in divided.names)
 
 
 def with_notes(decisions: dict[str, str], notes: dict[str, str]) -> dict[str, str]:

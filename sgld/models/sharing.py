@@ -1,29 +1,18 @@
 """Which components the ranks of a replica share, and whether they can: decided before anything is loaded."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
+from sgld.models import tensor_choice
 from sgld.models.roles import role
 from sgld.models.sources import ComponentSource
+from sgld.models.tensor_choice import Divided, Part
 from sgld.parallel import ParallelConfig
-
-
-class _Part(Protocol):
-    """What is asked of the plan of a component."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def library(self) -> str: ...
-    @property
-    def class_name(self) -> str: ...
-    @property
-    def source(self) -> ComponentSource: ...
 
 
 @dataclass(frozen=True)
@@ -32,22 +21,27 @@ class Sharing:
 
     denoisers: tuple[str, ...] = ()
     vaes: tuple[str, ...] = ()
+    divided: Divided = field(default_factory=Divided)
+    """Those of which each rank has parts."""
     notes: tuple[str, ...] = field(default=())
     """One phrase each, for people."""
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset((*self.denoisers, *self.vaes))
+        return frozenset((*self.denoisers, *self.vaes, *self.divided.names))
 
 
 NOTHING = Sharing()
 """What a rank shares that is alone."""
 
 
-def share(parts: Iterable[_Part], config: EngineConfig, device_type: str, *, is_whole: bool) -> Sharing:
+def share(
+    parts: Iterable[Part], config: EngineConfig, device_type: str, *, is_whole: bool, file: Path | None = None
+) -> Sharing:
     """Decide what is shared.
 
     :param is_whole: pipelines run their models themselves.
+    :param file: all weights of the model are in it.
     :raises ModelError: a model can't be shared like this, or there are too few GPUs.
     """
     parallel = config.parallel
@@ -61,15 +55,19 @@ def share(parts: Iterable[_Part], config: EngineConfig, device_type: str, *, is_
     roles = {part.name: (role(part.name, part.library, part.class_name), part) for part in parts}
     denoisers = [part for does, part in roles.values() if does == "dit" and part.library == "diffusers"]
     vaes = [name for name, (does, part) in roles.items() if does == "vae" and part.library == "diffusers"]
+    divided = tensor_choice.choose(((part, does) for does, part in roles.values()), file, parallel)
     notes = [
         f"{parallel.layout} (of each copy {parallel.num_ranks} ranks)" if parallel.dp_size > 1 else parallel.layout
     ]
     if parallel.sp > 1:
-        denoisers, helpers = check_sequences(denoisers, parallel)
-        notes += [f"{part.name} runs on rank 0 alone: {part.class_name} can't share tokens" for part in helpers]
+        denoisers, helpers = check_sequences(denoisers, parallel, divided.names)
+        alone = [part for part in helpers if part.name not in divided.names]
+        notes += [f"{part.name} runs on rank 0 alone: {part.class_name} can't share tokens" for part in alone]
+    elif not parallel.enable_cfg_parallel:
+        denoisers = []
     if parallel.vae_sp is False:
         vaes = []
-    return Sharing(tuple(part.name for part in denoisers), tuple(vaes), tuple(notes))
+    return Sharing(tuple(part.name for part in denoisers), tuple(vaes), divided, tuple(notes))
 
 
 def _check_gpus(parallel: ParallelConfig) -> None:
@@ -81,9 +79,12 @@ def _check_gpus(parallel: ParallelConfig) -> None:
         raise ModelError(f"num_gpus is {parallel.total}, but torch finds {num} GPUs here; {parallel.layout}")
 
 
-def check_sequences(parts: Iterable[_Part], parallel: ParallelConfig) -> tuple[list[_Part], list[_Part]]:
+def check_sequences(
+    parts: Iterable[Part], parallel: ParallelConfig, divided: Collection[str] = ()
+) -> tuple[list[Part], list[Part]]:
     """Of denoisers and what helps them those whose tokens are shared, and the others, which rank 0 runs alone.
 
+    :param divided: names of those of which ranks have parts, and so of their heads.
     :raises ModelError: so many ranks can't share them; says why, and what can be done instead.
     """
     from sgld.models.token_plans import plan_of, why_not
@@ -97,9 +98,11 @@ def check_sequences(parts: Iterable[_Part], parallel: ParallelConfig) -> tuple[l
     for part in shared:
         config = _config(part.source)
         heads = next((config[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in config), None)
+        each = parallel.tp_size if part.name in divided else 1
         # Ulysses pads heads, as long as each rank has one of its own.
-        if isinstance(heads, int) and heads < parallel.ulysses:
-            problem = f"has {heads} attention heads, too few for ulysses_degree {parallel.ulysses}"
+        if isinstance(heads, int) and heads // each < parallel.ulysses:
+            of_each = f" / {each}" if each > 1 else ""
+            problem = f"has {heads}{of_each} attention heads, too few for ulysses_degree {parallel.ulysses}"
             raise ModelError(f"{part.name} ({part.class_name}) {problem}; use --ring-degree {parallel.sp}")
     return shared, [part for part in parts if part not in shared]
 

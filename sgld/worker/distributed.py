@@ -20,6 +20,7 @@ from typing import Any, assert_never
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError, PipelineFailed
@@ -28,6 +29,7 @@ from sgld.models.load import LoadedModel
 from sgld.models.lora import LoraLayer
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
+from sgld.models.tensor_layers import Team, team_of
 from sgld.outcome import forget_locals
 from sgld.parallel import ParallelConfig
 from sgld.worker import rows, tiles
@@ -122,19 +124,24 @@ class Member:
         self.seat, self.device = seat, device
         self.components = {name: model.pipeline.components[name] for name in model.sharing.names}
         self.num_groups = parallel.cfg_degree
-        self.group, self.index_in_group = divmod(seat.index, parallel.sp)
+        self.group, self.index_in_group = divmod(seat.index, parallel.sp * parallel.tp_size)
         self.slots: dict[str, Slots] = {}
         self._tiled = {name: tiles.Shapes() for name in model.sharing.vaes}
         self._sequences: dict[str, Sequence] = {}
-        if parallel.sp > 1:
-            prepare()
+        self._teams: dict[str, Team] = {}
+        """Of components of which each rank has parts."""
+        if parallel.sp * parallel.tp_size > 1:
             mesh = dist.device_mesh.init_device_mesh(
                 device.type,
-                (parallel.cfg_degree, parallel.ring, parallel.ulysses),
-                mesh_dim_names=("cfg", "ring", "ulysses"),
-            )["ring", "ulysses"]
+                (parallel.cfg_degree, parallel.ring, parallel.ulysses, parallel.tp_size),
+                mesh_dim_names=("cfg", "ring", "ulysses", "tp"),
+            )
+            self._teams = {name: _met(self.components[name], mesh) for name in model.sharing.divided.names}
+        if parallel.sp > 1:
+            prepare()
             denoisers = {name: self.components[name] for name in model.sharing.denoisers}
-            self._sequences = {n: Sequence(part, parallel, mesh, device) for n, part in denoisers.items()}
+            own = mesh["ring", "ulysses"]
+            self._sequences = {n: Sequence(part, parallel, own, device) for n, part in denoisers.items()}
 
     @property
     def has_sequences(self) -> bool:
@@ -143,6 +150,10 @@ class Member:
 
     def is_tiled(self, component: str) -> bool:
         return component in self._tiled
+
+    def has_parts(self, component: str) -> bool:
+        """Whether each rank has parts of its layers."""
+        return component in self._teams
 
     def perform(self, invoke: Invoke, tree: Any, runtime: Runtime) -> Any:
         """Run this rank's share of a forward of the whole arguments; all ranks must."""
@@ -155,7 +166,7 @@ class Member:
             num_rows = num_rows and (_between(num_rows[0], start, stop), num_rows[1])
         module = self.components[invoke.component]
         # Of rows that are parted others wait for the result only.
-        waits = invoke.component in self._sequences or self.is_tiled(invoke.component)
+        waits = any(invoke.component in shared for shared in (self._sequences, self._tiled, self._teams))
         dtype, is_exact, (args, kwargs) = invoke.context.dtype, invoke.is_exact, tree
         ordered = Ordered(invoke.graph, _agreed, is_own=not self.seat.index) if invoke.graph is not None else None
         invocation = Invocation(
@@ -170,7 +181,8 @@ class Member:
     def _forward(self, runtime: Runtime, component: str, invocation: Invocation) -> Any:
         # Models take things out of the dicts that they are given, and this may be done once more.
         own = invocation.having(copied(invocation.tree))
-        with self._in_tiles(component, own.module):
+        team = self._teams.get(component)
+        with self._in_tiles(component, own.module), team.together() if team else contextlib.nullcontext():
             return runtime.run_here(own)
 
     def _in_tiles(self, component: str, module: nn.Module) -> AbstractContextManager[None]:
@@ -210,8 +222,9 @@ class Leader:
     def shares(self, invocation: Invocation) -> bool:
         """Whether all ranks run it."""
         name = self._names.get(invocation.module)
-        shared = "decode" if name is not None and self._member.is_tiled(name) else "forward"
-        return name is not None and invocation.method == shared
+        if name is None or self._member.has_parts(name):
+            return name is not None
+        return invocation.method == ("decode" if self._member.is_tiled(name) else "forward")
 
     def follow_adapters(self, slots: Mapping[str, Slots]) -> None:
         """From now on followers have the adapters of these components."""
@@ -457,6 +470,14 @@ def _agreed(refusal: Refusal | None) -> Refusal | None:
     said: list[Refusal | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, refusal)
     return next((one for one in said if one is not None), None)
+
+
+def _met(component: nn.Module, mesh: DeviceMesh) -> Team:
+    """The ranks that have the parts of a component, which know one another now."""
+    team = team_of(component)
+    assert team is not None, "it was loaded in parts"
+    team.meet(mesh["tp"].get_group())
+    return team
 
 
 def _send(wire: Connection, message: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from sgld.models.lora import LoraLayer
+from sgld.models.tensor_layers import SummedLinear, part_of
 
 NONE = ""
 """The key of no adapters, which is always in slot 0."""
@@ -131,14 +132,15 @@ class Slots:
             self._fills.append(0)
         slot = self._keys.index(NONE, 1)
         self._fills[slot] += 1
-        for name in changes.keys() - self._layers.keys():
-            like, _ = changes[name][0]
+        here = {name: [(part_of(self._modules[name], one), scale) for one, scale in changes[name]] for name in changes}
+        for name in here.keys() - self._layers.keys():
+            like, _ = here[name][0]
             module = self._modules[name]
             place = torch.zeros(0, dtype=_dtype_of(module) or self._dtype, device=self._device)
             self._layers[name] = _Layer(module, self, place, like)
             self.version += 1
         for name, layer in self._layers.items():
-            self.version += layer.fill(slot, len(self._keys), changes.get(name, ()), self._max_slots)
+            self.version += layer.fill(slot, len(self._keys), here.get(name, ()), self._max_slots)
         self._keys[slot] = key
         self._on_put(key, changes)
 
@@ -292,7 +294,7 @@ class _Layer:
             inner = self._convolved(x, down)
             change = self._function(inner, up.T.reshape(*up.T.shape, *[1] * (x.ndim - 2)), bias)
             return change if base is None else base + change
-        inner = functional.linear(x, down)
+        inner = self._summed(functional.linear(x, down))
         flat = None if base is None else base.reshape(-1, up.shape[1])
         change = _sum(flat, inner.reshape(-1, up.shape[0]), up).reshape(*x.shape[:-1], up.shape[1])
         return change if bias is None else change + bias
@@ -303,7 +305,7 @@ class _Layer:
         num, (_, rank, num_out) = len(index), up.shape
         bias = self._bias.index_select(0, index) if len(self._bias) else None
         if self._function is None:
-            inner = torch.bmm(x.reshape(num, -1, x.shape[-1]), down.transpose(1, 2))
+            inner = self._summed(torch.bmm(x.reshape(num, -1, x.shape[-1]), down.transpose(1, 2)))
             flat = None if base is None else base.reshape(num, -1, num_out)
             change = _sum(flat, inner, up)
             return (change if bias is None else change + bias[:, None]).reshape(*x.shape[:-1], num_out)
@@ -312,6 +314,10 @@ class _Layer:
         flat = None if base is None else base.reshape(num, num_out, -1)
         change = _sum(flat, up.transpose(1, 2), inner.reshape(num, rank, -1))
         return (change if bias is None else change + bias[:, :, None]).reshape(num, num_out, *inner.shape[2:])
+
+    def _summed(self, inner: torch.Tensor) -> torch.Tensor:
+        """Over the parts that ranks have of the inputs."""
+        return self._module.team.sum(inner) if isinstance(self._module, SummedLinear) else inner
 
     def _parts_of(self, slot: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The matrices of a slot; made once, as a view takes as long as the launch of a small product."""

@@ -85,6 +85,12 @@ def shared_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
+@pytest.fixture(scope="module")
+def shared_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving("flux", tmp_path_factory.mktemp("flux"), tp_size=2) as served:
+        yield served
+
+
 def pids() -> dict[int, int]:
     """The processes of ranks that there are, by rank."""
     names = {process.name: process.pid for process in multiprocessing.active_children() if process.pid}
@@ -113,14 +119,20 @@ def test_requests_of_other_sizes_and_lengths_share_them_too(shared_tokens: Serve
 
 
 def test_followers_have_the_adapters_of_requests(shared_tokens: Served, tmp_path: Path) -> None:
-    pipeline = type(shared_tokens.pipeline).from_pretrained(shared_tokens.folder)
-    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    assert_has_adapters(shared_tokens, tmp_path)
+
+
+def assert_has_adapters(served: Served, folder: Path) -> None:
+    pipeline = type(served.pipeline).from_pretrained(served.folder)
+    targets = ["to_q", "to_k", "to_out.0", "proj_out"]
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
     layers = get_peft_model_state_dict(pipeline.transformer)
-    pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
-    adapted = shared_tokens.params(seed=5, lora=(LoraChoice(path=str(tmp_path / "lora")),))
-    without = shared_tokens.params(seed=5)
-    ends = shared_tokens.portal.call(ends_of, shared_tokens.engine, adapted, without)
-    for end, right in zip(ends, (plain(pipeline, without), plain(shared_tokens.pipeline, without)), strict=True):
+    pipeline.save_lora_weights(folder / "lora", transformer_lora_layers=layers)
+    adapted = served.params(seed=5, lora=(LoraChoice(path=str(folder / "lora")),))
+    without = served.params(seed=5)
+    assert difference(plain(pipeline, without), plain(served.pipeline, without)) > 10
+    ends = served.portal.call(ends_of, served.engine, adapted, without)
+    for end, right in zip(ends, (plain(pipeline, without), plain(served.pipeline, without)), strict=True):
         assert isinstance(end, Completed), end
         assert difference(end.frames, right) <= 1
 
@@ -182,3 +194,20 @@ def test_halves_of_guidance_are_shared(shared_rows: Served) -> None:
     model = shared_rows.engine.model
     assert model is not None
     assert "rows of its calls are shared by 2 groups of ranks" in model.decisions["transformer"]
+
+
+def test_each_rank_has_parts_of_layers(shared_layers: Served) -> None:
+    requests = [shared_layers.params(seed=seed, num_inference_steps=seed) for seed in (3, 4)]
+    ends = shared_layers.portal.call(ends_of, shared_layers.engine, *requests)
+    for end, params in zip(ends, requests, strict=True):
+        assert isinstance(end, Completed), end
+        assert difference(end.frames, plain(shared_layers.pipeline, params)) <= 1
+    model = shared_layers.engine.model
+    assert model is not None
+    assert "2 = dp 1 x cfg 1 x sp 1 (ulysses 1 x ring 1) x tp 2" in model.decisions["model"]
+    for name in ("text_encoder", "text_encoder_2", "transformer"):
+        assert "each of 2 ranks has parts of its layers" in model.decisions[name]
+
+
+def test_parts_of_layers_have_the_adapters_of_requests(shared_layers: Served, tmp_path: Path) -> None:
+    assert_has_adapters(shared_layers, tmp_path)

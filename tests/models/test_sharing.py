@@ -20,6 +20,9 @@ class Part:
     class_name: str
     source: ComponentSource = field(default_factory=lambda: ComponentSource("nowhere", None, None))
     library: str = "diffusers"
+    auto_class: str | None = None
+    weights: None = None
+    quantization: None = None
 
 
 def config(**parallel: Any) -> EngineConfig:

@@ -8,7 +8,7 @@ import diffusers
 from pipelines.entry import Entry
 from pipelines.parts import clip, control_image, image, image_and_mask, redrawn, t5, tokenizer, vae
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "num_layers": 1,
     "num_single_layers": 1,
     "attention_head_dim": 16,
@@ -28,13 +28,13 @@ def flux(pipeline: str = "FluxPipeline", in_channels: int = 4, **components: Any
         tokenizer=tokenizer(),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
-        transformer=diffusers.FluxTransformer2DModel(in_channels=in_channels, out_channels=4, **_SIZES),
+        transformer=diffusers.FluxTransformer2DModel(in_channels=in_channels, out_channels=4, **SIZES),
         **components,
     )
 
 
 def flux_controlnet() -> Any:
-    controlnet = diffusers.FluxControlNetModel(in_channels=4, **_SIZES)
+    controlnet = diffusers.FluxControlNetModel(in_channels=4, **SIZES)
     redrawn(controlnet, "controlnet_", std=0.1)
     return flux("FluxControlNetPipeline", controlnet=controlnet)
 

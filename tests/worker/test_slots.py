@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from models.teams import each, teams
 from torch import nn
 
 from sgld.models.lora import LoraLayer
+from sgld.models.tensor_layers import Cut, Parted, SplitLinear, SummedLinear, divide
 from sgld.worker.slots import Applied, Slots, Unmixable, selected
 
 CPU = torch.device("cpu")
@@ -216,6 +218,36 @@ def test_a_layer_that_was_removed_adds_nothing_wherever_it_comes_back() -> None:
     slots.put("b", {"layer": [(change, 1.0)]})
     with selected([(Applied(slots, "b"), 2)]):
         torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(("kind", "dim"), [(SplitLinear, 0), (SummedLinear, 1)])
+@torch.no_grad()
+def test_parts_of_a_layer_have_their_parts_of_adapters(kind: type[Parted], dim: int, by_row: bool) -> None:
+    torch.manual_seed(0)
+    whole = nn.Linear(6, 5)
+    change = layer(whole, 3, has_bias=True)
+    x = torch.randn(2, 4, 6)
+    calls = []
+    for team in teams(2):
+        part: Any = nn.Linear(6, 5)
+        cuts = {"weight": Cut(dim, (whole.weight.shape[dim],))} | ({"bias": Cut(0, (5,))} if dim == 0 else {})
+        divide(part, kind, cuts, team)
+        for name, weight in whole.named_parameters():
+            own = cuts[name].part(weight, team.index, 2) if name in cuts else weight
+            part.register_parameter(name, nn.Parameter(own.detach()))
+        slots = Slots(nn.ModuleDict({"layer": part}), CPU)
+        slots.put("one", {"layer": [(change, 0.5)]})
+
+        def call(part: Any = part, slots: Slots = slots) -> torch.Tensor:
+            with slots.selected([("one", 2)], by_row=by_row):
+                return part(x if dim == 0 else x[..., part.place])  # type: ignore[no-any-return]
+
+        calls.append(call)
+    found = each(calls)
+    expected = merged(whole, (change, 0.5))(x)
+    for one in [torch.cat(found, dim=-1)] if dim == 0 else found:
+        torch.testing.assert_close(one, expected)
 
 
 def test_there_are_no_more_slots_than_are_used() -> None:
