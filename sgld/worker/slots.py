@@ -216,12 +216,13 @@ class _Layer:
         self._down, self._up = place.new_zeros(0, 0, num_in), place.new_zeros(0, 0, num_out)
         self._bias = place.new_zeros(0, num_out)
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = {}
-        self._had_forward = "forward" in vars(module)
-        self._forward = module.forward
+        self._place = _place_of(module)
+        self._had_forward = "forward" in vars(self._place)
+        self._forward = self._place.forward
         self._function: _Function | None = next(
             (f for kind, f in _CONVOLUTIONS.items() if isinstance(module, kind)), None
         )
-        module.forward = types.MethodType(_forward_of(self), module)
+        self._place.forward = types.MethodType(_forward_of(self), module)
 
     @property
     def size_bytes(self) -> int:
@@ -231,9 +232,9 @@ class _Layer:
         """Leave the module as it was; where something else has put this layer back later, it adds nothing."""
         self._ranks.clear()
         if self._had_forward:
-            self._module.forward = self._forward
+            self._place.forward = self._forward
         else:
-            vars(self._module).pop("forward", None)
+            vars(self._place).pop("forward", None)
 
     def fill(self, slot: int, num_slots: int, changes: Changes, max_slots: int) -> bool:
         """Write the matrices of a slot; true if that took other buffers."""
@@ -332,6 +333,12 @@ class _Layer:
         weight = down.reshape(len(down), module.in_channels, *module.kernel_size)
         assert self._function is not None
         return self._function(x, weight, None, module.stride, module.padding, module.dilation, groups)
+
+
+def _place_of(module: nn.Module) -> Any:
+    """What has the forward of a layer, below hooks of diffusers: these may join the tokens that ranks have."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    return hooks[0] if hooks else module
 
 
 def _forward_of(layer: _Layer) -> Any:
