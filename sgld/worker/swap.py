@@ -86,6 +86,8 @@ class Swap:
         self._said: set[tuple[nn.Module, str]] = set()
         self._known = Known(cache)
         self._states: Recent[State] = Recent()
+        self._patched: Recent[nn.Module] = Recent()
+        """Of forms that were refused while adapters were in their layers: one of these layers."""
         self._swapped: set[nn.Module] = set()
         self._busy_s = dict.fromkeys(names, 0.0)
         self._last_s = dict.fromkeys(names, clock())
@@ -108,8 +110,8 @@ class Swap:
 
     def mode(self, invocation: Invocation) -> Mode:
         """How calls of this form run now."""
-        module = invocation.module
-        if (state := self._states.recall(self._form(invocation))) is not None:
+        module, form = invocation.module, self._form(invocation)
+        if (state := self._states.recall(form)) is not None and not self._is_outdated(form):
             return _NEXT_MODE[state]
         if module in self._swapped:
             return "tried"
@@ -304,15 +306,31 @@ class Swap:
             del self._names[module]
             self._inline(module)
             return
+        patched = _patched(self._regions[module])
         for form in forms:
             self._states[form] = "refused"
+            if patched is not None:
+                self._patched[form] = patched
         self._say(module, f"some calls run without compilation: {problem}")
+
+    def _is_outdated(self, form: str) -> bool:
+        """Whether a form was refused because of adapters in its layers, which are gone; then nothing is known of it."""
+        if form not in self._patched or "forward" in vars(self._patched[form]):
+            return False
+        del self._patched[form]
+        return self._states.pop(form, None) is not None
 
     def _say(self, module: nn.Module, said: str) -> None:
         if (module, said) not in self._said:
             self._said.add((module, said))
             logger.warning("%s: %s", self._names[module], said)
             self._note(self._names[module], said)
+
+
+def _patched(regions: Sequence[nn.Module]) -> nn.Module | None:
+    """A layer that isn't what its class makes it, as with an adapter; None: there is none."""
+    parts = (part for region in regions for part in region.modules())
+    return next((part for part in parts if "forward" in vars(part)), None)
 
 
 def _import_compiler() -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from sgld.models.lora import LoraLayer
 from sgld.worker.aside import CompilerProcess
 from sgld.worker.compiler import CompileJob, CompileResult
 from sgld.worker.invocation import Invocation
 from sgld.worker.runtime import Runtime
+from sgld.worker.slots import Slots
 from sgld.worker.swap import LOOK_S, Swap
 from worker.layered import Denoiser
 
@@ -105,6 +107,24 @@ def test_calls_go_on_as_they_were_until_the_process_is_done() -> None:
     assert (bench.num_graphs, len(bench.processes), bench.notes) == (1, 1, ["compiled"])
     assert bench.changed == [bench.module]
     assert bench.processes[0].is_closed
+
+
+@pytest.mark.parametrize("has_adapters", [True, False])
+def test_what_is_refused_because_of_adapters_is_tried_again_when_they_are_gone(has_adapters: bool) -> None:
+    bench = Bench()
+    slots = Slots(bench.module, torch.device("cpu"))
+    name, layer = next((n, part) for n, part in bench.module.named_modules() if isinstance(part, nn.Linear))
+    if has_adapters:
+        width = layer.in_features
+        slots.put("a", {name: [(LoraLayer(torch.zeros(2, width), torch.zeros(width, 2)), 1.0)]})
+    assert bench.runtime.swap is not None
+    bench.runtime.swap.refuse(Invocation(bench.module, "forward", (torch.randn(2, 8),)), "it can't be traced")
+    assert [bench.run(2) for _ in range(3)] == ["eager"] * 3
+    assert bench.processes == []
+    if has_adapters:
+        slots.remove("a")
+    bench.run(2)
+    assert len(bench.processes) == has_adapters
 
 
 def test_layers_that_are_alike_are_one_job() -> None:
