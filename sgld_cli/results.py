@@ -10,7 +10,7 @@ import msgspec
 from sgld import __version__
 from sgld.config import EngineConfig
 from sgld.events import Completed
-from sgld.media.animations import write_animation
+from sgld.media.animations import check_rate, write_animation
 from sgld.media.audio import write_audio
 from sgld.media.files import (
     Content,
@@ -154,11 +154,14 @@ class Files:
     def _check_name(self, name: str) -> None:
         media_format = format_of(name)
         resolve_output(self._folder, name)
-        num_frames = self._settings.params[0].num_frames or 1
+        params = self._settings.params[0]
+        num_frames = params.num_frames or 1
         if num_frames > 1 and media_format in IMAGE_FORMATS and media_format not in VIDEO_FORMATS:
             raise UsageError(f"{num_frames} frames don't fit into {name}: a video ends in .mp4, .gif or .webp")
-        if self._settings.params[0].bit_depth == 16 and media_format != "png":
+        if params.bit_depth == 16 and media_format != "png":
             raise UsageError(f"{name} would have 8 bits for each channel, and bit_depth is 16: a name ends in .png")
+        if num_frames > 1 and params.fps and (media_format == "gif" or media_format == "webp"):
+            check_rate(media_format, params.fps * params.frame_factor)
         if media_format == "avif":
             check_format(media_format)
 

@@ -29,6 +29,8 @@ _PROMPT = "a lighthouse on a cliff above the sea at dusk"
 NUM_STEPS = 8
 # More rows are tried while twice as many take less than this share of twice the time.
 PAYS = 0.97
+# Between requests that wait for code.
+PAUSE_S = 5.0
 
 
 def sizes_of(given: Sequence[str], model: ModelInfo) -> tuple[str, ...]:
@@ -52,6 +54,7 @@ async def calibrate(
     limit_s: float,
     num_replicas: int = 1,
     is_compiling: Callable[[], bool] = lambda: False,
+    pause_s: float = PAUSE_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
     """Measure forwards of these sizes; returns those that were done.
@@ -73,6 +76,7 @@ async def calibrate(
             problem = await _settled(
                 functools.partial(_run, size, num * num_replicas, generate),
                 is_compiling,
+                pause_s,
                 is_late=lambda: clock() > until,
                 said=f"calibration: {size}, {num} at a time, again, as code is being compiled",
             )
@@ -95,16 +99,22 @@ async def calibrate(
 
 
 async def _settled(
-    run: Callable[[], Awaitable[str | None]], is_compiling: Callable[[], bool], is_late: Callable[[], bool], said: str
+    run: Callable[[], Awaitable[str | None]],
+    is_compiling: Callable[[], bool],
+    pause_s: float,
+    *,
+    is_late: Callable[[], bool],
+    said: str,
 ) -> str | None:
     """Run requests, and again until the code that is being compiled ran in them from the start; why one of them failed.
 
-    A rank takes code over between its calls, so waiting needs some.
+    A rank takes code over between its calls, so waiting needs some; in pauses a compiler has the cores for itself.
     """
     problem, has_new = await run(), is_compiling()
     while problem is None and has_new and not is_late():
         logger.info(said)
-        has_new = is_compiling()
+        if has_new := is_compiling():
+            await anyio.sleep(pause_s)
         problem = await run()
     return problem
 

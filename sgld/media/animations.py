@@ -41,9 +41,7 @@ def write_animation(
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
         raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
-    if not 0 < fps <= _MAX_FPS[animation_format]:
-        most = _MAX_FPS[animation_format]
-        raise InvalidRequest(f"A {animation_format} has at most {most:g} frames per second, not {fps:g}.", "fps")
+    check_rate(animation_format, fps)
     durations = durations_ms(len(frames), fps, _TICKS_PER_S[animation_format])
     about: dict[str, Any] = {"save_all": True, "duration": durations, "loop": 0}
     match animation_format:
@@ -55,6 +53,16 @@ def write_animation(
         case _:
             assert_never(animation_format)
     write_atomically(path, lambda temporary: _save(_Film(frames), temporary, animation_format, about))
+
+
+def check_rate(animation_format: AnimationFormat, fps: float) -> None:
+    """See that such pictures can be as fast.
+
+    :raises InvalidRequest: they can't.
+    """
+    if not 0 < fps <= _MAX_FPS[animation_format]:
+        most = _MAX_FPS[animation_format]
+        raise InvalidRequest(f"A {animation_format} has at most {most:g} frames per second, not {fps:g}.", "fps")
 
 
 class _Film(Image.Image):

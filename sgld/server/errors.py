@@ -3,6 +3,7 @@
 `x-should-retry: false` is what keeps OpenAI's clients from sending twice more what will fail again.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -28,6 +29,7 @@ from sgld.errors import (
 )
 from sgld.events import Cancelled, Failed
 
+logger = logging.getLogger(__name__)
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -143,6 +145,8 @@ def from_validation(error: msgspec.MsgspecError) -> ApiError:
     message = str(error)
     path = _PATH.search(message)
     plain = _PATH.sub("", message).replace("`", "")
+    if not isinstance(error, msgspec.ValidationError):
+        plain = f"the body can't be read as JSON: {plain}"
     param = path[1] or None if path else None
     return ApiError(400, f"{param}: {plain}" if param else plain, "invalid_value", param=param)
 
@@ -156,6 +160,10 @@ async def on_error(request: Request, error: Exception) -> Response:
             return from_sgld(error).response
         case msgspec.MsgspecError():
             return from_validation(error).response
+        case OSError():
+            logger.error("%s %s: %s", request.method, request.url.path, error)
+            message = f"the server can't use its files: {error.strerror or error}"
+            return ApiError(500, message, "storage_failed", headers=_NO_RETRY).response
         case HTTPException(status_code=status, detail=detail, headers=headers):
             code = HTTPStatus(status).name.lower()
             message = f"{request.method} {request.url.path}: {detail}" if status in (404, 405) else detail

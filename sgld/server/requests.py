@@ -156,7 +156,9 @@ class LiveRequest:
             try:
                 await self._finish(self, event)
             except OSError as error:
-                failed(OSError(f"the result can't be stored: {error}"), STORAGE_FAILED)
+                logger.error("request %s: the result can't be stored: %s", self.id, error)
+                # Where the file would be concerns nobody else.
+                failed(OSError(f"the result can't be stored: {error.strerror or error}"), STORAGE_FAILED)
             else:
                 self._publish(event)
 

@@ -10,6 +10,7 @@ from msgspec import Meta
 from sgld.encoding import OutputQuality, VideoCodec, VideoEncoding, X264Preset, quality_of
 from sgld.errors import InvalidRequest
 from sgld.fields import FieldError
+from sgld.media.animations import check_rate
 from sgld.media.files import VideoFormat
 from sgld.media.videos import check_encoder
 from sgld.sampling_params import DEFAULT_FPS, MAX_SEED, SamplingParams
@@ -180,6 +181,8 @@ def _video_request(
         fps = params.fps or model_fps or DEFAULT_FPS
         num_frames = max(1, round(_seconds(options.seconds) * fps))
         params = msgspec.structs.replace(params, num_frames=num_frames, fps=fps)
+    if options.output_format != "mp4":
+        check_rate(options.output_format, (params.fps or model_fps or DEFAULT_FPS) * params.frame_factor)
     return VideoRequest(options=options, params=params, words=words)
 
 

@@ -51,6 +51,7 @@ from sgld.worker.filters import Filters
 from sgld.worker.graphs import graphs_on
 from sgld.worker.job import Job
 from sgld.worker.memory import Memory
+from sgld.worker.postprocess import is_out_of_memory
 from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
 from sgld.worker.results import Results
@@ -350,7 +351,7 @@ def translated(error: BaseException, *, has_made_calls: bool) -> SgldError:
     """
     if isinstance(error, SgldError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return OutOfMemory("the device has too little memory for this request; ask for a smaller size or fewer frames")
     if not has_made_calls and isinstance(error, ValueError | TypeError):
         return InvalidRequest(str(error))

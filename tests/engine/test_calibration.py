@@ -77,14 +77,19 @@ async def test_code_that_is_being_compiled_is_waited_for_and_measured() -> None:
     server = Server(cost)
     # It is being compiled while the first two run, and there when the third begins.
     compiling = iter([True, True, False, False])
-    assert await done(server, cost, "64x64", max_rows=1, is_compiling=lambda: next(compiling)) == ["64x64"]
+    assert await done(server, cost, "64x64", max_rows=1, pause_s=0.0, is_compiling=lambda: next(compiling)) == ["64x64"]
     assert server.num == {"64x64": 3}
 
 
 async def test_size_is_not_done_where_code_comes_too_late(caplog: pytest.LogCaptureFixture) -> None:
     cost, times = LinearCost(), iter([0.0, 1.0, 2.0, 20.0, 21.0])
     server = Server(cost)
-    options: dict[str, Any] = {"max_rows": 1, "clock": lambda: next(times), "is_compiling": lambda: True}
+    options: dict[str, Any] = {
+        "max_rows": 1,
+        "clock": lambda: next(times),
+        "is_compiling": lambda: True,
+        "pause_s": 0.0,
+    }
     assert await done(server, cost, "64x64", **options) == []
     assert server.num == {"64x64": 2}
     assert "not done: 64x64" in caplog.text

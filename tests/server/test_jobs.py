@@ -22,7 +22,7 @@ from sgld.server.jobs import Jobs, RunningJob
 from sgld.server.requests import LiveRequest, Requests
 from sgld.storage.local import LocalStorage
 
-from .fakes import TIMEOUT_S, FakeEngine
+from .fakes import TIMEOUT_S, FakeEngine, running
 from .test_edits import png
 
 OWNER = "somebody"
@@ -369,3 +369,14 @@ async def test_files_of_a_request_that_is_no_job_expire_though_the_server_died_b
     assert (died.status, died.error and died.error.code) == ("failed", "server_died")
     assert (kept.id, kept.status, kept.error) == ("img_2", "completed", None)
     assert not left_in(tmp_path)
+
+
+async def test_a_disk_that_is_full_is_one_clear_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_args: Any, **_about: Any) -> None:
+        raise OSError("the file of jobs can't be used: database or disk is full")
+
+    monkeypatch.setattr(JobStore, "add", full)
+    async with running(tmp_path) as server:
+        answer = await server.http.post("/v1/videos", json={"prompt": "a cat", "num_frames": 5})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "storage_failed")
+    assert "disk is full" in answer.json()["error"]["message"]

@@ -95,6 +95,7 @@ async def test_completed_is_told_after_the_result_is_stored() -> None:
     [
         (PipelineFailed("no picture"), "pipeline_failed", "no picture"),
         (OSError("disk full"), "storage_failed", "disk full"),
+        (OSError(28, "No space left", "/a/path"), "storage_failed", "stored: No space left"),
         (ValueError("a secret"), "internal_error", "log says more"),
     ],
 )
@@ -107,6 +108,7 @@ async def test_a_result_that_can_not_be_stored_is_a_failure(error: Exception, co
 
     assert isinstance(end, Failed)
     assert (end.code, message in end.message) == (code, True)
+    assert "/a/path" not in end.message
 
 
 async def test_a_refusal_is_raised_where_it_was_asked() -> None:
