@@ -2,11 +2,13 @@
 
 The same model, sizes and seeds run as plain `pipeline(...)` in this process and through an engine whose rank is a
 process of its own, in turns; and that in several fresh processes, as the same loop takes 40 to 60 ms in different ones.
-A step is the time from one forward of the denoiser to the next, by a hook here and by the trace there; the lower
-quartile of all of them counts, as noise only ever adds time. Further models have as many layers as make a step take
-about `--step-ms`: small ones, whose launches take all the time on a GPU, and large ones, as users have them. What is
+A step is the time from one forward of the denoiser to the next on the device's clock, by a hook here and by the trace
+there; the lower quartile of all of them counts, as noise only ever adds time. Further models have as many layers as
+make a step take about `--step-ms`: small ones, whose launches take all the time on a GPU, and large ones. What is
 lost of the device is the part of a request's denoising in which no forward ran. CPU time, that of the front and the
-rank together, is what holds on a machine that others use, too.
+rank together, is what holds on a machine that others use, too. Graphs are off, so that forwards are the same in both;
+with `--graphs` the engine runs as users have it, and small steps become shorter than `--step-ms`. The report is written
+after each model of each process; with `--seconds` processes that no longer fit are left out.
 
     python bench/overhead.py --repeats 5 [--device cuda --processes 3] [--out bench/results/overhead_cpu]
 """
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,10 @@ import anyio
 import msgspec
 import reports
 import torch
+from budget import Budget
 from diffusers import DiffusionPipeline
 
-from sgld.config import EngineConfig, GraphConfig
+from sgld.config import EngineConfig, GraphConfig, MemoryConfig
 from sgld.engine.engine import Engine
 from sgld.events import Completed
 from sgld.models.resolve import EMBEDDED
@@ -66,8 +70,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     engine_picture_ms: float
     added_cpu_ms: float
     """CPU time per step, everything that is done per picture included."""
-    bare_device_ms: float
-    """A forward on the device; on a CPU the same as its time."""
     lost: float
     """The share of denoising in the engine in which no forward ran."""
 
@@ -78,7 +80,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def added_outside_ms(self) -> float:
         """Without what noise does to the forwards themselves."""
-        return self.added_step_ms - (self.engine_forward_ms - self.bare_device_ms)
+        return self.added_step_ms - (self.engine_forward_ms - self.bare_forward_ms)
 
     @property
     def added(self) -> float:
@@ -167,39 +169,36 @@ class Bare:
     def __init__(self, case: Case, device: str) -> None:
         self.pipeline = DiffusionPipeline.from_pretrained(case.model_path, dtype=_dtype(device)).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.spans: Spans = []
+        self._device = device
         self._clock = device_clock(device)
         self._forwards: list[Span] = []
         self._case = case
         self._watch()
 
-    def replace_denoiser(self, config: dict[str, Any], device: str) -> None:
-        """Another one, of the same class."""
-        made = type(self.pipeline.transformer).from_config(config)
-        self.pipeline.transformer = made.to(device, _dtype(device))
+    def replace_denoiser(self, config: dict[str, Any]) -> None:
+        """Another one, of the same class, made on the device: that of a GPU has billions of weights."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(_dtype(self._device))
+        try:
+            with torch.device(self._device):
+                made = type(self.pipeline.transformer).from_config(config)
+        finally:
+            torch.set_default_dtype(before)
+        self.pipeline.transformer = made.to(self._device, _dtype(self._device)).eval()
         self._watch()
 
     def _watch(self) -> None:
         denoiser = self.pipeline.transformer
-        denoiser.register_forward_pre_hook(lambda *_: self._begin())
-        denoiser.register_forward_hook(lambda *_: self._end())
+        denoiser.register_forward_pre_hook(lambda *_: self._forwards.append(self._clock.begin()))
+        denoiser.register_forward_hook(lambda *_: self._forwards[-1].end())
 
-    def _begin(self) -> None:
-        self.spans.append((1e3 * time.perf_counter(), 0.0))
-        self._forwards.append(self._clock.begin())
-
-    def _end(self) -> None:
-        self._forwards[-1].end()
-        start_ms, _ = self.spans.pop()
-        self.spans.append((start_ms, 1e3 * time.perf_counter() - start_ms))
-
-    def device_ms(self) -> list[float]:
-        """What the forwards of the last picture took on the device."""
-        return [1e3 * forward.elapsed_s for forward in self._forwards]
+    @property
+    def spans(self) -> Spans:
+        """The forwards of the last picture, on the device."""
+        return [(forward.started_ns / 1e6, 1e3 * forward.elapsed_s) for forward in self._forwards]
 
     def run(self, num_steps: int) -> float:
         """Milliseconds of a picture, to pixels on the host."""
-        self.spans.clear()
         self._forwards.clear()
         start = time.perf_counter()
         images = self.pipeline(
@@ -262,7 +261,6 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
     """Run both in turns; the first round isn't counted."""
     bare = Bare(case, args.device)
     bare_runs: list[Spans] = []
-    device_ms: list[float] = []
     pictures: list[tuple[float, float]] = []
     cpu: list[float] = []
     config = EngineConfig(
@@ -270,7 +268,9 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
         device=args.device,
         num_cpu_threads=args.threads,
         trace=str(trace),
-        graphs=GraphConfig(graph_memory=0),  # the same forwards in both
+        # The same forwards in both.
+        graphs=GraphConfig() if args.graphs else GraphConfig(graph_memory=0),
+        memory=MemoryConfig(performance_mode="manual"),
     )
     async with Engine(config) as engine:
         await engine.ready()
@@ -281,8 +281,7 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
             pictures.append((bare_ms, await request_ms(engine, case, args.steps)))
             clocks.append(cpu_ms())
             cpu.append(clocks[2] - 2 * clocks[1] + clocks[0])
-            bare_runs.append(list(bare.spans))
-            device_ms = bare.device_ms()
+            bare_runs.append(bare.spans)
     engine_runs = spans_of(trace)[1:]
     lengths = [[length for spans in runs for _, length in spans] for runs in (bare_runs[1:], engine_runs)]
     return Row(
@@ -294,7 +293,6 @@ async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
         bare_picture_ms=min(ms for ms, _ in pictures[1:]),
         engine_picture_ms=min(ms for _, ms in pictures[1:]),
         added_cpu_ms=statistics.median(cpu[1:]) / args.steps,
-        bare_device_ms=quartile(device_ms),
         lost=statistics.median(lost_of(spans) for spans in engine_runs),
     )
 
@@ -314,11 +312,11 @@ def heavier(folder: Path, case: Case, device: str, step_ms: float, **width: int)
     config = {**bare.pipeline.transformer.config, **width}
     for _ in range(2):
         torch.manual_seed(0)
-        bare.replace_denoiser(config, device)
+        bare.replace_denoiser(config)
         bare.run(4)
         bare.run(12)
         config["num_layers"] = max(1, round(config["num_layers"] * step_ms / quartile(steps_of([bare.spans]))))
-    bare.replace_denoiser(config, device)
+    bare.replace_denoiser(config)
     bare.pipeline.save_pretrained(folder)
     (folder / "sgld_defaults.json").write_text((EMBEDDED["sgld/tiny-image"] / "sgld_defaults.json").read_text())
     size = f", {config['num_attention_heads'] * config['attention_head_dim']} wide" if width else ""
@@ -346,7 +344,7 @@ def table(results: list[Result], report: dict[str, Any]) -> str:
         return "\n".join(lines) + "\n"
     lines += [
         "",
-        "| model and size | step, bare | forward on the device, bare | step, engine | added | of a step "
+        "| model and size | step, bare | its forward | step, engine | added | of a step "
         "| lost of the device | picture, bare | picture, engine | CPU time added per step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -354,7 +352,7 @@ def table(results: list[Result], report: dict[str, Any]) -> str:
         added = f"{100 * row.added:.1f} % ({spread(results, index, 'added', 100)})"
         lost = f"{100 * row.lost:.1f} % ({spread(results, index, 'lost', 100)})"
         lines.append(
-            f"| {row.name} | {row.bare_step_ms:.2f} | {row.bare_device_ms:.2f} | {row.engine_step_ms:.2f} "
+            f"| {row.name} | {row.bare_step_ms:.2f} | {row.bare_forward_ms:.2f} | {row.engine_step_ms:.2f} "
             f"| {row.added_step_ms:.2f} | {added} | {lost} | {row.bare_picture_ms:.0f} | {row.engine_picture_ms:.0f} "
             f"| {row.added_cpu_ms:.2f} |"
         )
@@ -362,28 +360,39 @@ def table(results: list[Result], report: dict[str, Any]) -> str:
 
 
 def cases_of(args: argparse.Namespace, folder: Path) -> list[Case]:
-    """The models: the small one, a deep one and, on a GPU, a wide one."""
-    model_path = str(EMBEDDED["sgld/tiny-image"])
-    cases = [Case(name=f"tiny-image, {size}", model_path=model_path, size=size) for size in args.sizes]
-    if cases:
-        small = Case(name="", model_path=model_path, size=max(args.sizes))
+    """The models: a wide one on a GPU, a deep one, and the small one."""
+    if not args.sizes:
+        return []
+    model_path, cases = str(EMBEDDED["sgld/tiny-image"]), []
+    small = Case(name="", model_path=model_path, size=max(args.sizes))
+    if "wide" in args.models and args.device == "cuda":
+        width = {"num_attention_heads": 16, "attention_head_dim": 128, "cross_attention_dim": 2048}
+        cases.append(heavier(folder / "wide", small, args.device, args.step_ms, num_layers=8, **width))
+    if "deep" in args.models:
         cases.append(heavier(folder / "deep", small, args.device, args.step_ms))
-        if args.device == "cuda":
-            width = {"num_attention_heads": 16, "attention_head_dim": 128, "cross_attention_dim": 2048}
-            cases.append(heavier(folder / "wide", small, args.device, args.step_ms, num_layers=8, **width))
+    if "small" in args.models:
+        cases += [Case(name=f"tiny-image, {size}", model_path=model_path, size=size) for size in args.sizes]
     return cases
 
 
-def in_fresh_processes(args: argparse.Namespace, cases: list[Case], folder: Path) -> list[Result]:
-    """Each measures all cases."""
-    results = []
+def in_fresh_processes(
+    args: argparse.Namespace, cases: list[Case], folder: Path, budget: Budget, known: Callable[[list[Result]], None]
+) -> None:
+    """Each measures all cases.
+
+    :param known: told what is measured, whenever it is more.
+    """
+    results: list[Result] = []
     given, out = folder / "cases.json", folder / "result.json"
-    given.write_bytes(msgspec.json.encode(cases))
-    for _ in range(args.processes):
-        command = [sys.executable, __file__, *sys.argv[1:], "--measure", str(given), str(out)]
-        subprocess.run(command, check=True)
-        results.append(msgspec.json.decode(out.read_bytes(), type=Result))
-    return results
+    for _ in budget.as_many(range(args.processes)):
+        results.append(Result([]))
+        for case in cases:
+            given.write_bytes(msgspec.json.encode([case]))
+            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--measure", str(given), str(out)]
+            subprocess.run(command, check=True)
+            results[-1].rows.extend(msgspec.json.decode(out.read_bytes(), type=Result).rows)
+            print(results[-1].rows[-1], flush=True)
+            known([each for each in results if len(each.rows) == len(cases)] or [results[0]])
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -405,6 +414,10 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=[64, 128], help="sizes of pictures of the small model; none: ticks only"
     )
+    parser.add_argument("--models", nargs="*", choices=["wide", "deep", "small"], default=["wide", "deep", "small"])
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs in the engine, as users have them")
+    parser.add_argument("--seconds", type=float, help="processes that no longer fit are left out")
+    parser.add_argument("--folder", type=Path, help="where models are made; by default that of temporary files")
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -413,25 +426,35 @@ def main() -> None:
     if args.measure:
         measure(args)
         return
+    budget = Budget(args.seconds)
     load_before = os.getloadavg()[0]
-    tick_ms = anyio.run(tick_cpu_ms, args.device)
-    with tempfile.TemporaryDirectory() as temporary:
-        cases = cases_of(args, Path(temporary))
-        results = in_fresh_processes(args, cases, Path(temporary)) if cases else []
-    report = {
-        "command": f"python bench/overhead.py --repeats {args.repeats} --device {args.device} --threads {args.threads}"
-        f" --processes {args.processes} --sizes {' '.join(map(str, args.sizes))}".rstrip(),
+    report: dict[str, Any] = {
+        "command": reports.command(),
         **reports.where(args.device),
-        "load": f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after",
-        "tick_cpu_ms": round(tick_ms, 3),
-        "processes": [
+        "tick_cpu_ms": round(anyio.run(tick_cpu_ms, args.device), 3),
+    }
+
+    def known(results: list[Result]) -> None:
+        report["load"] = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
+        report["processes"] = [
             [{n: round(v, 4) if isinstance(v, float) else v for n, v in msgspec.to_builtins(r).items()} for r in x.rows]
             for x in results
-        ],
-    }
-    print(table(results, report))
-    if args.out:
-        reports.write(args.out, report, table(results, report))
+        ]
+        if args.out:
+            reports.write(args.out, report, table(results, report))
+
+    last: list[Result] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        cases = cases_of(args, Path(temporary))
+        known(last)
+        in_fresh_processes(args, cases, Path(temporary), budget, lambda results: known(keep(last, results)))
+    print(table(last, report))
+
+
+def keep(last: list[Result], results: list[Result]) -> list[Result]:
+    """The results, which are the last ones now."""
+    last[:] = results
+    return last
 
 
 if __name__ == "__main__":

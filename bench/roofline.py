@@ -22,6 +22,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import reports
 import torch
+from budget import Budget
 from real_models import MODELS
 from rows import ROWS, Row, tiny
 from torch.utils.flop_counter import FlopCounterMode
@@ -180,17 +181,21 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(_ROWS))
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--seconds", type=float, help="rows that no longer fit are left out")
     parser.add_argument("--tiny", action="store_true", help="models with next to no layers, to try the script")
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md, after each row")
     args = parser.parse_args()
+    budget = Budget(args.seconds)
     torch.set_grad_enabled(False)
     roof = roof_tflops(args.device, 256 if args.tiny else ROOF_SIDE)
     report = {"command": reports.command(), **reports.where(args.device), "roof_tflops": roof, "rows": []}
     chosen: Sequence[Row] = [tiny(ROWS[name]) if args.tiny else ROWS[name] for name in args.rows]
     for model in dict.fromkeys(row.model for row in chosen):
+        if not budget.has(0):
+            break
         pipeline = MODELS[model].build(is_tiny=args.tiny, device=args.device)
         pipeline.set_progress_bar_config(disable=True)
-        for row in (row for row in chosen if row.model == model):
+        for row in budget.as_many(row for row in chosen if row.model == model):
             report["rows"].append(measure(row, pipeline, args.device, compiles=not args.no_compile))
             print(report["rows"][-1], flush=True)
             if args.out:

@@ -3,14 +3,18 @@
     python bench/serving.py --model-path FOLDER [--mix C] [--load 0.7] [--minutes 8] [--out bench/results/serving_c]
     python bench/serving.py --make flux ...        makes the model first (bench/real_models.py)
     python bench/serving.py --url http://...       asks a server that runs; then nothing is simulated
+    python bench/serving.py --again REPORT.json --out ...      simulates what an earlier run measured, on any machine
 
 What a request of each class takes alone is measured first; so load 1 is what the server does without merging. Arrivals
 don't wait for answers. "In time" is within 3 times what such a request takes alone; goodput counts those. Then the
-same arrivals go through the simulation of bench/queueing.py, with the times that the server learned meanwhile.
+same arrivals go through the simulation of bench/queueing.py, with the times that the server learned meanwhile: at
+once, or later with `--no-simulation` and `--again`. The report is written as soon as requests have their answers, and
+has those that were answered if the run is ended early; with `--seconds` the trace is as long as there is time for.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import statistics
@@ -19,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -30,17 +34,23 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import httpx2
 import measured
+import msgspec
 import policies
 import queueing
 import reports
+from budget import Budget
 from measured import Measured
 from policies import SLO_SCALE, Class
 from real_models import MODELS, prompt
 from served import image_body, ready_s, serving
 
+from sgld.engine.learned import Learned
+
 HERE = Path(__file__).parent
 RAM_DISK = "/dev/shm"
-_NUM_ALONE = 3
+_NUM_ALONE = 2
+# To write the report, and to wait for the last answers; as many times the longest request.
+_REST_S, _REST_FACTOR = 5.0, 3.0
 # Prompts and seeds of requests that aren't part of the trace begin here.
 _ALONE, _WARM_UP = 700, 800
 _POLL_S = 0.2
@@ -134,23 +144,28 @@ async def ask(http: httpx2.AsyncClient, kind: Kind, index: int) -> int:
 
 
 async def alone_s(http: httpx2.AsyncClient, kinds: Sequence[Kind]) -> dict[str, float]:
-    """What a request of each kind takes when there is no other; the first ones don't count.
+    """What a request of each kind takes when there is no other.
 
     :raises RuntimeError: one was refused, or failed.
     """
     taken: dict[str, list[float]] = {kind.name: [] for kind in kinds}
-    for index in range(_NUM_ALONE + 1):
+    for index in range(_NUM_ALONE):
         for kind in kinds:
             start = time.perf_counter()
             status = await ask(http, kind, _ALONE + index)
             if status != 200:
                 raise RuntimeError(f"a request of {kind.name} was answered with {status}")
             taken[kind.name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
-async def replay(http: httpx2.AsyncClient, trace: Sequence[tuple[float, Kind]]) -> list[Asked]:
-    """Send each request at its time, whatever became of the others."""
+async def replay(
+    http: httpx2.AsyncClient, trace: Sequence[tuple[float, Kind]], limit_s: float | None = None
+) -> list[Asked]:
+    """Send each request at its time, whatever became of the others.
+
+    :param limit_s: then those that were answered are returned.
+    """
     asked = [Asked(kind.name, at) for at, kind in trace]
     start = time.monotonic()
 
@@ -162,10 +177,14 @@ async def replay(http: httpx2.AsyncClient, trace: Sequence[tuple[float, Kind]]) 
         asked[index].status = await ask(http, kind, index)
         asked[index].latency_s = time.monotonic() - sent
 
-    async with asyncio.TaskGroup() as group:
-        for index in range(len(trace)):
-            group.create_task(one(index))
-    return asked
+    async def all_of_them() -> None:
+        async with asyncio.TaskGroup() as group:
+            for index in range(len(trace)):
+                group.create_task(one(index))
+
+    with suppress(TimeoutError):
+        await asyncio.wait_for(all_of_them(), limit_s)
+    return [one for one in asked if one.status]
 
 
 def summary(asked: Sequence[Asked], alone: Mapping[str, float]) -> dict[str, Any]:
@@ -221,7 +240,7 @@ def claim(mix: Sequence[Measured], num_requests: int) -> list[dict[str, Any]]:
     ]
 
 
-async def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+async def run(args: argparse.Namespace, folder: Path, budget: Budget) -> dict[str, Any]:
     """Measure and replay; what the server learns is kept in the folder."""
     kinds = mix_of(args.mix, args.steps)
     async with AsyncExitStack() as stack:
@@ -230,12 +249,15 @@ async def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         alone = await alone_s(http, kinds)
         print("alone:", {name: round(s, 3) for name, s in alone.items()}, flush=True)
         rate = args.load / sum(kind.share * alone[kind.name] for kind in kinds)
-        asked = await replay(http, arrivals(kinds, rate, 60 * args.minutes, args.seed))
+        seconds = min(60 * args.minutes, budget.left_s - _REST_FACTOR * max(alone.values()) - _REST_S)
+        print(f"replaying {seconds:.0f} s", flush=True)
+        limit_s = budget.left_s - _REST_S if args.seconds else None
+        asked = await replay(http, arrivals(kinds, rate, seconds, args.seed), limit_s)
         return {
             "mix": args.mix,
             "load": args.load,
             "rate_per_s": rate,
-            "minutes": args.minutes,
+            "minutes": round(seconds / 60, 2),
             "steps": args.steps,
             "alone_s": alone,
             "summary": summary(asked, alone),
@@ -255,18 +277,19 @@ async def _client(args: argparse.Namespace, folder: Path) -> AsyncIterator[httpx
     flags = ["--model-path", str(args.model_path), "--device", args.device, *args.serve_flags]
     environment = {"SGLANG_DIFFUSION_CACHE_ROOT": str(folder / "cache")}
     async with serving(folder, flags, environment) as server, server.client() as http:
-        print(f"ready after {await ready_s(server, http):.1f} s", flush=True)
+        print(f"ready after {await ready_s(server, http, args.ready_s):.1f} s", flush=True)
         yield http
 
 
-def with_simulation(report: dict[str, Any], cache: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The same arrivals, simulated with the times that the server learned; and many more."""
-    steps = [kind.num_steps for kind in mix_of(args.mix, args.steps)]
-    classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[args.mix], steps, strict=True)]
-    mix = measured.classes(measured.read(cache), classes, policies.MAX_BATCH_SIZE)
+def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]:
+    """The same arrivals, simulated with the times that the server learned; and so many more."""
+    steps = [kind.num_steps for kind in mix_of(report["mix"], report["steps"])]
+    classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[report["mix"]], steps, strict=True)]
+    learned = msgspec.convert(report["learned"], Learned)
+    mix = measured.classes(learned, classes, policies.MAX_BATCH_SIZE)
     asked = [Asked(**one) for one in report["asked"]]
     found = {"simulation": against_simulation(asked, mix, report["alone_s"]), "times": measured.as_rows(mix)}
-    return {**report, **found, "claim": claim(mix, args.requests)}
+    return {**report, **found, "claim": claim(mix, num_requests)}
 
 
 async def _warm_up(http: httpx2.AsyncClient, kinds: Sequence[Kind], seconds: float) -> None:
@@ -325,6 +348,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path)
     parser.add_argument("--make", choices=list(MODELS), help="make this model first, and remove it afterwards")
+    parser.add_argument("--models", type=Path, help="make it in this folder, where it stays and is found again")
+    parser.add_argument("--again", type=Path, help="a report whose simulation is to be made")
+    parser.add_argument("--no-simulation", action="store_true", help="leave that to another run")
+    parser.add_argument("--seconds", type=float, help="all in all, without the simulation")
+    parser.add_argument("--ready-s", type=float, default=180.0, help="seconds until the server must be ready")
     parser.add_argument("--url", help="a server that runs")
     parser.add_argument("--mix", choices=list(MIXES), default="C")
     parser.add_argument("--load", type=float, default=0.7)
@@ -340,19 +368,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
     parser.add_argument("serve_flags", nargs="*", help="further flags of sgld serve, behind --")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=RAM_DISK) as models, tempfile.TemporaryDirectory() as folder:
-        if args.make:
-            extra = ["--tiny"] if args.tiny else []
-            make = [sys.executable, str(HERE / "real_models.py"), models, args.make, "--device", args.device, *extra]
-            subprocess.run(make, check=True)
-            args.model_path = Path(models) / args.make
-        report = asyncio.run(run(args, Path(folder)))
-        if not args.url and args.mix in PICTURES:
-            report = with_simulation(report, Path(folder) / "cache", args)
-    report = {"command": reports.command(), **reports.where(args.device), **report}
+    report = json.loads(args.again.read_text()) if args.again else measured_report(args, Budget(args.seconds))
     if args.out:
         reports.write(args.out, report, text(report))
+    if "learned" in report and not args.no_simulation:
+        report = with_simulation(report, args.requests)
+        if args.out:
+            reports.write(args.out, report, text(report))
     print(text(report))
+
+
+def measured_report(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """What a server does here, with the times that it learned."""
+    with tempfile.TemporaryDirectory(dir=RAM_DISK) as made, tempfile.TemporaryDirectory() as folder:
+        if args.make:
+            models = args.models or Path(made)
+            extra = ["--tiny"] if args.tiny else []
+            make = [sys.executable, "-W", "ignore", str(HERE / "real_models.py"), str(models), args.make]
+            subprocess.run([*make, "--device", args.device, *extra], check=True)
+            args.model_path = models / args.make
+        report = asyncio.run(run(args, Path(folder), budget))
+        report = {"command": reports.command(), **reports.where(args.device), **report}
+        if not args.url and args.mix in PICTURES:
+            report["learned"] = msgspec.to_builtins(measured.read(Path(folder) / "cache"))
+        return report
 
 
 if __name__ == "__main__":
