@@ -9,11 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from sgld.errors import PipelineFailed
+from sgld.messages import Start
 from sgld.models.filters import Filter
-from sgld.request import NO_LIMITS, Limits
-from sgld.sampling_params import SamplingParams
 from sgld.worker.calls import enter_around, real_of
-from sgld.worker.host_values import answer_from_host
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.postprocess import Postprocessing
@@ -34,30 +32,23 @@ class Delivery:
     def __init__(
         self,
         results: Results,
-        request_id: str,
+        asked: Start,
         model: "LoadedModel",
         previewer: Previewer,
-        params: SamplingParams,
         num_threads: int,
         filters: tuple[Filter, ...] = (),
         runtime: Runtime | None = None,
-        limits: Limits = NO_LIMITS,
     ) -> None:
         self._results = results
-        self._request_id = request_id
+        self._request_id, self._params, self._limits = asked.request_id, asked.params, asked.limits
         self._model = model
         self._previewer = previewer
         self._num_threads = num_threads
-        self._num_previews = params.num_previews
-        self._flow_shift = params.flow_shift
-        self._bit_depth = params.bit_depth
+        self._filters = filters
+        self._runtime = runtime or Runtime()
         self._video_processor: Any = None
         self._sample_rate: int | None = None
         self._streamed: list[torch.Tensor] = []
-        self._params = params
-        self._filters = filters
-        self._limits = limits
-        self._runtime = runtime or Runtime()
         self._postprocessing: Postprocessing | None = None
 
     @property
@@ -71,37 +62,40 @@ class Delivery:
         torch.set_num_threads(self._num_threads)
         if self._model.device.type == "cuda":
             torch.cuda.set_device(self._model.device)
-        if self._flow_shift is not None:
-            shift_noise(bound, self._flow_shift)
-        if self._model.device.type == "cuda":
-            answer_from_host(bound)
+        if self._params.flow_shift is not None:
+            shift_noise(bound, self._params.flow_shift)
         if self._filters:
-            device = self._model.device
-            self._postprocessing = Postprocessing(task, self._params, self._filters, device, self._runtime)
-            if self._params.height and self._params.width:
-                # Before anything is computed, where the size is known.
-                limit = self._results.max_frame_bytes
-                self._postprocessing.check_size(self._params.height, self._params.width, max_bytes=limit)
+            self._postprocessing = self._prepared_filters(task, self._filters)
         self._sample_rate = sample_rate_of(bound)
         count_steps(task, bound)
-        vae = getattr(bound, "vae", None)
-        if vae is None:
-            return
+        if (vae := getattr(bound, "vae", None)) is not None:
+            self._watch(task, bound, vae)
+
+    def _prepared_filters(self, task: Task, filters: tuple[Filter, ...]) -> Postprocessing:
+        """What happens to the frames; where their size is known, see before anything is computed that it can be."""
+        postprocessing = Postprocessing(task, self._params, filters, self._model.device, self._runtime)
+        if self._params.height and self._params.width:
+            limit = self._results.max_frame_bytes
+            postprocessing.check_size(self._params.height, self._params.width, max_bytes=limit)
+        return postprocessing
+
+    def _watch(self, task: Task, bound: Any, vae: Any) -> None:
+        """Show previews, and frames as they are decoded."""
         real = real_of(vae)
-        if self._bit_depth == 16 and getattr(real, "dtype", None) is torch.bfloat16:
+        if self._params.bit_depth == 16 and getattr(real, "dtype", None) is torch.bfloat16:
             raise PipelineFailed(
                 "bit_depth is 16, but the VAE has bf16, which is 8 bits; start with --vae-precision fp32 or fp16"
             )
-        self._previewer.watch(task, bound, real, self._num_previews, self._preview)
+        self._previewer.watch(task, bound, real, self._params.num_previews, self._preview)
         self._video_processor = getattr(bound, "video_processor", None)
-        is_plain = not self._filters and self._bit_depth == 8
+        is_plain = not self._filters and self._params.bit_depth == 8
         if can_stream(real) and self._video_processor is not None and is_plain:
             enter_around(vae, "decode", lambda: self._streaming(real))
 
     def finish(self, run: Callable[[], Any]) -> None:
         """In the task's thread: run the pipeline, and send what wasn't sent while it was decoded."""
         # Filters take long, and the result is four times as large as its pixels: no frame here holds it.
-        outputs = outputs_of(run(), self._bit_depth)
+        outputs = outputs_of(run(), self._params.bit_depth)
         if outputs.pixels is not None:
             # What nobody named is known only now.
             num_frames, height, width, _ = outputs.pixels.frames.shape

@@ -1,5 +1,7 @@
-"""What a task is to run, and what of it tells how long it takes."""
+"""What a task is to run, its task, and what tells how long it takes."""
 
+import functools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +9,9 @@ from typing import Any
 import torch
 
 from sgld.sampling_params import StepCacheParams
+from sgld.worker.binding import bind, bind_whole, release
+from sgld.worker.calls import Stretch
+from sgld.worker.executor import Executor
 from sgld.worker.slots import Applied
 from sgld.worker.task import Task
 
@@ -35,6 +40,60 @@ class Job:
     adapters: Mapping[str, Applied] = field(default_factory=dict)
     prepare: Callable[[Task, Any], None] = lambda task, bound: None
     finish: Callable[[Callable[[], Any]], Any] = lambda run: run()
+
+
+def task_of(job: Job, executor: Executor, on_step: Callable[[Task], None]) -> Task:
+    """The task of a job; it hasn't begun.
+
+    :param executor: runs its calls.
+    """
+    return Task(
+        job.request_id,
+        functools.partial(_run_whole if job.is_whole else _run, job, executor),
+        num_steps=job.num_steps,
+        seed=seed_of(job),
+        on_step=on_step,
+        adapters=job.adapters,
+        is_exact=job.is_exact,
+    )
+
+
+def _run(job: Job, executor: Executor, task: Task) -> Any:
+    """In the task's thread: the pipeline, whose calls are handed over."""
+    defers = executor.merges and not job.is_exact
+    bound = bind(job.pipeline, task, defers=defers, cache=job.cache, runtime=executor.runtime)
+    try:
+        job.prepare(task, bound)
+        return job.finish(functools.partial(bound, **job.kwargs))
+    finally:
+        release(bound)
+
+
+def _run_whole(job: Job, executor: Executor, task: Task) -> Any:
+    """In the task's thread: the pipeline, which runs its models itself."""
+    task.whole = functools.partial(Stretch, job.request_id, type(job.pipeline).__name__, size_of(job.kwargs))
+    bound = bind_whole(job.pipeline, task, seldom(executor.pulse))
+    try:
+        job.prepare(task, bound)
+        task.pause("encode")
+        # What it complains of before its first step are its arguments.
+        task.num_calls = 0
+        return job.finish(functools.partial(bound, **job.kwargs))
+    finally:
+        release(bound)
+
+
+def seldom(pulse: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+    """The same, but not called again within a second."""
+    next_s = 0.0
+
+    def called() -> None:
+        nonlocal next_s
+        if clock() >= next_s:
+            next_s = clock() + 1.0
+            pulse()
+
+    return called
 
 
 def size_of(kwargs: Mapping[str, Any]) -> str:

@@ -4,17 +4,13 @@ import functools
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_never
-
-import torch
+from typing import TYPE_CHECKING, assert_never
 
 from sgld.config import EngineConfig, LoraConfig
 from sgld.errors import InvalidRequest, ModelError, OutOfMemory, PipelineFailed, SgldError
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.seats import ALONE, Seat
 from sgld.ipc.tensor_queue import TensorWriter
-from sgld.media.images import load_image
 from sgld.messages import (
     Alive,
     AnyCommand,
@@ -38,20 +34,18 @@ from sgld.messages import (
 from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
 from sgld.outcome import Outcome, Raised, outcome_of
-from sgld.sampling_params import FirstBlockCache, SamplingParams
 from sgld.worker import ahead
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
-from sgld.worker.arguments import arguments, num_steps, with_pictures
 from sgld.worker.clock import device_clock
 from sgld.worker.compilation import alive_while_compiling, swap_of
 from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
 from sgld.worker.graphs import graphs_on
-from sgld.worker.job import Job
 from sgld.worker.memory import Memory
 from sgld.worker.postprocess import is_out_of_memory
+from sgld.worker.preparation import Preparation
 from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
 from sgld.worker.results import Results
@@ -101,7 +95,7 @@ class Rank:
         # On a CPU two rows take twice the time of one.
         merges_alone = is_gpu or runtime.parts_rows
         self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=merges_alone)
-        self._previewer = Previewer(runtime.borrowed)
+        self._preparation = Preparation(model, self._results, Previewer(runtime.borrowed), runtime)
         self._told = Judged(modes={}, reasons={})
         self._told_loras = LorasHeld()
         self._told_alive_at = 0.0
@@ -259,53 +253,15 @@ class Rank:
     def _not_started(self, request_id: str, error: BaseException) -> None:
         self._failed(request_id, translated(error, has_made_calls=False))
 
-    def _bound(self, params: SamplingParams) -> tuple[Any, dict[str, Any]]:
-        """The pipeline for a request, and what it is called with.
-
-        :raises InvalidRequest: that can't be.
-        """
-        if self._model.is_whole and params.cache is not None:
-            raise InvalidRequest("cache is of sgld's engine, but this model runs with --backend diffusers", "cache")
-        if self._runtime.ranks is not None and isinstance(params.cache, FirstBlockCache):
-            raise InvalidRequest("cache method first_block needs a single GPU; with several there is taylor", "cache")
-        images = [load_image(Path(path)) for path in params.image_path]
-        pipeline = self._model.pipeline_for({*params.diffusers_kwargs, *(["image"] if images else [])})
-        return pipeline, with_pictures(arguments(pipeline, params, self._model.defaults, images))
-
     def _start(self, asked: Start, applied: Mapping[str, Applied], filters: tuple[Filter, ...]) -> None:
-        request_id, params = asked.request_id, asked.params
         # What it can't begin with fails it alone.
-        bound = outcome_of(functools.partial(self._bound, params))
-        if isinstance(bound, Raised):
-            self._adapters.release(request_id)
-            self._not_started(request_id, bound.error)
+        prepared = outcome_of(functools.partial(self._preparation.job_of, asked, applied, filters))
+        if isinstance(prepared, Raised):
+            self._adapters.release(asked.request_id)
+            self._not_started(asked.request_id, prepared.error)
             return
-        pipeline, kwargs = bound.value
-        steps = num_steps(pipeline, kwargs)
-        # A task that runs its models itself has the cores.
-        num_threads = torch.get_num_threads() if self._model.is_whole else 1
-        about = self._results, request_id, self._model, self._previewer, params, num_threads
-        output = self._deliveries[request_id] = Delivery(*about, filters, self._runtime, asked.limits)
-        self._session.start(
-            Job(
-                request_id,
-                pipeline,
-                kwargs,
-                num_steps=steps,
-                is_exact=params.exact,
-                cache=params.cache,
-                is_whole=self._model.is_whole,
-                adapters=applied,
-                prepare=functools.partial(self._prepare, output, steps),
-                finish=output.finish,
-            )
-        )
-
-    def _prepare(self, output: Delivery, num_steps: int, task: Task, bound: Any) -> None:
-        """In the task's thread, before its pipeline runs."""
-        if self._model.refresh is not None:
-            self._model.refresh(num_steps)
-        output.prepare(task, bound)
+        job, self._deliveries[asked.request_id] = prepared.value
+        self._session.start(job)
 
     def _ended(self, task: Task, outcome: Outcome) -> None:
         request_id = task.request_id

@@ -2,10 +2,8 @@
 
 import functools
 import logging
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -13,10 +11,9 @@ from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Launched, Pending, Ran, Stepped, TickMode
 from sgld.outcome import Outcome, Raised, Value
 from sgld.worker.ahead import LOOK_S, Ahead, News
-from sgld.worker.binding import bind, bind_whole, release
 from sgld.worker.calls import Call, Stretch
 from sgld.worker.executor import Executor, Tick
-from sgld.worker.job import Job, seed_of, size_of
+from sgld.worker.job import Job, task_of
 from sgld.worker.probe import probed_axes
 from sgld.worker.slots import everywhere
 from sgld.worker.snapshot import next_hook_id, remove_hooks
@@ -76,7 +73,7 @@ class Session:
         if self._exclusive is not None:
             self._deferred[job.request_id] = job
             return
-        task = self._task_of(job)
+        task = task_of(job, self.executor, self._stepped)
         self._tasks[job.request_id], self._jobs[job.request_id] = task, job
         if job.is_whole:
             self._exclusive = task
@@ -85,41 +82,6 @@ class Session:
         if was_alone:
             self._announce_again(except_for=task)
         self._tell()
-
-    def _task_of(self, job: Job) -> Task:
-        def whole(task: Task) -> Any:
-            size = size_of(job.kwargs)
-            task.whole = functools.partial(Stretch, job.request_id, type(job.pipeline).__name__, size)
-            bound = bind_whole(job.pipeline, task, seldom(self.executor.pulse))
-            try:
-                job.prepare(task, bound)
-                task.pause("encode")
-                # What it complains of before its first step are its arguments.
-                task.num_calls = 0
-                return job.finish(functools.partial(bound, **job.kwargs))
-            finally:
-                release(bound)
-
-        def body(task: Task) -> Any:
-            if job.is_whole:
-                return whole(task)
-            defers = self.executor.merges and not job.is_exact
-            bound = bind(job.pipeline, task, defers=defers, cache=job.cache, runtime=self.executor.runtime)
-            try:
-                job.prepare(task, bound)
-                return job.finish(functools.partial(bound, **job.kwargs))
-            finally:
-                release(bound)
-
-        return Task(
-            job.request_id,
-            body,
-            num_steps=job.num_steps,
-            seed=seed_of(job),
-            on_step=self._stepped,
-            adapters=job.adapters,
-            is_exact=job.is_exact,
-        )
 
     def run(
         self,
@@ -160,7 +122,7 @@ class Session:
     def cancel(self, request_id: str) -> None:
         """End a task at the call where it waits; one that has ended is left alone."""
         if (job := self._deferred.pop(request_id, None)) is not None:
-            self._tasks[request_id], self._jobs[request_id] = self._task_of(job), job
+            self._tasks[request_id], self._jobs[request_id] = task_of(job, self.executor, self._stepped), job
         self._held.pop(request_id, None)
         task = self._tasks.get(request_id)
         if task is not None:
@@ -398,16 +360,3 @@ class Session:
 def is_cancelled(outcome: Outcome) -> bool:
     """Whether a task ended because it was told to."""
     return isinstance(outcome, Raised) and isinstance(outcome.error, Cancelled)
-
-
-def seldom(pulse: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
-    """The same, but not called again within a second."""
-    next_s = 0.0
-
-    def called() -> None:
-        nonlocal next_s
-        if clock() >= next_s:
-            next_s = clock() + 1.0
-            pulse()
-
-    return called

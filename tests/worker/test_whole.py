@@ -13,9 +13,9 @@ from sgld.messages import Pending, Ran, Stepped
 from sgld.outcome import Outcome, Raised, Value
 from sgld.worker.ahead import News
 from sgld.worker.executor import Executor
-from sgld.worker.job import Job, size_of
+from sgld.worker.job import Job, seldom, size_of
 from sgld.worker.rank import translated
-from sgld.worker.session import Session, seldom
+from sgld.worker.session import Session
 from sgld.worker.task import Task
 from worker.requests import Doubling, Doublings, picture, request
 
