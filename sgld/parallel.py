@@ -1,15 +1,11 @@
 """How many ranks there are and what they share: the arithmetic of several GPUs."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from sgld.fields import FieldError, check_fields
-
-
-def _field(description: str, **extra: Any) -> Meta:
-    return Meta(description=description, extra=extra or None)
+from sgld.fields import FieldError, check_fields, option
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -22,19 +18,19 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     num_gpus: (
-        Annotated[int, Meta(ge=1), _field("GPUs, with --device cpu processes; default: as many as the degrees need")]
+        Annotated[int, Meta(ge=1), option("GPUs, with --device cpu processes; default: as many as the degrees need")]
         | None
     ) = None
     tp_size: Annotated[
         int,
         Meta(ge=1),
-        _field("GPUs that have parts of each layer, of text encoders and of denoisers that can be divided"),
+        option("GPUs that have parts of each layer, of text encoders and of denoisers that can be divided"),
     ] = 1
     sp_degree: (
         Annotated[
             int,
             Meta(ge=1),
-            _field(
+            option(
                 "GPUs that share the tokens of each forward of the denoiser; default: those that are left",
                 aliases=("sp_size",),
             ),
@@ -42,21 +38,21 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         | None
     ) = None
     ulysses_degree: (
-        Annotated[int, Meta(ge=1), _field("how many of these exchange attention heads; default: all that ring leaves")]
+        Annotated[int, Meta(ge=1), option("how many of these exchange attention heads; default: all that ring leaves")]
         | None
     ) = None
     ring_degree: (
-        Annotated[int, Meta(ge=1), _field("how many pass keys and values around; default: 1, or what ulysses leaves")]
+        Annotated[int, Meta(ge=1), option("how many pass keys and values around; default: 1, or what ulysses leaves")]
         | None
     ) = None
-    enable_cfg_parallel: Annotated[bool, _field("both halves of guidance at the same time, on two groups of GPUs")] = (
+    enable_cfg_parallel: Annotated[bool, option("both halves of guidance at the same time, on two groups of GPUs")] = (
         False
     )
-    dp_size: Annotated[int, Meta(ge=1), _field("copies of the model, which share the requests")] = 1
+    dp_size: Annotated[int, Meta(ge=1), option("copies of the model, which share the requests")] = 1
     vae_sp: (
         Annotated[
             bool,
-            _field("the GPUs of a copy decode tiles of a picture or video beside one another; default: if several"),
+            option("the GPUs of a copy decode tiles of a picture or video beside one another; default: if several"),
         ]
         | None
     ) = None
