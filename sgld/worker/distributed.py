@@ -33,6 +33,7 @@ from sgld.models.tensor_layers import Team, team_of
 from sgld.outcome import forget_locals
 from sgld.parallel import ParallelConfig
 from sgld.worker import rows, tiles
+from sgld.worker.adapted_layer import Changes
 from sgld.worker.calls import CallContext, current_context, entered
 from sgld.worker.comparison import relative_error
 from sgld.worker.graph_orders import Order as GraphOrder
@@ -43,7 +44,7 @@ from sgld.worker.proof import ceiling
 from sgld.worker.residency import residency
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
-from sgld.worker.slots import Changes, Slots
+from sgld.worker.slots import Slots
 from sgld.worker.trees import copied
 from sgld.worker.wire import Parcel, Unsendable, packed, unpacked
 

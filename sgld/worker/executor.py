@@ -11,6 +11,7 @@ from sgld.config import ConditioningConfig
 from sgld.messages import Variant
 from sgld.outcome import Outcome, Value, outcome_of
 from sgld.worker import batch, first_block, proof
+from sgld.worker.adapted_layer import Unmixable
 from sgld.worker.axes import CallAxes, Unmergeable, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
@@ -19,7 +20,6 @@ from sgld.worker.digests import Digests
 from sgld.worker.recent import Recent
 from sgld.worker.reuse import Encodings
 from sgld.worker.runtime import Runtime
-from sgld.worker.slots import Unmixable
 from sgld.worker.trees import Path
 from sgld.worker.verdicts import Verdicts, axes_key
 

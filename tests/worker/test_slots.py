@@ -10,7 +10,8 @@ from torch import nn
 
 from sgld.models.lora import LoraLayer
 from sgld.models.tensor_layers import Cut, Parted, SplitLinear, SummedLinear, divide
-from sgld.worker.slots import Applied, Slots, Unmixable, selected
+from sgld.worker.adapted_layer import Unmixable
+from sgld.worker.slots import Applied, Slots, selected
 
 CPU = torch.device("cpu")
 MODULES: dict[str, tuple[Any, torch.Tensor]] = {
