@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sgld.worker.randomness import default_states
 from sgld.worker.trees import leaves
 
 Share = Callable[[torch.Tensor, int], torch.Tensor]
@@ -22,9 +23,9 @@ _NO_CACHE = object()
 
 @dataclass
 class Shapes:
-    """What decoders returned for arguments of some geometry: shape and dtype."""
+    """What decoders returned for arguments of some geometry: shape and dtype; None: they drew random numbers, too."""
 
-    known: dict[_Geometry, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    known: dict[_Geometry, tuple[torch.Size, torch.dtype] | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,7 +39,8 @@ class _Tile:
 class _Recorder:
     """The first pass. Calls that follow one another with a cache belong to one tile, which one rank computes.
 
-    What isn't known yet everybody computes, to know the shape of the others.
+    What isn't known yet everybody computes, to know the shape of the others; and what draws random numbers, as those of
+    a tile depend on the ones before.
     """
 
     def __init__(self, vae: Any, latents: tuple[int, ...], rank: int, num_ranks: int, shapes: Shapes) -> None:
@@ -47,7 +49,7 @@ class _Recorder:
         self._latents, self._rank, self._num_ranks, self._shapes = latents, rank, num_ranks, shapes
         self._num_units = 0
         self._in_unit = 0
-        self._is_known = False
+        self._is_shared = False
 
     def begin_unit(self) -> None:
         """What comes next has no cache of what came before."""
@@ -61,19 +63,24 @@ class _Recorder:
             self._num_units += 1
         key = (self._latents, self._in_unit, *_geometry(args))
         if self._in_unit == 0:
-            self._is_known = key in self._shapes.known
+            self._is_shared = self._shapes.known.get(key) is not None
         self._in_unit += 1
         owner = (self._num_units - 1) % self._num_ranks
-        if self._is_known and owner != self._rank:
-            shape, dtype = self._shapes.known[key]
+        if self._is_shared and owner != self._rank:
+            known = self._shapes.known[key]
+            assert known is not None
+            shape, dtype = known
             value = args[0].new_zeros(shape, dtype=dtype)
             self.tiles.append(_Tile(value, owner))
             return (value, _NO_CACHE) if "conv_cache" in kwargs else value
+        before = [] if key in self._shapes.known else default_states()
         result = self._decode(*args, **kwargs)
         value = result[0] if isinstance(result, tuple) else result
-        self._shapes.known[key] = value.shape, value.dtype
+        if key not in self._shapes.known:
+            is_drawn = not all(map(torch.equal, before, default_states()))
+            self._shapes.known[key] = None if is_drawn else (value.shape, value.dtype)
         # The VAE blends in place.
-        self.tiles.append(_Tile(value.clone(), owner if self._is_known else None))
+        self.tiles.append(_Tile(value.clone(), owner if self._is_shared else None))
         return result
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+)
 
 from sgld.worker.tiles import Shapes, shared
 
@@ -39,6 +45,27 @@ def cog_vae() -> Any:
     return vae
 
 
+def hunyuan_vae() -> Any:
+    """Its frames are in tiles, too."""
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(4,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+    )  # fmt: skip
+    vae.enable_tiling(24, 24, 8, 16, 16, 4)
+    return vae
+
+
+def ltx_vae(*, is_noisy: bool = False) -> Any:
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1, 1), spatio_temporal_scaling=(True, False), down_block_types=(
+            "LTXVideoDownBlock3D",) * 2, decoder_spatio_temporal_scaling=(True, False), patch_size=1,
+        decoder_inject_noise=(is_noisy,) * 3, upsample_residual=(False,) * 2, upsample_factor=(1,) * 2,
+    )  # fmt: skip
+    vae.enable_tiling(8, 8, 4, 6, 6, 2)
+    return vae
+
+
 class Exchange:
     """What `share` does, between threads."""
 
@@ -61,8 +88,15 @@ class Exchange:
 
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(picture_vae, (1, 4, 24, 24)), (wan_vae, (1, 16, 3, 6, 6)), (cog_vae, (1, 4, 3, 2, 4))],
-    ids=["picture", "wan", "cogvideox"],
+    [
+        (picture_vae, (1, 4, 24, 24)),
+        (wan_vae, (1, 16, 3, 6, 6)),
+        (cog_vae, (1, 4, 3, 2, 4)),
+        (hunyuan_vae, (1, 4, 4, 4, 3)),
+        (hunyuan_vae, (1, 4, 5, 2, 2)),
+        (ltx_vae, (1, 4, 3, 6, 6)),
+    ],
+    ids=["picture", "wan", "cogvideox", "hunyuanvideo", "hunyuanvideo, frames only", "ltx"],
 )
 def test_each_rank_computes_a_share_and_gets_the_whole(make: Callable[[], Any], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -114,3 +148,26 @@ def test_decode_that_fails_leaves_nothing_known_that_others_may_not_know() -> No
     with pytest.raises(torch.OutOfMemoryError), shared(vae, 0, 1, shapes, lambda value, _: value), torch.no_grad():
         vae.decode(torch.randn(1, 4, 24, 24))
     assert shapes.known == {}
+
+
+def test_decoder_that_draws_random_numbers_is_run_as_a_whole_by_all() -> None:
+    """Else the numbers for a tile weren't those that it gets on one rank."""
+    torch.manual_seed(0)
+    vae, latents, shapes = ltx_vae(is_noisy=True).eval(), torch.randn(1, 4, 3, 6, 6), Shapes()
+    for name, scale in vae.named_parameters():
+        if "per_channel_scale" in name:
+            torch.nn.init.ones_(scale)
+
+    def seeded() -> torch.Tensor:
+        torch.manual_seed(1)
+        return vae.decode(latents).sample  # type: ignore[no-any-return]
+
+    def never(_value: torch.Tensor, _owner: int) -> torch.Tensor:
+        raise AssertionError("nothing is shared")
+
+    with torch.no_grad():
+        wanted = seeded()
+        assert not torch.equal(wanted, vae.decode(latents).sample)
+        for _ in range(2):
+            with shared(vae, 1, NUM_RANKS, shapes, never):
+                assert torch.equal(seeded(), wanted)
