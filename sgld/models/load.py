@@ -119,59 +119,29 @@ def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedMode
     """
     tell(f"looking at {config.model_path}")
     planned = plan(config)
-    # With its index: a task's thread has to be told which device is its own.
-    device = torch.device("cuda", rank) if planned.device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # The main thread runs the forwards.
-    torch.set_num_threads(config.num_cpu_threads or max(1, (os.cpu_count() or 1) // config.parallel.num_ranks))
-    recommended = defaults(planned.source)
-    try:
-        with reading(tell):
-            pipeline = _pipeline(planned, rank)
-        if rank:
-            _keep_only(pipeline, planned.sharing.names)
-        made = quantize_components(planned.components, pipeline.components, config.quantized, device)
-        if device.type == "cuda":
-            size = sum(size_gb(part) for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
-            tell(f"moving {size:.1f} GB to {device}", at_once=True)
-        place(
-            pipeline,
-            {part.name: part.place for part in planned.components if part.place != "device"},
-            device,
-            pins=config.memory.pin_cpu_memory,
-            is_whole=planned.backend.is_whole,
-        )
-    except LOAD_ERRORS as error:
-        raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
+    device = _device(planned, rank)
+    recommended, is_whole = defaults(planned.source), planned.backend.is_whole
+    pipeline, quantized = _placed(planned, rank, device, tell)
     if not rank or "vae" in planned.sharing.names:
         _set_up_vae(pipeline, config)
     sharing, in_tiles = with_tiles(planned.sharing, pipeline.components, config.parallel)
     of_parts = {name: in_parts(pipeline.components[name]) for name in sharing.divided.names}
-    guidance, note = noise.apply(config.noise, pipeline, config.model_path)
+    guidance, of_noise = noise.apply(config.noise, pipeline, config.model_path)
     refresh = cache_dit.apply(planned.cached, pipeline) if planned.cached is not None else None
-    parts = pipeline.components.items()
     tell("choosing a kernel of attention", at_once=device.type == "cuda")
-    if planned.attention is not None:
-        said = attention.apply(planned.attention, parts)
-    else:
-        said = {} if planned.backend.is_whole else attention_choice.settle(parts, device)
-    verdict_file = VerdictFile(planned.source, planned.index, planned.components)
-    decisions = planned.decisions()
-    is_whole = planned.backend.is_whole
+    of_attention = _settle_attention(planned, pipeline, device)
     compilation = performance.choose(config, device.type, is_whole=is_whole)
-    denoisers = {part.name: pipeline.components[part.name] for part in planned.components if part.can_be_compiled}
-    compiled, of_compilation = compilation.components(denoisers) if compilation is not None else ((), {})
-    if compilation is not None and not compilation.is_aside:
-        compile_components({name: denoisers[name] for name in compiled})
-    for notes in (made, said, in_tiles, of_parts, {"model": note} if note else {}, of_compilation):
+    compiled, of_compilation = _compiled(planned, pipeline, compilation)
+    decisions = planned.decisions()
+    of_model = {"model": of_noise} if of_noise else {}
+    for notes in (quantized, of_attention, in_tiles, of_parts, of_model, of_compilation):
         decisions = with_notes(decisions, notes)
     return LoadedModel(
         pipeline,
         device,
         recommended | guidance,
         config.model_path,
-        verdict_file,
+        VerdictFile(planned.source, planned.index, planned.components),
         decisions,
         is_whole=is_whole,
         offloaded=() if is_whole else tuple(part.name for part in planned.components if part.place == "offload"),
@@ -181,6 +151,57 @@ def load(config: EngineConfig, rank: int = 0, tell: Tell = nobody) -> LoadedMode
         refresh=refresh,
         call_defaults={} if rank else counts(planned),
     )
+
+
+def _device(planned: Plan, rank: int) -> torch.device:
+    """The device of a rank, which is this thread's from now on."""
+    config = planned.config
+    # With its index: a task's thread has to be told which device is its own.
+    device = torch.device("cuda", rank) if planned.device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The main thread runs the forwards.
+    torch.set_num_threads(config.num_cpu_threads or max(1, (os.cpu_count() or 1) // config.parallel.num_ranks))
+    return device
+
+
+def _placed(planned: Plan, rank: int, device: torch.device, tell: Tell) -> tuple[Any, dict[str, str]]:
+    """The pipeline of a rank with its components in their places, and what is to be said of those quantized now."""
+    config = planned.config
+    try:
+        with reading(tell):
+            pipeline = _pipeline(planned, rank)
+        if rank:
+            _keep_only(pipeline, planned.sharing.names)
+        quantized = quantize_components(planned.components, pipeline.components, config.quantized, device)
+        if device.type == "cuda":
+            size = sum(size_gb(part) for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
+            tell(f"moving {size:.1f} GB to {device}", at_once=True)
+        places = {part.name: part.place for part in planned.components if part.place != "device"}
+        is_whole = planned.backend.is_whole
+        place(pipeline, places, device, pins=config.memory.pin_cpu_memory, is_whole=is_whole)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{config.model_path} can't be loaded: {one_line(error)}") from error
+    return pipeline, quantized
+
+
+def _settle_attention(planned: Plan, pipeline: Any, device: torch.device) -> dict[str, str]:
+    """Give components the kernel that was asked for, or the fastest; what is to be said of them."""
+    parts = pipeline.components.items()
+    if planned.attention is not None:
+        return attention.apply(planned.attention, parts)
+    return {} if planned.backend.is_whole else attention_choice.settle(parts, device)
+
+
+def _compiled(planned: Plan, pipeline: Any, compilation: Compilation | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Which components are compiled, now or later, and what is to be said of them."""
+    if compilation is None:
+        return (), {}
+    denoisers = {part.name: pipeline.components[part.name] for part in planned.components if part.can_be_compiled}
+    names, notes = compilation.components(denoisers)
+    if not compilation.is_aside:
+        compile_components({name: denoisers[name] for name in names})
+    return names, notes
 
 
 def _pipeline(planned: Plan, rank: int) -> Any:
