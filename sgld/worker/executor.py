@@ -216,10 +216,7 @@ class Executor:
         A proof covers only what differed in it. Where memory is too small for it, the next has half of the calls.
         """
         self.num_proofs += 1
-        part = self._parts(key, calls, axes)[0]
-        part = part if len(part) > 1 else list(calls[:2])
-        if len(part) < len(calls):
-            new = batch.differing(part, axes, self._digests, skip=self.verdicts.covered(key))
+        part, new = self._to_prove(key, calls, axes, new)
         expanded = batch.to_expand(part[0], axes, self.verdicts.covered(key) | new)
         outcomes: list[Outcome] = []
         try:
@@ -233,11 +230,7 @@ class Executor:
             if sum(call.random.num_draws for call in calls) != num_draws:
                 self.verdicts.refuse(key, calls[0], "it draws from the global random number generator")
                 return outcomes
-            values = [
-                outcome.value if call.site is None or not call.site.num_since else proof.alone(call)
-                for call, outcome in zip(calls, outcomes, strict=True)
-                if isinstance(outcome, Value)
-            ]
+            values = _computed(calls, outcomes)
             axes = self.verdicts.completed(calls[0], axes, values[0])
             problem = proof.problem(part, axes, values[: len(part)], mixed, repeated, self.pulse)
             self._judge(key, part, axes, new, problem)
@@ -248,6 +241,16 @@ class Executor:
         except (Unmergeable, RuntimeError) as error:
             self.verdicts.refuse(key, calls[0], str(error))
         return outcomes or self._singly(calls)
+
+    def _to_prove(
+        self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Trait]
+    ) -> tuple[Sequence[Call], set[Trait]]:
+        """Those of the calls for which memory has room, two at least, and in what they differ that isn't proved."""
+        part = self._parts(key, calls, axes)[0]
+        part = part if len(part) > 1 else list(calls[:2])
+        if len(part) == len(calls):
+            return part, new
+        return part, batch.differing(part, axes, self._digests, skip=self.verdicts.covered(key))
 
     def _judge(self, key: str, calls: Sequence[Call], axes: CallAxes, new: set[Trait], problem: str | None) -> None:
         """Keep what came of a proof.
@@ -296,6 +299,15 @@ def single(call: Call) -> Outcome:
             return call.run(call.args, call.kwargs)
 
     return outcome_of(ran)
+
+
+def _computed(calls: Sequence[Call], outcomes: Sequence[Outcome]) -> list[Any]:
+    """The results of calls that succeeded, also of those whose blocks were skipped."""
+    return [
+        outcome.value if call.site is None or not call.site.num_since else proof.alone(call)
+        for call, outcome in zip(calls, outcomes, strict=True)
+        if isinstance(outcome, Value)
+    ]
 
 
 def _num_rows(calls: Sequence[Call], axes: CallAxes) -> int:

@@ -160,23 +160,15 @@ def _with_padding(
     It ends before the first forward of the denoiser where nothing is padded, as most pipelines pad to one length.
     """
     longer = {name: [text, f"{text} {text}"] for name, text in _prompts(kwargs).items() if isinstance(text, str)}
-    seen: set[tuple[str, str]] = set()
     found: dict[AxesKey, CallAxes] = {}
 
     def answer(call: Call) -> Outcome | None:
         if call.kind == "decode":
             return None
-        named = call.component, call.method
-        first = next(((key, tree) for key, tree, _ in one if key[:2] == named and key in axes), None)
-        if call.kind == "denoise" and named not in seen and first is not None:
-            seen.add(named)
-            padded = with_padding(axes[first[0]], first[1], call.tree)
-            if not padded.lengths:
+        if call.kind == "denoise" and not any(key[:2] == (call.component, call.method) for key in found):
+            if (padded := _padded_axes(call, one, axes)) is None:
                 return None
-            alike = {key: known for key, known in axes.items() if key[:2] == named}
-            found.update(
-                {key: replace(known, lengths=padded.lengths, masks=padded.masks) for key, known in alike.items()}
-            )
+            found.update(padded)
         outcome = single(call)
         pulse()
         return outcome
@@ -185,6 +177,18 @@ def _with_padding(
     if isinstance(ended, Raised):
         logger.debug("the pipeline pads nothing: %r", ended.error)
     return axes | found
+
+
+def _padded_axes(call: Call, one: Recording, axes: dict[AxesKey, CallAxes]) -> dict[AxesKey, CallAxes] | None:
+    """The axes of all that are called like this, with what it shows of padding; None: it shows that there is none."""
+    alike = {key: known for key, known in axes.items() if key[:2] == (call.component, call.method)}
+    first = next(((key, tree) for key, tree, _ in one if key in alike), None)
+    if first is None:
+        return {}
+    padded = with_padding(axes[first[0]], first[1], call.tree)
+    if not padded.lengths:
+        return None
+    return {key: replace(known, lengths=padded.lengths, masks=padded.masks) for key, known in alike.items()}
 
 
 def _compared(one: Recording, two: Recording) -> dict[AxesKey, CallAxes]:
