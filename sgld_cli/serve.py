@@ -1,11 +1,12 @@
 """`sgld serve`: the HTTP server, until it is told to leave."""
 
 import argparse
+import asyncio
 import os
 import sys
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -44,11 +45,18 @@ def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -
     return OK
 
 
+def _without_cancellations(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what goes wrong unseen in the event loop; connections that end with the server are no news."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
+
+
 async def _serve(engine_config: EngineConfig, listener: "Listener", engine_class: "EngineFactory | None") -> None:
     from sgld.engine.engine import Engine
     from sgld.engine.replica import rank_process
     from sgld.server.serve import serve
 
+    asyncio.get_running_loop().set_exception_handler(_without_cancellations)
     print(f"sgld: serving {engine_config.model_path} on {listener.url}", file=sys.stderr, flush=True)
     rank_factory = partial(rank_process, niceness=_RANK_NICENESS)
     await serve(engine_config, listener, engine_class or partial(Engine, rank_factory=rank_factory))

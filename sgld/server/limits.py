@@ -99,9 +99,7 @@ def _check_adapter_paths(paths: list[str], config: ServerConfig) -> None:
             continue
         found = place(path)
         if found is None or not _is_allowed(found, config.allow_path):
-            raise InvalidRequest(
-                f"the LoRA adapter {shown(path)} is in none of the folders that this server reads", "lora"
-            )
+            raise InvalidRequest(f"the LoRA adapter {shown(path)} {_where_not(path, config.allow_path)}", "lora")
 
 
 def _check_filters(params: SamplingParams, config: ServerConfig) -> None:
@@ -120,7 +118,12 @@ def _check_filters(params: SamplingParams, config: ServerConfig) -> None:
             continue
         found = place(path)
         if found is None or not _is_allowed(found, config.allow_path):
-            raise InvalidRequest(f"{field} is {shown(path)}, in none of the folders that this server reads", field)
+            raise InvalidRequest(f"{field}: {shown(path)} {_where_not(path, config.allow_path)}", field)
+
+
+def _where_not(path: str, folders: tuple[str, ...]) -> str:
+    """Whether there is a file is said of the folders only that clients may name."""
+    return "isn't there" if _is_allowed(Path(path), folders) else "is in none of the folders that this server reads"
 
 
 def _is_allowed(file: Path, folders: tuple[str, ...]) -> bool:

@@ -86,21 +86,30 @@ def rank_environment() -> dict[str, str]:
 
     For who starts the process: a script that imports torch does so in the new process, too, before `rank_main` begins.
     """
-    compiled = str(cache_root() / "torch_compile_cache")
     chosen = (
         # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores
         # 20 steps of the small model that ships took 1.5 s, and 5 s beside one more busy process. Asleep it is 2.5 and
         # 3 s.
         ("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY"), "PASSIVE"),
         # Else torch takes a temporary folder: so what was compiled is there at the next start.
-        ("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR"), compiled),
+        ("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR"), _compiled_folder()),
         # No progress bars and hints of libraries on the terminal.
         ("TQDM_DISABLE", os.environ.get("TQDM_DISABLE"), "1"),
         ("DIFFUSERS_VERBOSITY", os.environ.get("DIFFUSERS_VERBOSITY"), "error"),
         ("TRANSFORMERS_VERBOSITY", os.environ.get("TRANSFORMERS_VERBOSITY"), "error"),
         ("CACHE_DIT_LOG_LEVEL", os.environ.get("CACHE_DIT_LOG_LEVEL"), "error"),
     )
-    return {name: ours for name, given, ours in chosen if given is None}
+    return {name: ours for name, given, ours in chosen if given is None and ours is not None}
+
+
+def _compiled_folder() -> str | None:
+    """Where compiled code is kept; None where nothing can be: torch needs a folder as soon as it is imported."""
+    folder = cache_root() / "torch_compile_cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(folder) if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def _begin(config: EngineConfig, replica: int) -> None:

@@ -1,6 +1,7 @@
 """How processes of ranks are started."""
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +34,12 @@ def test_ranks_get_an_environment_that_this_process_does_not_keep(monkeypatch: p
     assert processes == [process]
     assert {"OMP_WAIT_POLICY=PASSIVE", "TQDM_DISABLE=0"} <= set(process.environment)
     assert sorted(environment()) == sorted(before)
+
+
+def test_where_no_cache_can_be_ranks_have_that_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path / "cache"))
+    assert rank_environment()["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "torch_compile_cache")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path / "file"))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in rank_environment()

@@ -100,7 +100,7 @@ def test_what_is_above_names_its_field_and_the_limit(fields: dict[str, Any], par
         ("{}/a.pth", "in none of the folders"),
         ("{}/open/../a.pth", "in none of the folders"),
         ("{}/open/link.pth", "in none of the folders"),
-        ("{}/open/missing.pth", "in none of the folders"),
+        ("{}/open/missing.pth", "isn.t there"),
         ("somebody/weights", "--allow-filter-download"),
         ("https://a.example/a.pth", "can't name addresses"),
         ("s3://a/b", "can't name addresses"),
