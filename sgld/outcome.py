@@ -1,6 +1,7 @@
 """The boundary to code that isn't ours, as pipelines, models, compilers and converters: it may raise anything.
 
-Nowhere else is an error caught of which nobody knows what it is, except at the edges of HTTP and of the command line.
+Elsewhere errors of any kind are caught at the edges of HTTP and of the command line, and where something of the failed
+work is needed; then the reason stands beside it.
 """
 
 import traceback

@@ -11,10 +11,10 @@ _CELL_SIDE = 160
 _COLUMNS, _ROWS = 4, 4
 
 
-def small(frame: NDArray[np.uint8], side: int = _THUMBNAIL_SIDE, quality: int = 80) -> bytes:
-    """A frame (H, W, 3 or 4) as WebP, no side longer than `side`."""
+def small(frame: NDArray[np.uint8]) -> bytes:
+    """A frame (H, W, 3 or 4) as a small WebP."""
     buffer = BytesIO()
-    _shrunk(frame, side).save(buffer, "WEBP", quality=quality)
+    _shrunk(frame, _THUMBNAIL_SIDE).save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
 
 

@@ -230,10 +230,10 @@ def _converted(tensors: Tensors, model: Adaptable) -> Tensors:
         raise InvalidRequest(f"{model.pipeline_class.__name__} takes no LoRA adapters")
     result = convert(tensors, return_alphas=True, unet_config=model.unet_config)
     converted: Tensors = result[0] if isinstance(result, tuple) else result
-    return {_peft_name(name, model): tensor for name, tensor in converted.items() if not name.endswith(".alpha")}
+    return {_peft_name(name): tensor for name, tensor in converted.items() if not name.endswith(".alpha")}
 
 
-def _peft_name(name: str, model: Adaptable) -> str:
+def _peft_name(name: str) -> str:
     """The name in the newest of the forms that diffusers wrote."""
     from diffusers.utils import state_dict_utils as forms
 

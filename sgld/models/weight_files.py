@@ -72,7 +72,7 @@ def is_file_of_weights(path: str) -> bool:
     return path.endswith((*_SUFFIXES, _INDEX_SUFFIX))
 
 
-def place_of(name: str, revision: str | None = None) -> Place:
+def place_of(name: str) -> Place:
     """Where weights are by what a user calls them; nothing is fetched.
 
     A file, a folder, an index of shards, `owner/repo`, `owner/repo/subfolder`, `owner/repo:file`, or the address of
@@ -83,7 +83,7 @@ def place_of(name: str, revision: str | None = None) -> Place:
     if match := _PAGE.fullmatch(name.split("?")[0].rstrip("/")):
         # tree/<revision>/<folder>, blob/<revision>/<file> or resolve/<revision>/<file>
         _, at, path = ((match["rest"] or "") + "//").split("/", 2)
-        return Place(name, None, path.strip("/"), match["repo"], at or revision)
+        return Place(name, None, path.strip("/"), match["repo"], at or None)
     try:
         local = Path(name).expanduser()
         is_folder, is_file = bool(name) and local.is_dir(), local.is_file()
@@ -97,7 +97,7 @@ def place_of(name: str, revision: str | None = None) -> Place:
             f"there is no file or folder {name!r}, and it isn't on Hugging Face (owner/repo or owner/repo:file)"
         )
     path = "/".join(filter(None, ((match["folder"] or "").strip("/"), match["part"])))
-    return Place(name, None, path, match["repo"], revision)
+    return Place(name, None, path, match["repo"], None)
 
 
 def weights_at(place: Place) -> Weights:

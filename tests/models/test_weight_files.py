@@ -14,18 +14,18 @@ from sgld.models.weight_files import Place, chosen_files, place_of, read_header,
 @pytest.mark.parametrize(
     ("name", "repo", "path", "revision"),
     [
-        ("owner/repo", "owner/repo", "", "main"),
-        ("owner/repo/some/folder", "owner/repo", "some/folder", "main"),
-        ("owner/repo:file.gguf", "owner/repo", "file.gguf", "main"),
-        ("owner/repo:Q4_K_M", "owner/repo", "Q4_K_M", "main"),
-        ("https://huggingface.co/owner/repo", "owner/repo", "", "main"),
+        ("owner/repo", "owner/repo", "", None),
+        ("owner/repo/some/folder", "owner/repo", "some/folder", None),
+        ("owner/repo:file.gguf", "owner/repo", "file.gguf", None),
+        ("owner/repo:Q4_K_M", "owner/repo", "Q4_K_M", None),
+        ("https://huggingface.co/owner/repo", "owner/repo", "", None),
         ("https://huggingface.co/owner/repo/tree/v2/folder/", "owner/repo", "folder", "v2"),
         ("https://huggingface.co/owner/repo/blob/v2/a/b.safetensors", "owner/repo", "a/b.safetensors", "v2"),
         ("https://hf.co/owner/repo/resolve/v2/b.gguf?download=true", "owner/repo", "b.gguf", "v2"),
     ],
 )
-def test_place_on_the_hub(name: str, repo: str, path: str, revision: str) -> None:
-    assert place_of(name, "main") == Place(name, None, path, repo, revision)
+def test_place_on_the_hub(name: str, repo: str, path: str, revision: str | None) -> None:
+    assert place_of(name) == Place(name, None, path, repo, revision)
 
 
 def test_place_on_this_machine(tmp_path: Path) -> None:
