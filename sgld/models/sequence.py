@@ -77,6 +77,7 @@ def _apply(component: nn.Module, plan: TokenPlan, tokens: Tokens) -> None:
             vars(module.processor)["_parallel_config"] = tokens
         else:
             HookRegistry.check_if_exists_or_initialize(module).register_hook(Intercept(tokens), "tokens")
+    HookRegistry.check_if_exists_or_initialize(component).register_hook(_Again(tokens), "tokens-again")
 
 
 def _is_prepared(module: nn.Module) -> bool:
@@ -100,6 +101,18 @@ def _modules(parent: Any, path: list[str]) -> Iterator[nn.Module]:
         chosen = [getattr(parent, first)]
     for child in chosen:
         yield from _modules(child, rest)
+
+
+class _Again(ModelHook):  # type: ignore[misc]
+    """A call may take several forwards, as one that is captured as a CUDA graph does."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._tokens.again()
+        return args, kwargs
 
 
 class _Split(ModelHook):  # type: ignore[misc]

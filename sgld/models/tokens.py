@@ -70,6 +70,10 @@ class Tokens:
         """
         self._lengths, self._num_asked, self.is_uneven = lengths, 0, is_uneven
 
+    def again(self) -> None:
+        """The forward begins once more, and asks for the same."""
+        self._num_asked = 0
+
     def part(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
         """The part of this rank of what all ranks have.
 

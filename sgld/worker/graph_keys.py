@@ -12,7 +12,8 @@ from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import Unfit
 from sgld.worker.trees import is_sequence
 
-_SPLITS = "diffusers.hooks.context_parallel"
+# With which ranks share tokens.
+_SHARES = "sgld.models.sequence", "sgld.models.shared_attention"
 
 
 class Key(NamedTuple):
@@ -66,7 +67,7 @@ def unfit(module: nn.Module) -> str:
             return f"a hook is on {name or 'it'}"
         registry = getattr(part, "_diffusers_hook", None)
         of_diffusers = registry.hooks.values() if registry is not None else ()
-        if hasattr(part, "_hf_hook") or any(type(hook).__module__ != _SPLITS for hook in of_diffusers):
+        if hasattr(part, "_hf_hook") or any(type(hook).__module__ not in _SHARES for hook in of_diffusers):
             return f"a hook is on {name or 'it'}"
     return ""
 

@@ -13,6 +13,8 @@ import torch
 from sgld.worker.axes import is_constant
 from sgld.worker.trees import opened, rebuilt, values
 
+# What torch says of it has numbers that differ each time.
+_FULL = "the device is out of memory"
 Forward = Callable[[Any], Any]
 """Runs a component on a tree of arguments."""
 
@@ -132,8 +134,8 @@ class CudaRecorder:
             inputs = [_static(tensor) for tensor in tensors]
             if self._pool is None:
                 self._new_pool()
-        except torch.OutOfMemoryError as error:
-            raise Full(_in_short(error)) from None
+        except torch.OutOfMemoryError:
+            raise Full(_FULL) from None
         except RuntimeError as error:
             raise Unfit(_in_short(error)) from None
         own = iter(inputs)
@@ -188,7 +190,7 @@ class CudaRecorder:
             if had_gc:
                 gc.enable()
         if problem:
-            raise kind(problem)
+            raise kind(_FULL if kind is Full else problem)
         return result
 
     def _clean_up(self, graph: torch.cuda.CUDAGraph) -> None:

@@ -40,3 +40,11 @@ def test_lengths_that_are_known_are_told_in_the_order_in_which_they_are_asked_fo
     assert (tokens.lengths(5), tokens.lengths(2)) == ([5, 4], [2, 1])
     tokens.begin([], is_uneven=False)
     assert tokens.lengths(3) == [3, 3]
+
+
+def test_a_forward_that_is_made_once_more_asks_for_the_same() -> None:
+    tokens = tokens_of(0, 2)
+    tokens.begin([[2, 1], [4, 3]], is_uneven=True)
+    for _ in range(2):
+        assert (tokens.lengths(2), tokens.lengths(4)) == ([2, 1], [4, 3])
+        tokens.again()

@@ -10,7 +10,12 @@ from torch import nn
 
 from sgld.worker.aside import CompilerProcess, Known, Watch
 from sgld.worker.compiler import CompileJob, CompileResult, TorchState, graphs_of_cache, run_job
+from sgld.worker.graphs import graphs_on
+from sgld.worker.invocation import Invocation
+from sgld.worker.runtime import Runtime
 from sgld.worker.sketch import sketched
+from sgld.worker.swap import Swap
+from worker.layered import Block, Denoiser
 from worker.requests import Doubling
 
 
@@ -72,3 +77,44 @@ def test_state_of_torch_is_told_and_entered() -> None:
     with state.entered():
         assert TorchState.now() == state
     assert sketched(state)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@torch.no_grad()
+def test_on_a_gpu_code_of_the_process_is_taken_over_and_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From eager calls over graphs of these to graphs of compiled code, while none waits for a compiler."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    device, module = torch.device("cuda"), Denoiser()
+    module.layers = nn.ModuleList(Block() for _ in range(30))
+    module.to(device)
+    notes: list[str] = []
+    runtime = Runtime(graphs=graphs_on(device, 2**30, {"transformer": module}))
+    runtime.swap = Swap(
+        {module: "transformer"}, note=lambda _, note: notes.append(note), changed=runtime.forget, cache=tmp_path
+    )
+    variants: list[str] = []
+    longest_s, deadline = 0.0, time.monotonic() + 240
+    while variants[-3:] != ["compiled graph"] * 3 and time.monotonic() < deadline:
+        x = torch.randn(2, 8, device=device)
+        runtime.look()
+        start = time.perf_counter()
+        result = runtime.run(Invocation(module, "forward", (x,), fixed=()))
+        torch.cuda.synchronize()
+        longest_s = max(longest_s, time.perf_counter() - start)
+        torch.testing.assert_close(result, _eager(module, x), atol=1e-4, rtol=1e-4)
+        variants += [runtime.variant] if variants[-3:] != [runtime.variant] * 3 else []
+    runtime.close()
+    torch._dynamo.reset()
+    assert variants[-3:] == ["compiled graph"] * 3, (variants, notes)
+    assert notes == ["compiled"]
+    assert "graph" in variants
+    print(f"longest call {longest_s:.2f} s, {variants}")
+
+
+def _eager(module: Denoiser, x: torch.Tensor) -> torch.Tensor:
+    for layer in module.layers:
+        x = layer.forward(x)
+    return x

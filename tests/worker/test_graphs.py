@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.utils import BaseOutput
 from pipelines import build
 from torch import nn
 
 from sgld.models.lora import LoraLayer
+from sgld.models.shared_attention import Intercept
+from sgld.models.tokens import Ranks, Tokens
 from sgld.testing import run_together
 from sgld.worker.graph_keys import Key
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
@@ -25,6 +28,7 @@ from worker.recordings import FakeRecorder
 from worker.requests import Function, call_of, picture, request
 
 CPU = torch.device("cpu")
+RANKS = Ranks(group=None, ring=None, ulysses=None, num_ring=1, num_ulysses=2, index=0)
 
 
 class World:
@@ -244,6 +248,13 @@ class TestWhatIsNoGraph:
         module[0].register_forward_hook(lambda *_: None)
         assert self.refused(World(module), torch.ones(2)) == "a hook is on 0"
 
+    def test_hooks_with_which_ranks_share_tokens_are_no_matter(self) -> None:
+        module = Function(doubled)
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(Intercept(Tokens("x", RANKS)), "tokens")
+        world = World(module)
+        world.run(torch.ones(2), times=UNTIL_REPLAYED)
+        assert world.is_replayed(torch.ones(2))
+
     def test_other_calls_of_it_may_be(self) -> None:
         def sometimes(x: torch.Tensor) -> torch.Tensor:
             return x + torch.rand(2) if len(x) == 2 else x
@@ -362,7 +373,9 @@ class TestRuntime:
 
 @pytest.mark.gpu
 class TestOnAGpu:
-    @pytest.mark.parametrize("name", ["flux", "sdxl", "sd3", "wan", "qwen_image"])
+    @pytest.mark.parametrize(
+        "name", ["flux", "sdxl", "sd3", "wan", "qwen_image", "chroma", "cogview_4", "kandinsky_5_image", "sana", "sd"]
+    )
     def test_pipelines_return_the_same_bits(self, name: str) -> None:
         pipeline, kwargs = build(name)
         pipeline.to("cuda")
@@ -377,6 +390,20 @@ class TestOnAGpu:
         for expected, result in zip(pictures(None), pictures(Runtime(graphs=graphs)), strict=True):
             assert torch.equal(result, expected)
         assert graphs.num_replays > 0
+
+    @pytest.mark.parametrize(
+        ("name", "component", "method"), [("chroma", "transformer", "forward"), ("sd", "vae", "decode")]
+    )
+    def test_copies_from_the_host_and_generators_are_no_matter(self, name: str, component: str, method: str) -> None:
+        pipeline, kwargs = build(name)
+        pipeline.to("cuda")
+        notes: list[tuple[str, str]] = []
+        graphs = graphs_on(torch.device("cuda"), 2**32, pipeline.components, lambda *note: notes.append(note))
+        assert graphs is not None
+        calls = [request(name, 0, kwargs, num_inference_steps=8) for _ in range(5)]
+        run_together(pipeline, calls, merge=False, runtime=Runtime(graphs=graphs))
+        assert [note for note in notes if note[0] == component] == []
+        assert (component, method) in {(graphs._name(key.module), key.method) for key in graphs._recordings}
 
     def test_merged_calls_are_replayed(self) -> None:
         pipeline, kwargs = build("sdxl")

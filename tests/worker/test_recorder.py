@@ -90,6 +90,19 @@ def uploads(x: torch.Tensor) -> torch.Tensor:
     return x * torch.tensor([2.0] * 64).to(x)
 
 
+def follows(x: torch.Tensor) -> torch.Tensor:
+    """Takes what it reads to the device again; nothing of that is a constant."""
+    return x * torch.tensor([2.0] * 64).to(x) * torch.tensor(x.abs().max().tolist()).to(x)
+
+
+def makes(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.tensor([2.0] * 64, device=x.device) * torch.as_tensor(3, device=x.device)
+
+
+def picks(x: torch.Tensor) -> torch.Tensor:
+    return x[:, torch.tensor([3, 1, 2])]
+
+
 def exhausts(x: torch.Tensor) -> torch.Tensor:
     return x + torch.empty(2**42 if is_capturing() else 1, device="cuda").sum() * 0
 
@@ -106,7 +119,7 @@ def complains(x: torch.Tensor) -> torch.Tensor:
         (reads, "captur"),
         (draws, "random"),
         (selects, "captur"),
-        (uploads, "captur"),
+        (follows, "the host needs"),
         (exhausts, "out of memory"),
         (complains, "not while it is captured"),
     ],
@@ -129,6 +142,35 @@ def test_a_capture_that_fails_leaves_nothing_behind(
         assert torch.equal(recorded.run(good, y, times=2), good(y))
         assert recorded.graphs.num_replays == before + 2
     check_health()
+
+
+@pytest.mark.parametrize("other", [uploads, makes, picks])
+def test_what_is_the_same_on_the_host_each_time_is_a_constant(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    recorded, module = Recorded(), on_gpu(other)
+    with torch.no_grad():
+        for _ in range(CAPTURES_AFTER + 3):
+            x = torch.randn(4, 64, device="cuda")
+            assert torch.equal(recorded.run(module, x, times=1), module(x))
+    assert (recorded.notes, recorded.graphs.num_replays) == ([], 2)
+    # What replays is no memory of the host that somebody else has by now.
+    gc.collect()
+    torch.randn(64 * 64).pin_memory()
+    assert torch.equal(recorded.run(module, x, times=1), module(x))
+    check_health()
+
+
+def test_a_capture_without_memory_is_tried_again() -> None:
+    has_room: list[bool] = []
+
+    def hungry(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.empty(2**42 if is_capturing() and not has_room else 1, device="cuda").sum() * 0
+
+    recorded, module, x = Recorded(), on_gpu(hungry), torch.randn(4, 64, device="cuda")
+    recorded.run(module, x, times=CAPTURES_AFTER)
+    assert "out of memory" in recorded.notes[0]
+    has_room.append(True)
+    recorded.run(module, x, times=2 * CAPTURES_AFTER + 2)
+    assert recorded.graphs.num_replays == 1
 
 
 def test_what_is_allocated_by_the_first_call_only_is_no_matter() -> None:
@@ -215,7 +257,7 @@ def test_memory_comes_back_when_graphs_go() -> None:
 
 
 def test_the_first_capture_may_fail() -> None:
-    for other in (uploads, reads):
+    for other in (follows, reads):
         recorded, module, x = Recorded(), on_gpu(other), torch.randn(4, 64, device="cuda")
         good = on_gpu()
         with torch.no_grad():
