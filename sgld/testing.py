@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from anyio import CancelScope, to_thread
@@ -74,53 +74,69 @@ def run_together(
     :param runtime: runs the components; by default where they are, as they are.
     :raises InvalidRequest: an adapter can't be read, or doesn't fit.
     """
-    outputs: dict[str, Any] = {}
-    denoisers: set[str] = set()
-    skipped = [0] * len(calls)
-    scheduler = Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=max(2, len(calls)))
-
-    def emit(news: Sequence[News]) -> None:
-        for reply in news:
-            match reply:
-                case Pending(call=call):
-                    scheduler.pending(call)
-                    denoisers.update([call.component] if call.kind == "denoise" else [])
-                case Launched(call_ids=call_ids):
-                    scheduler.launched(call_ids)
-                case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
-                    scheduler.ran(call_ids, elapsed_s)
-                case Stepped(request_id=request_id, step=step):
-                    scheduler.stepped(request_id, step)
-
-    def ended(task: Task, outcome: Outcome) -> None:
-        scheduler.remove(task.request_id)
-        skipped[int(task.request_id)] = task.skips.num
-        outputs[task.request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
-
-    session = Session(Executor(runtime=runtime, merge=merge), emit, ended, merges_alone=True)
-    for index in range(len(calls)):
-        scheduler.add(str(index), time.monotonic())
+    watched = _Watched(Scheduler(FlatCost(), max_running_requests=len(calls) or 1, max_batch_size=max(2, len(calls))))
+    session = Session(Executor(runtime=runtime, merge=merge), watched.heard, watched.ended, merges_alone=True)
     adapters = _adapters(pipeline, chain.from_iterable(lora), len(calls))
-    for request_id in scheduler.admit(time.monotonic()):
+    for request_id in watched.admitted(len(calls)):
         cache = caches[int(request_id)] if caches else None
         used = adapters.use(request_id, lora[int(request_id)]) if lora else {}
         assert used is not None, "all are loaded, and there is room for all"
         session.start(Job(request_id, pipeline, dict(calls[int(request_id)]), cache=cache, adapters=used))
-    while (batch := scheduler.next_batch(time.monotonic())) is not None:
+    while (batch := watched.scheduler.next_batch(time.monotonic())) is not None:
         session.run(batch.call_ids)
-    for request_id in outputs:
+    for request_id in watched.outputs:
         adapters.release(request_id)
     adapters.close()
-    modes = session.executor.verdicts.modes
-    is_merged = any(modes.get(name) == "merge" for name in denoisers)
+    names = [str(index) for index in range(len(calls))]
     return Report(
-        outputs=[outputs[str(index)] for index in range(len(calls))],
+        outputs=[watched.outputs[name] for name in names],
         merged_calls=session.counters.merged_calls,
         largest_batch=session.counters.largest_batch,
-        skipped_calls=skipped,
+        skipped_calls=[watched.num_skipped[name] for name in names],
         parted_forwards=session.executor.num_parted,
-        mode="exclusive" if "exclusive" in modes.values() else "merge" if is_merged else "interleave",
+        mode=watched.mode(session.executor.verdicts.modes),
     )
+
+
+class _Watched:
+    """What a session says: the scheduler is told of it, and the end of each call is kept."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.outputs: dict[str, Any] = {}
+        self.num_skipped: dict[str, int] = {}
+        self._denoisers: set[str] = set()
+
+    def admitted(self, num: int) -> list[str]:
+        """So many requests, all of which start."""
+        for index in range(num):
+            self.scheduler.add(str(index), time.monotonic())
+        return self.scheduler.admit(time.monotonic())
+
+    def heard(self, news: Sequence[News]) -> None:
+        for reply in news:
+            match reply:
+                case Pending(call=call):
+                    self.scheduler.pending(call)
+                    self._denoisers.update([call.component] if call.kind == "denoise" else [])
+                case Launched(call_ids=call_ids):
+                    self.scheduler.launched(call_ids)
+                case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
+                    self.scheduler.ran(call_ids, elapsed_s)
+                case Stepped(request_id=request_id, step=step):
+                    self.scheduler.stepped(request_id, step)
+                case unknown:
+                    assert_never(unknown)
+
+    def ended(self, task: Task, outcome: Outcome) -> None:
+        self.scheduler.remove(task.request_id)
+        self.num_skipped[task.request_id] = task.skips.num
+        self.outputs[task.request_id] = outcome.value if isinstance(outcome, Value) else outcome.error
+
+    def mode(self, modes: Mapping[str, str]) -> str:
+        """As `Report` has it."""
+        is_merged = any(modes.get(name) == "merge" for name in self._denoisers)
+        return "exclusive" if "exclusive" in modes.values() else "merge" if is_merged else "interleave"
 
 
 def _adapters(pipeline: Any, choices: Iterable[LoraChoice], max_combinations: int) -> Adapters:

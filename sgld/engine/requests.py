@@ -164,17 +164,8 @@ class Requests:
         if entry is None:
             return None
         match reply:
-            case Stepped(step=step, num_steps=num_steps, stage=stage):
-                scheduler = self._scheduler_of(entry)
-                if stage == "denoise":
-                    scheduler.stepped(reply.request_id, step)
-                else:
-                    scheduler.processed(reply.request_id, num_steps - step)
-                self._tally.stepped(reply)
-                eta_s = scheduler.eta_s(reply.request_id, now := time.monotonic())
-                if 2 * step >= num_steps and stage == "denoise":
-                    self._tally.etas.told(reply.request_id, "halfway", eta_s, now)
-                entry.put(entry.event(Progress, step=step, num_steps=num_steps, eta_s=eta_s, stage=stage))
+            case Stepped():
+                self._stepped(entry, reply)
             case Finished(postprocessing=postprocessing):
                 entry.postprocessing = postprocessing
                 self._leave(entry, RequestState.COMPLETED)
@@ -186,6 +177,18 @@ class Requests:
             case unknown:
                 assert_never(unknown)
         return None
+
+    def _stepped(self, entry: Entry, reply: Stepped) -> None:
+        scheduler, is_denoising = self._scheduler_of(entry), reply.stage == "denoise"
+        if is_denoising:
+            scheduler.stepped(reply.request_id, reply.step)
+        else:
+            scheduler.processed(reply.request_id, reply.num_steps - reply.step)
+        self._tally.stepped(reply)
+        eta_s = scheduler.eta_s(reply.request_id, now := time.monotonic())
+        if is_denoising and 2 * reply.step >= reply.num_steps:
+            self._tally.etas.told(reply.request_id, "halfway", eta_s, now)
+        entry.put(entry.event(Progress, step=reply.step, num_steps=reply.num_steps, eta_s=eta_s, stage=reply.stage))
 
     async def tell_completed(self, entry: Entry) -> None:
         """Tell the last event of a request, with all its frames in one; also while the engine closes."""
