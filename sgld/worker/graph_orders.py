@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sgld.worker.graph_policy import Decision
-from sgld.worker.recorder import Failed, Full, Slow, Unfit
+from sgld.worker.recorder import Failed, Full, Leaking, Slow, Unfit
 
 Rest = tuple[Any, ...]
 """A key without its component and method, as these have names of their own on each rank."""
@@ -32,12 +32,13 @@ class Refusal:
     """Why a graph isn't replayed.
 
     `said`: to people; empty: it doesn't pay. `is_passing`: memory was short. `may_upload`: a capture failed, which it
-    does where tensors of the host are taken to the device.
+    does where tensors of the host are taken to the device. `is_leaking`: the model keeps what other graphs write to.
     """
 
     said: str = ""
     is_passing: bool = False
     may_upload: bool = False
+    is_leaking: bool = False
 
 
 Agree = Callable[[Refusal | None], Refusal | None]
@@ -56,4 +57,9 @@ class Ordered:
 def refusal_of(problem: Unfit) -> Refusal:
     """What a problem means for those to come."""
     said = "" if isinstance(problem, Slow) else str(problem)
-    return Refusal(said, is_passing=isinstance(problem, Full), may_upload=isinstance(problem, Failed))
+    return Refusal(
+        said,
+        is_passing=isinstance(problem, Full),
+        may_upload=isinstance(problem, Failed),
+        is_leaking=isinstance(problem, Leaking),
+    )

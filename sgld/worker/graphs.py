@@ -26,7 +26,6 @@ from sgld.worker.recorder import (
     CudaRecorder,
     Failed,
     Forward,
-    Leaking,
     Recorder,
     Recording,
     Slow,
@@ -34,7 +33,7 @@ from sgld.worker.recorder import (
     Warmed,
     check_result,
 )
-from sgld.worker.trees import clone, closed, copied, opened
+from sgld.worker.trees import clone, closed, copied
 from sgld.worker.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ class Graphs:
         return Order(self.decide(key), tuple(key[2:]), gone)
 
     def obey(self, invocation: Invocation, ordered: Ordered) -> Any:
-        """Run this rank's share as rank 0 decided: all ranks run as many forwards, whatever each has captured."""
+        """Run this rank's share as rank 0 decided: what ranks send one another all of them replay, or none."""
         order = ordered.order
         if not ordered.is_own:
             modules = {name: module for module, name in self._names.items()}
@@ -151,7 +150,7 @@ class Graphs:
                 return self._compare(key, forward, tree, tensors, agree)
             case Decision.REPLAY:
                 self.num_replays += 1
-                result = self._replayed(key, forward, tree, tensors)
+                result = self._replayed(key, tensors)
                 return closed(result if invocation.lends else clone(result))
 
     def forget(self, module: nn.Module) -> None:
@@ -170,12 +169,14 @@ class Graphs:
         effects = Effects(tree, tensors)
         warmed = self._recorder.warm_up(forward, copied(tree))
         uploads: Uploads | None = None
-        refusal = agree(self._record(key, forward, effects, warmed))
+        refusal = agree(self._objection(key, effects, warmed))
+        if refusal is None:
+            refusal = agree(self._record(key, forward, effects))
         if refusal is not None and refusal.may_upload:
             uploads = Uploads(self._device_type)
             with uploads.watched():
                 self._recorder.warm_up(forward, copied(tree))
-            refusal = agree(self._record(key, forward, effects, warmed, uploads) if uploads.order else refusal)
+            refusal = agree(self._record(key, forward, effects, uploads) if uploads.order else refusal)
         if refusal is not None:
             self._refuse(key, refusal)
             return warmed.result
@@ -186,15 +187,8 @@ class Graphs:
         self._remove(self._policy.captured(key, recording.size_bytes + num_uploaded, recording.pool_growth_bytes))
         return warmed.result
 
-    def _record(
-        self, key: Key, forward: Forward, effects: Effects, warmed: Warmed, uploads: Uploads | None = None
-    ) -> Refusal | None:
-        """Capture a forward that was warmed up; what speaks against it."""
-
-        def with_uploads(tree: Tree) -> Any:
-            with uploads.given() if uploads is not None else nullcontext():
-                return forward(tree)
-
+    def _objection(self, key: Key, effects: Effects, warmed: Warmed) -> Refusal | None:
+        """What speaks against capturing a forward that was warmed up."""
         try:
             if not is_worth_capturing(warmed.launch_s, warmed.total_s):
                 raise Slow(f"launches take {warmed.launch_s} of {warmed.total_s} s")
@@ -204,14 +198,23 @@ class Graphs:
                 raise Unfit(reason)
             effects.check()
             check_result(warmed.result, self._device_type)
-            if uploads is None and (key.module, key.method) in self._uploading:
+            if (key.module, key.method) in self._uploading:
                 raise Failed("it takes tensors of the host to the device")
+        except Unfit as problem:
+            return refusal_of(problem)
+        return None
+
+    def _record(self, key: Key, forward: Forward, effects: Effects, uploads: Uploads | None = None) -> Refusal | None:
+        """Capture a forward; what came in the way."""
+
+        def with_uploads(tree: Tree) -> Any:
+            with uploads.given() if uploads is not None else nullcontext():
+                return forward(tree)
+
+        try:
             self._recordings[key] = self._recorder.record(with_uploads, effects.tree, effects.tensors)
         except Unfit as problem:
             self._num_broken[key.module, key.method] += isinstance(problem, Broken)
-            if isinstance(problem, Leaking):
-                self._remove(self._policy.evict_all())
-                self._recorder.renew()
             return refusal_of(problem)
         return None
 
@@ -221,15 +224,11 @@ class Graphs:
         Twice each, as the first eager forward after a capture takes memory from the device again, and the first replay
         uploads the graph.
         """
-
-        def again() -> Any:
-            return self._replayed(key, forward, copied(tree), tensors)
-
         known, uploads = self._uploads.get(key), Uploads(self._device_type)
         with uploads.watched() if known is not None else nullcontext():
             forward(copied(tree))
-        again()
-        replayed, replay_s = self._recorder.timed(lambda: clone(again()))
+        self._replayed(key, tensors)
+        replayed, replay_s = self._recorder.timed(lambda: clone(self._replayed(key, tensors)))
         result, eager_s = self._recorder.timed(lambda: forward(tree))
         logger.debug("%s: %.2f ms as a graph, %.2f without", self._name(key.module), 1e3 * replay_s, 1e3 * eager_s)
         refusal = None
@@ -245,10 +244,13 @@ class Graphs:
             self._policy.proved(key)
         return result
 
-    def _replayed(self, key: Key, forward: Callable[[Tree], Any], tree: Tree, tensors: Sequence[torch.Tensor]) -> Any:
-        """The result of a replay, opened; of a forward where nothing was captured."""
+    def _replayed(self, key: Key, tensors: Sequence[torch.Tensor]) -> Any:
+        """The result of a replay, opened."""
         recording = self._recordings.get(key)
-        return opened(forward(tree)) if recording is None else recording.replay(tensors)
+        if recording is None:
+            # What ranks send one another must be in the graphs of all of them, or of none.
+            raise RuntimeError(f"{self._name(key.module)}: this rank has lost a graph that others replay")
+        return recording.replay(tensors)
 
     def _refuse(self, key: Key, refusal: Refusal) -> None:
         if refusal.is_passing:
@@ -256,6 +258,10 @@ class Graphs:
         else:
             self._policy.refuse(key)
         self._remove([key])
+        if refusal.is_leaking:
+            # Other graphs write to what it keeps.
+            self._remove(self._policy.evict_all())
+            self._recorder.renew()
         if refusal.said:
             self._tell(key.module, key.method, refusal.said)
 

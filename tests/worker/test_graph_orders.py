@@ -23,7 +23,7 @@ from sgld.worker.graph_orders import Refusal, refusal_of
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
-from sgld.worker.recorder import Broken, Failed, Full, Slow, Unfit
+from sgld.worker.recorder import Broken, Failed, Full, Leaking, Slow, Unfit
 from sgld.worker.runtime import Runtime
 from worker.recordings import FakeRecorder, FakeRecording
 
@@ -210,6 +210,7 @@ def test_people_hear_why(told: tuple[dict[str, Any], list[int]]) -> None:
         (Full("a"), Refusal("a", is_passing=True)),
         (Failed("a"), Refusal("a", may_upload=True)),
         (Broken("a"), Refusal("a", may_upload=True)),
+        (Leaking("a"), Refusal("a", is_leaking=True)),
     ],
 )
 def test_problems_tell_what_comes_next(problem: Unfit, refusal: Refusal) -> None:
