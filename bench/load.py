@@ -139,7 +139,7 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     before = os.getloadavg()[0]
     async with serving(folder) as (host, port, server):
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=f"http://{host}:{port}", timeout=TIMEOUT_S, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=f"http://{host}:{port}", timeout=None, limits=limits) as http:
             # It waits for the model.
             (await http.post("/v1/images/generations", json=BODY)).raise_for_status()
             with watching((host, port), options.num_subscribers) as pipe:

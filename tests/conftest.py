@@ -1,5 +1,6 @@
-"""What tests of several packages share."""
+"""What tests of several packages share, and the order of files."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,12 @@ import pytest
 
 if TYPE_CHECKING:
     from storage.s3_server import S3Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no worker waits for the other's last one; then those of many tests."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None, -sizes[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

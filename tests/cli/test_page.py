@@ -43,6 +43,7 @@ from sgld_cli.options import options_by_name
 
 from .conftest import Outcome
 
+pytestmark = pytest.mark.long
 TIMEOUT_S = 100
 _PARALLEL = ("--num-gpus", "--ulysses-degree", "--ring-degree")
 _SERVED = "--port 0 --device cpu --num-cpu-threads 1"

@@ -41,6 +41,7 @@ from sgld.errors import ModelError
 from sgld.events import AnyEvent, Completed, Failed, Progress, Restarted
 from sgld.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.long
 # Long enough for the first forward of a new process on a busy machine.
 RUN_TIMEOUT_S = 4.0
 T = TypeVar("T")

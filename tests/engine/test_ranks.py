@@ -24,6 +24,7 @@ from sgld.events import AnyEvent, Completed, Failed, Progress, Restarted
 from sgld.parallel import ParallelConfig
 from sgld.sampling_params import FirstBlockCache, LoraChoice, SamplingParams
 
+pytestmark = pytest.mark.long
 RUN_TIMEOUT_S = 6.0
 T = TypeVar("T")
 

@@ -50,7 +50,7 @@ def test_tokenizer_ignores_case_and_punctuation_and_maps_other_words_to_unknown(
 
 
 def test_checker_is_right_on_drawn_pictures() -> None:
-    scenes = draw_scenes(240, 4)
+    scenes = draw_scenes(80, 4)
     dice = draw_dice(len(scenes), torch.Generator().manual_seed(3))
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()
@@ -63,7 +63,7 @@ def test_checker_is_right_on_drawn_pictures() -> None:
 
 
 def test_checker_sees_where_shapes_go() -> None:
-    scenes = [scene for scene in draw_scenes(60, 5, moving=True) if scene.kind == attr.GROUP][:12]
+    scenes = [scene for scene in draw_scenes(60, 5, moving=True) if scene.kind == attr.GROUP][:6]
     dice = draw_dice(len(scenes), torch.Generator().manual_seed(3))
     clips = render_clips(torch.tensor(scenes), dice, 17, 128, 192).transpose(1, 2)
     assert all(all(agreement_of_clip(*pair).values()) for pair in zip(scenes, clips, strict=True))

@@ -18,6 +18,8 @@ from sgld.worker.swap import Swap
 from worker.layered import Block, Denoiser
 from worker.requests import Doubling
 
+pytestmark = pytest.mark.long
+
 
 def waited(process: CompilerProcess) -> CompileResult:
     for _ in range(12_000):

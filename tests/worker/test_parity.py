@@ -13,7 +13,7 @@ from worker.matrix import TABLE, Case, difference, table, together
 from worker.requests import picture, request, requests
 
 # Combined pipelines use arguments that diffusers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")]
 
 # For float32; the largest difference seen is 1e-6.
 MERGED_TOLERANCE = 1e-4
