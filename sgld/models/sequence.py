@@ -9,8 +9,8 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from sgld.models.shared_attention import Intercept, check_attention
-from sgld.models.token_plans import Argument, Each, Joined, Leading, Output, TokenPlan, Whole, plan_of
+from sgld.models.shared_attention import Intercept, SharedLinearAttention, check_attention
+from sgld.models.token_plans import Argument, Count, Each, Joined, Leading, Output, TokenPlan, Whole, plan_of
 from sgld.models.tokens import Ranks, Tokens, UnevenTokens
 from sgld.parallel import ParallelConfig
 
@@ -67,7 +67,7 @@ def _apply(component: nn.Module, plan: TokenPlan, tokens: Tokens) -> None:
     for index, (name, step) in reversed(list(enumerate(plan.steps))):
         for module in _modules(component, name.split(".") if name else []):
             hook = _Gather(tokens, step) if isinstance(step, Whole) else _Split(tokens, step)
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, f"tokens-{index}")
+            _hook(module, hook, f"tokens-{index}")
     if plan.attention is None:
         shared = [module for module in component.modules() if _is_prepared(module)]
     else:
@@ -76,8 +76,19 @@ def _apply(component: nn.Module, plan: TokenPlan, tokens: Tokens) -> None:
         if _is_prepared(module):
             vars(module.processor)["_parallel_config"] = tokens
         else:
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(Intercept(tokens), "tokens")
-    HookRegistry.check_if_exists_or_initialize(component).register_hook(_Again(tokens), "tokens-again")
+            _hook(module, Intercept(tokens))
+    for names, make in ((plan.linear, _linear), (plan.convolutions, _Rows)):
+        for module in [module for name in names for module in _modules(component, name.split("."))]:
+            _hook(module, make(tokens))
+    _hook(component, _Again(tokens), "tokens-again")
+
+
+def _linear(tokens: Tokens) -> Intercept:
+    return Intercept(tokens, SharedLinearAttention)
+
+
+def _hook(module: nn.Module, hook: ModelHook, name: str = "tokens") -> None:
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
 
 
 def _is_prepared(module: nn.Module) -> bool:
@@ -157,7 +168,10 @@ class _Split(ModelHook):  # type: ignore[misc]
     def _split(self, value: Any, one: Argument, given: dict[str, Any]) -> Any:
         match one:
             case Each():
-                return self._part(value, one)
+                return self._part(value, one, given[one.unit] if one.unit else 1)
+            case Count():
+                start, stop = self._tokens.bounds(value)
+                return stop - start
             case Joined(names):
                 return _in_order(value, [self._tokens.lengths(given[name].shape[1]) for name in names])
             case Leading(name):
@@ -165,13 +179,13 @@ class _Split(ModelHook):  # type: ignore[misc]
                 index = self._tokens.ranks.index
                 return max(0, min(value - sum(lengths[:index]), lengths[index]))
 
-    def _part(self, value: Any, each: Each) -> Any:
+    def _part(self, value: Any, each: Each, unit: int) -> Any:
         if isinstance(value, torch.Tensor):
             is_whole = each.num_dims not in (None, value.ndim) or (each.can_be_one and value.shape[each.dim] == 1)
-            return value if is_whole else self._tokens.part(value, each.dim)
+            return value if is_whole else self._tokens.part(value, each.dim, unit)
         if isinstance(value, dict):
-            return {key: self._part(item, each) for key, item in value.items()}
-        return tuple(self._part(item, each) for item in value)
+            return {key: self._part(item, each, unit) for key, item in value.items()}
+        return tuple(self._part(item, each, unit) for item in value)
 
 
 class _Gather(ModelHook):  # type: ignore[misc]
@@ -188,6 +202,25 @@ class _Gather(ModelHook):  # type: ignore[misc]
             for value, dim in zip(outputs, self._dims, strict=True)
         ]
         return joined[0] if isinstance(output, torch.Tensor) else tuple(joined)
+
+
+class _Rows(ModelHook):  # type: ignore[misc]
+    """A convolution of three rows sees those of other ranks beside its own."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        assert isinstance(module, nn.Conv2d)
+        assert (module.kernel_size[0], module.padding[0], module.stride[0], module.dilation[0]) == (3, 1, 1, 1)
+        return module
+
+    def pre_forward(self, module: nn.Module, rows: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (self._tokens.with_neighbours(rows),), {}
+
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return output[:, :, 1:-1]
 
 
 def _in_order(mask: torch.Tensor, streams: list[list[int]]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Attention of tokens that ranks share, in the place of what models compute: diffusers' dispatcher and torch's own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,19 +30,24 @@ def check_attention(component: Any) -> None:
             raise ModelError(f"attention backend {backend.value} can't share tokens between GPUs; use one of {able}")
 
 
-class Intercept(ModelHook):  # type: ignore[misc]
-    """Attention that torch computes inside of a module is among the tokens of all ranks."""
+class SharedLinearAttention(TorchFunctionMode):
+    """Linear attention: values times keys, its first product of matrices, is the sum over the tokens of all ranks."""
 
     def __init__(self, tokens: Tokens) -> None:
         super().__init__()
-        self._tokens = tokens
+        self._tokens, self._is_summed = tokens, False
 
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Attention(self._tokens):
-            return self.fn_ref.original_forward(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.matmul or self._is_summed:
+            return result
+        self._is_summed = True
+        return self._tokens.total(result)
 
 
-class _Attention(TorchFunctionMode):
+class SharedAttention(TorchFunctionMode):
+    """Attention that torch computes is among the tokens of all ranks."""
+
     def __init__(self, tokens: Tokens) -> None:
         super().__init__()
         self._tokens = tokens
@@ -67,6 +73,21 @@ class _Attention(TorchFunctionMode):
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             forward_op=attention_dispatch._native_attention_forward_op, _parallel_config=self._tokens,
         ).transpose(1, 2)  # fmt: skip
+
+
+class Intercept(ModelHook):  # type: ignore[misc]
+    """Some functions of torch do another thing inside of a module.
+
+    :param mode: what they do.
+    """
+
+    def __init__(self, tokens: Tokens, mode: Callable[[Tokens], TorchFunctionMode] = SharedAttention) -> None:
+        super().__init__()
+        self._tokens, self._mode = tokens, mode
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self._mode(self._tokens):
+            return self.fn_ref.original_forward(*args, **kwargs)
 
 
 def shared_attention(

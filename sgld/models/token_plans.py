@@ -21,6 +21,8 @@ class Each:
     """Tensors of another number of axes have no tokens."""
     can_be_one: bool = False
     """An axis of length 1 is for all tokens."""
+    unit: str | None = None
+    """The argument that says how many tokens stay together, as those of a row."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,18 @@ class Leading:
 
 
 @dataclass(frozen=True)
+class Count:
+    """An argument that says how many tokens, or rows of them, there are."""
+
+
+@dataclass(frozen=True)
 class Whole:
     """The outputs of a module are joined; None: that one isn't split."""
 
     dims: tuple[int | None, ...]
 
 
-Argument = Each | Joined | Leading
+Argument = Each | Joined | Leading | Count
 Step = Mapping[str | int, Argument | Output] | Whole
 
 
@@ -66,10 +73,13 @@ class TokenPlan:
     """What is split and joined, by names of modules, where `*` stands for all of a list and a number for one of it.
 
     `attention`: the modules whose attention is among the tokens of all ranks; None: those that diffusers prepared.
+    `linear`: those whose attention is linear. `convolutions`: those that see one row of tokens beyond their own.
     """
 
     steps: tuple[tuple[str, Step], ...]
     attention: tuple[str, ...] | None = None
+    linear: tuple[str, ...] = ()
+    convolutions: tuple[str, ...] = ()
 
 
 def plan_of(cls: type) -> TokenPlan | None:
@@ -161,6 +171,16 @@ _PLANS: dict[str, TokenPlan] = {
         ),
         ("transformer_blocks.*.attn1", "transformer_blocks.*.video_to_audio_attn"),
     ),
+    "SanaTransformer2DModel": TokenPlan(
+        (
+            ("transformer_blocks.0", {"hidden_states": Each(1, unit="width")}),
+            ("transformer_blocks.*", {"height": Count()}),
+            ("proj_out", Whole((1,))),
+        ),
+        attention=(),
+        linear=("transformer_blocks.*.attn1",),
+        convolutions=("transformer_blocks.*.ff.conv_depth",),
+    ),
     "ZImageTransformer2DModel": TokenPlan(
         (
             ("noise_refiner.0", {"x": Each(1)}),
@@ -176,6 +196,6 @@ _PLANS: dict[str, TokenPlan] = {
 
 _REASONS = (
     (r"UNet|^ControlNetModel", "its convolutions see the pixels around each one"),
-    (r"^Sana", "its layers have convolutions that see the tokens around each one"),
+    (r"^SanaVideo", "its layers have convolutions that see the frames around each one"),
     (r"^Latte", "its layers look at the tokens of a frame and at those of a place in turn"),
 )

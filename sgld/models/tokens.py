@@ -74,14 +74,15 @@ class Tokens:
         """The forward begins once more, and asks for the same."""
         self._num_asked = 0
 
-    def part(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
+    def part(self, whole: torch.Tensor, dim: int, unit: int = 1) -> torch.Tensor:
         """The part of this rank of what all ranks have.
 
+        :param unit: so many tokens stay together.
         :raises UnevenTokens: the parts would differ in length, and weren't meant to.
         :raises ValueError: there are fewer tokens than ranks.
         """
-        start, stop = self.bounds(whole.shape[dim])
-        return whole.narrow(dim, start, stop - start)
+        start, stop = self.bounds(whole.shape[dim] // unit)
+        return whole.narrow(dim, start * unit, (stop - start) * unit)
 
     def bounds(self, num: int) -> tuple[int, int]:
         """From and to of so many tokens; raises as `part`."""
@@ -120,6 +121,14 @@ class Tokens:
         part = part.contiguous()
         dist.all_reduce(part, group=self.ranks.group)
         return part
+
+    def with_neighbours(self, rows: torch.Tensor) -> torch.Tensor:
+        """Own rows (B, C, H, W), with one more of those of other ranks on each side, or zeros."""
+        edges = torch.cat((rows[:, :, :1], rows[:, :, -1:]), dim=2)
+        all_edges = _gathered(edges, 2, [2] * self.ranks.num, self.ranks.group)
+        padded = functional.pad(all_edges, (0, 0, 1, 1))
+        first = 2 * self.ranks.index
+        return torch.cat((padded[:, :, first : first + 1], rows, padded[:, :, first + 3 : first + 4]), dim=2)
 
     def attention(
         self,

@@ -88,7 +88,7 @@ def test_denoisers_return_what_they_return_on_one_rank(two_ranks: Group, name: s
         check(two_ranks, ULYSSES, component, calls, wanted)
 
 
-@pytest.mark.parametrize("name", ["sd3", "hunyuan_video", "z_image", "qwen_image_edit_plus", "ltx_2"])
+@pytest.mark.parametrize("name", ["sd3", "sana", "hunyuan_video", "z_image", "qwen_image_edit_plus", "ltx_2"])
 def test_rings_do_too_and_both_together(two_ranks: Group, four_ranks: Group, name: str) -> None:
     for component, calls, wanted in denoiser_calls(name):
         check(two_ranks, RING, component, calls, wanted)
@@ -138,6 +138,24 @@ def test_first_frame_that_is_given_is_as_on_one_rank(two_ranks: Group) -> None:
         encoder_hidden_states=torch.randn(1, 5, 16),
         encoder_attention_mask=torch.tensor([[1, 1, 1, 0, 0]]),
         pooled_projections=torch.randn(1, 8),
+        return_dict=False,
+    )
+    check(two_ranks, ULYSSES, model, calls, wanted)
+
+
+def test_rows_of_tokens_stay_together_where_convolutions_see_their_neighbours(two_ranks: Group) -> None:
+    """Sana has linear attention, and five rows here."""
+    torch.manual_seed(0)
+    model = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=8,
+    ).eval()  # fmt: skip
+    calls, wanted = called(
+        model,
+        hidden_states=torch.randn(2, 4, 5, 3),
+        encoder_hidden_states=torch.randn(2, 3, 8),
+        encoder_attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        timestep=torch.tensor([3.0, 3.0]),
         return_dict=False,
     )
     check(two_ranks, ULYSSES, model, calls, wanted)
