@@ -60,7 +60,7 @@ async def test_the_bytes_of_a_stream(tmp_path: Path) -> None:
         rb'data: \{"type":"image_generation\.completed","b64_json":"[\w+/=]+","created_at":\d+,"size":"8x8",'
         rb'"quality":"auto","background":"opaque","output_format":"png","usage":\{"input_tokens":0,'
         rb'"input_tokens_details":\{"image_tokens":0,"text_tokens":0\},"output_tokens":0,"total_tokens":0\},'
-        rb'"index":0,"seed":1,"id":"img_[0-9a-f]{32}"\}\n\n'
+        rb'"index":0,"seed":1,"id":"img_[0-9a-f]{32}","upload":null\}\n\n'
     )
     assert re.fullmatch(pattern, unchunked(chunked))
 
