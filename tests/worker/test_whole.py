@@ -13,7 +13,7 @@ from sgld.messages import Pending, Ran, Stepped
 from sgld.outcome import Outcome, Raised, Value
 from sgld.worker.ahead import News
 from sgld.worker.executor import Executor
-from sgld.worker.job import Job, seldom, size_of
+from sgld.worker.job import Job
 from sgld.worker.rank import translated
 from sgld.worker.session import Session
 from sgld.worker.task import Task
@@ -158,23 +158,9 @@ def test_each_forward_is_a_sign_of_life(runner: Runner) -> None:
     assert not pipeline.transformer._forward_pre_hooks
 
 
-def test_signs_of_life_are_a_second_apart() -> None:
-    now, pulses = [100.0], []
-    called = seldom(lambda: pulses.append(now[0]), lambda: now[0])
-    for now[0] in (100.0, 100.5, 100.9, 101.0, 101.5, 102.0):
-        called()
-    assert pulses == [100.0, 101.0, 102.0]
-
-
 def test_what_was_learned_of_the_models_stays(runner: Runner) -> None:
     pipeline, kwargs = build("flux")
     runner.session.executor.verdicts.modes["transformer"] = "exclusive"
     runner.start("a", pipeline, request("flux", 0, kwargs))
     runner.run("a")
     assert runner.session.executor.verdicts.modes == {"transformer": "exclusive"}
-
-
-def test_sizes_tell_what_a_step_costs() -> None:
-    size = {"height": 16, "width": 8, "prompt": "a", "generator": None, "num_inference_steps": 3}
-    assert size_of(size) == size_of(size | {"prompt": "b", "num_inference_steps": 9}) == "height=16,width=8,prompt"
-    assert size_of(size | {"negative_prompt": "c"}) != size_of(size)
