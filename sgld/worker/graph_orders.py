@@ -8,23 +8,24 @@ from sgld.worker.graph_policy import Decision
 from sgld.worker.recorder import Failed, Full, Leaking, Slow, Unfit
 
 Rest = tuple[Any, ...]
-"""A key without its component and method, as these have names of their own on each rank."""
+"""The end of a key; its beginning is the component, which each rank has for itself."""
 
 
 class Shared(NamedTuple):
-    """What is fixed for graphs of what ranks share. `part`: what of it each of them runs."""
+    """What is fixed for graphs of what ranks share. `part`: what of it each of them runs; `ranks`: which they are."""
 
     fixed: Hashable
     part: Hashable
+    ranks: Hashable = None
 
 
 @dataclass(frozen=True)
 class Order:
-    """How all ranks run a forward. `gone`: component, method and rest of graphs that rank 0 has no more."""
+    """How ranks run a forward. `rest`: of its key; `gone`: keys of graphs that rank 0 has no more, by names."""
 
     decision: Decision
     rest: Rest
-    gone: tuple[tuple[str, str, Rest], ...] = ()
+    gone: tuple[Rest, ...] = ()
 
 
 @dataclass(frozen=True)

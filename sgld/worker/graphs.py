@@ -72,7 +72,7 @@ class Graphs:
         self._uploads: dict[Key, Uploads] = {}
         self._uploading: set[tuple[nn.Module, str]] = set()
         """Methods whose forwards take tensors of the host to the device."""
-        self._gone: list[tuple[str, str, tuple[Any, ...]]] = []
+        self._gone: list[Key] = []
         """Graphs of what ranks share that the others don't know to be gone."""
         self._num_broken: Counter[tuple[nn.Module, str]] = Counter()
         self._noted: set[tuple[nn.Module, str, str]] = set()
@@ -90,25 +90,28 @@ class Graphs:
             return invocation.plain()
         return self.perform(self.decide(key), key, invocation, tensors)
 
-    def order(self, invocation: Invocation, variant: Variant, shared: Hashable) -> Order | None:
-        """Decide for all ranks how they run an invocation; None: eagerly.
+    def order(self, invocation: Invocation, variant: Variant, part: Hashable, ranks: Hashable = None) -> Order | None:
+        """Decide for several ranks how they run an invocation; None: eagerly.
 
-        :param shared: what of it each rank runs.
+        :param part: what of it each rank runs.
+        :param ranks: those that are told.
         """
         try:
-            key, _ = key_of(replace(invocation, fixed=Shared(invocation.fixed, shared)), variant, self._device_type)
+            fixed = Shared(invocation.fixed, part, ranks)
+            key, _ = key_of(replace(invocation, fixed=fixed), variant, self._device_type)
         except Unfit as problem:
             self._tell(invocation.module, invocation.method, str(problem))
             return None
-        gone, self._gone = tuple(self._gone), []
-        return Order(self.decide(key), tuple(key[2:]), gone)
+        decision, gone = self.decide(key), [key for key in self._gone if _told(key) == ranks]
+        self._gone = [key for key in self._gone if _told(key) != ranks]
+        return Order(decision, key[2:], tuple((self._name(key.module), *key[1:]) for key in gone))
 
     def obey(self, invocation: Invocation, ordered: Ordered) -> Any:
         """Run this rank's share as rank 0 decided: what ranks send one another all of them replay, or none."""
         order = ordered.order
         if not ordered.is_own:
             modules = {name: module for module, name in self._names.items()}
-            self._remove([Key(modules[name], method, *rest) for name, method, rest in order.gone if name in modules])
+            self._remove([Key(modules[name], *rest) for name, *rest in order.gone if name in modules])
             self._gone.clear()
         key = Key(invocation.module, invocation.method, *order.rest)
         _, tensors = flattened(invocation.tree, self._device_type)
@@ -279,8 +282,7 @@ class Graphs:
         had = [self._recordings.pop(key, None) for key in keys]
         for key in keys:
             self._uploads.pop(key, None)
-        shared = [key for key in keys if isinstance(key.fixed[1], Shared)]
-        self._gone += [(self._name(key.module), key.method, tuple(key[2:])) for key in shared]
+        self._gone += [key for key in keys if isinstance(key.fixed[1], Shared)]
         if any(had) and not self._recordings:
             self._recorder.renew()
         return any(had)
@@ -297,3 +299,8 @@ def graphs_on(
         return None
     names = {part: name for name, part in components.items() if isinstance(part, nn.Module)}
     return Graphs(device, GraphPolicy(max_bytes), CudaRecorder(device), names, note)
+
+
+def _told(key: Key) -> Hashable:
+    """Which ranks share a graph."""
+    return key.fixed[1].ranks if isinstance(key.fixed[1], Shared) else None

@@ -223,14 +223,16 @@ class Runtime:
             self.variant = "compiled graph" if self.variant == "compiled" else "graph"
         return result
 
-    def order(self, invocation: Invocation, shared: Hashable) -> Order | None:
-        """How all ranks run what they share; None: eagerly.
+    def order(self, invocation: Invocation, part: Hashable, ranks: Hashable = None) -> Order | None:
+        """How ranks run what they share; None: eagerly.
 
-        :param shared: what of it each rank runs.
+        :param part: what of it each rank runs.
+        :param ranks: which they are.
         """
         if self.graphs is None or not self._may_be_graph(invocation):
             return None
-        return self.graphs.order(invocation, "compiled" if self._has_code(invocation.module) else "eager", shared)
+        variant: Variant = "compiled" if self._has_code(invocation.module) else "eager"
+        return self.graphs.order(invocation, variant, part, ranks)
 
     def _may_be_graph(self, invocation: Invocation) -> bool:
         is_usual = not invocation.is_exact and not self.are_changed and invocation.dtype is None

@@ -19,7 +19,7 @@ from sgld.models.load import LoadedModel
 from sgld.models.sharing import Sharing
 from sgld.parallel import ParallelConfig
 from sgld.worker.distributed import follow, lead
-from sgld.worker.graph_orders import Refusal, refusal_of
+from sgld.worker.graph_orders import Order, Ordered, Refusal, refusal_of
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
@@ -200,6 +200,26 @@ def test_people_hear_why(told: tuple[dict[str, Any], list[int]]) -> None:
     assert said[0] == "this rank can't"
     assert "something else" in said[1]
     assert "out of memory" in said[2]
+
+
+@torch.no_grad()
+def test_only_ranks_that_have_a_graph_hear_that_it_is_gone() -> None:
+    module = nn.Linear(2, 2)
+    graphs = graphs_of(0, 1000, {"transformer": module})
+    invocation = Invocation(module, "forward", (torch.ones(1, 2),), fixed=())
+
+    def order(ranks: str) -> Order:
+        made = graphs.order(invocation, "eager", None, ranks)
+        assert made is not None
+        return made
+
+    for _ in range(UNTIL_REPLAYED):
+        graphs.obey(invocation, Ordered(order("01"), lambda refusal: refusal, is_own=True))
+    assert graphs.make_room()
+    assert order("23").gone == ()
+    [(component, method, *_)] = order("01").gone
+    assert (component, method) == ("transformer", "forward")
+    assert order("01").gone == ()
 
 
 @pytest.mark.parametrize(
