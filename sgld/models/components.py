@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from sgld.errors import ModelError
+from sgld.models.blueprints import model_class, without_weights
 from sgld.models.hub import http_error
 from sgld.models.plan import ComponentPlan, Plan
 from sgld.models.quantized import load_weights
@@ -48,6 +49,16 @@ def load_component(part: ComponentPlan, planned: Plan, rank: int = 0) -> Any:
         return _loader(part)(_place(part.source).path, **_options(part, planned))
     except LOAD_ERRORS as error:
         raise ModelError(f"{part.name} can't be loaded from {part.source}: {one_line(error)}") from error
+
+
+def stand_in(part: ComponentPlan) -> torch.nn.Module | None:
+    """What stands for a component that a rank doesn't keep while its pipeline is made; None: it has to be loaded.
+
+    Pipelines look at the configuration of their components.
+    """
+    is_known = part.precision is not None and part.auto_class is None
+    cls = model_class(part.library, part.class_name) if is_known else None
+    return without_weights(cls, part.source) if cls is not None else None
 
 
 def _with_weights(part: ComponentPlan, weights: Weights, dtype: torch.dtype) -> torch.nn.Module:

@@ -16,7 +16,7 @@ from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import ModelInfo
 from sgld.models import attention, attention_choice, cache_dit, noise, performance
 from sgld.models.call_defaults import counts
-from sgld.models.components import DTYPES, LOAD_ERRORS, load_component
+from sgld.models.components import DTYPES, LOAD_ERRORS, load_component, stand_in
 from sgld.models.from_file import load_from_file
 from sgld.models.hub import fetch
 from sgld.models.modular import load_modular
@@ -208,11 +208,7 @@ def _pipeline(planned: Plan, rank: int) -> Any:
     dtypes = {part.name: DTYPES[part.precision] for part in planned.components if part.precision}
     # Of parts that the index doesn't name; most get the same.
     dtype: Any = dtypes | {"default": next(iter(dtypes.values()), torch.float32)}
-    parts = {
-        part.name: load_component(part, planned, rank)
-        for part in planned.components
-        if part.is_separate or part.has_parts
-    }
+    parts = _parts(planned, rank)
     if planned.scheduler is not None:
         parts[noise.NAME] = planned.scheduler
     source, config = planned.source, planned.config
@@ -223,14 +219,31 @@ def _pipeline(planned: Plan, rank: int) -> Any:
         variants = {part.name: part.source.variant for part in planned.components if part.source.variant}
         return load_modular(source, parts, variants=variants, **given)
     given |= {"variant": config.source.variant, "custom_pipeline": config.source.custom_pipeline}
-    cls = getattr(diffusers, config.source.pipeline_class_name or "DiffusionPipeline")
-    return cls.from_pretrained(_local_copy(source), **given, **parts)
+    is_own = isinstance(planned.index["_class_name"], list)
+    # By its own class: DiffusionPipeline doesn't know which parts may be left out, and loads these although they are
+    # given.
+    general = diffusers.DiffusionPipeline
+    cls: Any = general if is_own else getattr(diffusers, planned.pipeline_class, general)
+    pipeline = cls.from_pretrained(_local_copy(source), **given, **parts)
+    # A class of the model's own is known only now.
+    pipeline.register_modules(**{n: p for n, p in parts.items() if getattr(pipeline, n, None) is not p})
+    return pipeline
+
+
+def _parts(planned: Plan, rank: int) -> dict[str, Any]:
+    """Components that are loaded by themselves, and what stands for those that a rank doesn't keep."""
+    others = [part for part in planned.components if rank and part.name not in planned.sharing.names]
+    parts = {part.name: stand_in(part) for part in others if planned.source.file is None}
+    own = (part for part in planned.components if part.is_separate or part.has_parts)
+    loaded = {part.name: load_component(part, planned, rank) for part in own if parts.get(part.name) is None}
+    return {name: part for name, part in parts.items() if part is not None} | loaded
 
 
 def _keep_only(pipeline: Any, names: Collection[str]) -> None:
     """Have no models but these."""
-    rest = {n: None for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module) and n not in names}
-    pipeline.register_modules(**rest)
+    rest = [n for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module) and n not in names]
+    for name in rest:
+        setattr(pipeline, name, None)
 
 
 def _local_copy(source: ModelSource) -> str:

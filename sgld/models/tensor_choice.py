@@ -66,13 +66,14 @@ def _problem(part: Part, size: int) -> str | None:
 
     :raises ModelError: it should be divided, and can't be like this.
     """
+    from sgld.models.blueprints import model_class
     from sgld.models.tensor import Indivisible, NoPlan
-    from sgld.models.tensor_files import divided, model_class, weight_files
+    from sgld.models.tensor_files import divided, weight_files
     from sgld.models.tensor_layers import Team
 
     cls = model_class(part.library, part.class_name) if part.auto_class is None else None
     if cls is None:
-        return f"{part.class_name} isn't a class of transformers or diffusers"
+        return f"{part.class_name} isn't a model of transformers or diffusers"
     called = f"{part.name} ({part.class_name})"
     try:
         model, _ = divided(cls, part.source, Team(0, size))

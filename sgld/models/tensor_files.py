@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from sgld.errors import ModelError
+from sgld.models.blueprints import configuration, is_of_transformers, without_weights
 from sgld.models.hub import fetch
 from sgld.models.sources import ComponentSource
 from sgld.models.tensor import divide_model
@@ -21,23 +21,12 @@ from sgld.models.weight_files import read_json
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def model_class(library: str, name: str) -> Any:
-    """A class of diffusers or transformers; None: they don't have it."""
-    import diffusers
-    import transformers
-
-    return getattr({"diffusers": diffusers, "transformers": transformers}.get(library), name, None)
-
-
 def divided(cls: Any, source: ComponentSource, team: Team) -> tuple[nn.Module, dict[str, Cut]]:
     """A model on the meta device with this rank's parts, made of its configuration alone.
 
     :raises Indivisible: nobody says how, or it can't be done.
     """
-    config = _config(cls, source)
-    # Its buffers are computed, not read.
-    with init_empty_weights():
-        model = cls(config) if _is_of_transformers(cls) else cls.from_config(config)
+    model = without_weights(cls, source)
     return model, divide_model(model, team)
 
 
@@ -50,7 +39,7 @@ def load_parts(cls: Any, source: ComponentSource, team: Team, dtype: torch.dtype
     names = model.state_dict().keys()
     with _opened(weight_files(cls, source)) as slices:
         parts = {key: _Part(whole, _cut_of(key, names, cuts), team) for key, whole in slices.items()}
-        if _is_of_transformers(cls):
+        if is_of_transformers(cls):
             return _load_with_transformers(cls, source, team, parts, dtype)
         in_full = getattr(cls, "_keep_in_fp32_modules", None) or ()
         state = {
@@ -75,7 +64,9 @@ def _load_with_transformers(
             divide_model(self, team)
 
     Divided.__name__ = cls.__name__
-    model: nn.Module = Divided.from_pretrained(None, config=_config(cls, source), state_dict=dict(parts), dtype=dtype)
+    model: nn.Module = Divided.from_pretrained(
+        None, config=configuration(cls, source), state_dict=dict(parts), dtype=dtype
+    )
     return model
 
 
@@ -121,7 +112,7 @@ def weight_files(cls: Any, source: ComponentSource) -> tuple[Path, ...]:
 
     :raises ModelError: there are none, so parts can't be read.
     """
-    stem = _STEMS["transformers" if _is_of_transformers(cls) else "diffusers"]
+    stem = _STEMS["transformers" if is_of_transformers(cls) else "diffusers"]
     variant = f".{source.variant}" if source.variant else ""
     whole, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
     folder = source.folder
@@ -134,18 +125,3 @@ def weight_files(cls: Any, source: ComponentSource) -> tuple[Path, ...]:
     if (folder / index).is_file():
         return tuple(folder / name for name in sorted(set(read_json(folder / index)["weight_map"].values())))
     raise ModelError(f"{source} has no {whole}, and only of safetensors ranks can read parts; it can't have --tp-size")
-
-
-def _config(cls: Any, source: ComponentSource) -> Any:
-    place = str(source.folder) if source.folder is not None else source.path
-    given = {"subfolder": source.subfolder if source.folder is None else None, "revision": source.revision}
-    options = {name: value for name, value in given.items() if value is not None}
-    if _is_of_transformers(cls):
-        return cls.config_class.from_pretrained(place, **options)
-    return cls.load_config(place, **options)
-
-
-def _is_of_transformers(cls: type) -> bool:
-    from transformers import PreTrainedModel
-
-    return issubclass(cls, PreTrainedModel)

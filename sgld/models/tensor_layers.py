@@ -172,7 +172,7 @@ def team_of(component: nn.Module) -> Team | None:
 def in_parts(component: nn.Module) -> str:
     """How much of a component is here, for people."""
     here, whole = sizes(component)
-    return f"{here / 2**20:,.0f} of {whole / 2**20:,.0f} MiB on each"
+    return f"{here / 1e9:.1f} of {whole / 1e9:.1f} GB on each"
 
 
 def sizes(component: nn.Module) -> tuple[int, int]:

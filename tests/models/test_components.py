@@ -157,6 +157,16 @@ def test_component_that_the_model_leaves_out_can_be_added(sdxl_folder: Path, tmp
     assert type(pipeline.image_encoder) is transformers.CLIPVisionModelWithProjection
 
 
+def test_component_that_a_pipeline_may_leave_out_comes_from_another_place(wan_folder: Path, tmp_path: Path) -> None:
+    """It is loaded from the model, although it is given, unless it is asked by the pipeline's own class."""
+    shutil.copytree(wan_folder, tmp_path, dirs_exist_ok=True)
+    other = diffusers.WanTransformer3DModel.from_pretrained(wan_folder / "transformer")
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline = loaded(tmp_path, transformer=tmp_path / "other").pipeline
+    assert torch.equal(next(pipeline.transformer.parameters()), next(other.parameters()))
+
+
 def test_modular_pipeline_takes_components_from_other_places(modular_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(9)
     other = vae(1, shift_factor=0.1)

@@ -125,6 +125,26 @@ def test_rank_without_a_vae_has_nothing_to_set_up(sdxl_folder: Path) -> None:
     assert load(config, 1).pipeline.vae is None
 
 
+@pytest.mark.parametrize("name", ["sdxl", "modular"])
+def test_rank_reads_no_weights_that_it_does_not_keep(
+    name: str, sdxl_folder: Path, modular_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sdxl_folder if name == "sdxl" else modular_folder, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("text_encoder*/*.safetensors"):
+        file.unlink()
+    model = load(
+        EngineConfig(
+            model_path=str(tmp_path),
+            device="cpu",
+            num_cpu_threads=1,
+            parallel=ParallelConfig(enable_cfg_parallel=True),
+        ),
+        1,
+    )
+    kept = {name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert kept == model.sharing.names == {"unet" if name == "sdxl" else "transformer", "vae"}
+
+
 def test_tiling_of_a_vae_that_has_none_is_refused(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import AutoencoderKL
 

@@ -68,7 +68,7 @@ def test_what_has_no_plan_is_whole_and_said_to_be(parts: dict[str, tuple[Any, Ro
     chosen = choose([parts[name] for name in ("t5", "sd3", "own code")], None, ParallelConfig(tp_size=2))
     assert chosen.names == ("text_encoder_2",)
     assert chosen.said["unet"] == "whole: nothing says how its layers are divided"
-    assert chosen.said["own"] == "whole: Mine isn't a class of transformers or diffusers"
+    assert chosen.said["own"] == "whole: Mine isn't a model of transformers or diffusers"
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,9 @@ def test_layer_that_is_called_without_the_other_ranks_does_not_wait_for_them() -
 
 
 def test_how_much_is_here_is_told() -> None:
-    model = nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False))
+    model = nn.Sequential(*(nn.Linear(5000, 10000, bias=False, device="meta") for _ in range(2)))
     assert team_of(model) is None
     team = Team(0, 4)
-    divide(model[0], SummedLinear, {"weight": Cut(1, (1024,))}, team)
+    divide(model[0], SummedLinear, {"weight": Cut(1, (5000,))}, team)
     assert team_of(model) is team
-    assert in_parts(model) == "5 of 8 MiB on each"
+    assert in_parts(model) == "0.2 of 0.4 GB on each"
