@@ -25,6 +25,7 @@ class Known(torch.Tensor):
 
     there: torch.Tensor
     host: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, there: torch.Tensor, host: torch.Tensor) -> "Known":
@@ -132,6 +133,8 @@ class _Pinning(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.tolist and isinstance(args[0], Known):
+            return args[0].host.tolist()
         is_plain = func is torch.Tensor.to and "copy" not in kwargs and not isinstance(args[0], Known)
         if is_plain and args[0].device.type == "cpu":
             return _sent(args[0], func, args[1:], kwargs)

@@ -1,5 +1,6 @@
 """Steps of noise schedulers on a device that isn't there: the same bits, and nothing waits for it."""
 
+import copy
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,19 @@ def test_steps_wait_for_nothing_and_make_the_same_bits(name: str) -> None:
         made = samples(name, DEVICE, device, is_watched=True)
     assert all(torch.equal(one, other) for one, other in zip(made, right, strict=True))
     assert device.waits.total() == 0
+
+
+def test_what_meets_others_of_the_device_is_computed_there_alone() -> None:
+    known, other = Known(torch.arange(5, device="meta"), torch.arange(5)), torch.ones(2, device="meta")
+    one = known[2]
+    assert isinstance(one, Known)
+    assert [type(x) for x in (other * one, one * other, other.to(one))] == [torch.Tensor] * 3
+    later = one.to(torch.float32) + 1
+    assert isinstance(later, Known)
+    assert (float(later), later.dtype, bool(later > 2), later.cpu().item()) == (3.0, torch.float32, True, 3.0)
+    assert torch.arange(10.0)[one].item() == 2.0
+    assert (known == one).nonzero().tolist() == [[2]]
+    assert isinstance(copy.deepcopy(SimpleNamespace(known=Known(torch.ones(2), torch.ones(2)))).known, Known)
 
 
 def test_it_goes_around_the_steps_of_a_pipeline() -> None:
