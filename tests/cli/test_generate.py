@@ -344,7 +344,7 @@ def test_interrupt_ends_with_one_line_and_keeps_what_was_written(tmp_path: Path)
         assert process.stdout is not None
         assert process.stdout.readline() == "outputs/x-0.png\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "sgld: interrupted"
     assert "Traceback" not in err

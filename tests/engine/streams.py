@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from sgld.engine.engine import Engine
-from sgld.events import AnyEvent, Completed, Terminal
+from sgld.events import AnyEvent, Completed, Progress, Restarted, Terminal
 from sgld.sampling_params import SamplingParams
 
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 PROMPT = "a red cat on the hill"
 
 
@@ -42,6 +42,27 @@ async def events_of(engine: Engine, params: SamplingParams) -> list[AnyEvent]:
     """All events of a request."""
     with anyio.fail_after(TIMEOUT_S):
         return [event async for event in engine.generate(params)]
+
+
+async def events_with_fault(engine: Engine, params: SamplingParams, fault: Callable[[], None]) -> list[AnyEvent]:
+    """The events of a request, after whose first step something happens to its rank.
+
+    From then on a rank that is silent for a second hangs; the one that takes its place has the time that it needs.
+    """
+    events: list[AnyEvent] = []
+    replica = engine._replicas[0]
+    patience_s = replica._run_timeout_s
+    with anyio.fail_after(TIMEOUT_S):
+        async for event in engine.generate(params):
+            if isinstance(event, Progress) and not any(isinstance(e, Progress) for e in events):
+                assert replica.rank is not None
+                fault()
+                replica._run_timeout_s = 1.0
+                replica.rank.expect_reply(1.0)
+            elif isinstance(event, Restarted):
+                replica._run_timeout_s = patience_s
+            events.append(event)
+    return events
 
 
 async def completed(engine: Engine, params: SamplingParams) -> Completed:

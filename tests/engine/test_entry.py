@@ -12,7 +12,7 @@ from sgld.events import AnyEvent, Completed, Preview, Progress, Queued, Restarte
 from sgld.request import Request, RequestState
 from sgld.sampling_params import SamplingParams
 
-TIMEOUT_S = 10
+TIMEOUT_S = 60
 PIXEL = np.zeros((1, 1, 3), np.uint8)
 
 

@@ -28,6 +28,7 @@ from engine.streams import (
     completed,
     difference,
     events_of,
+    events_with_fault,
     is_idle,
     leave_at,
     names,
@@ -42,8 +43,6 @@ from sgld.events import AnyEvent, Completed, Failed, Progress, Restarted
 from sgld.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.long
-# Long enough for the first forward of a new process on a busy machine.
-RUN_TIMEOUT_S = 4.0
 T = TypeVar("T")
 
 
@@ -59,9 +58,7 @@ class Model:
         return params_of(self.kwargs, **choices)
 
     def config(self, folder: Path | None = None) -> EngineConfig:
-        return EngineConfig(
-            model_path=str(folder or self.folder), device="cpu", run_timeout_s=RUN_TIMEOUT_S, num_cpu_threads=2
-        )
+        return EngineConfig(model_path=str(folder or self.folder), device="cpu", num_cpu_threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +115,6 @@ def has_ended(pid: int, timeout_s: float = TIMEOUT_S) -> bool:
         return bool(poll.poll(timeout_s * 1000))
     finally:
         os.close(fd)
-
-
-async def events_with_fault(engine: Engine, params: SamplingParams, fault: Callable[[], None]) -> list[AnyEvent]:
-    """The events of a request during whose second step something happens to the rank."""
-    events: list[AnyEvent] = []
-    with anyio.fail_after(TIMEOUT_S):
-        async for event in engine.generate(params):
-            if isinstance(event, Progress) and not any(isinstance(e, Progress) for e in events):
-                fault()
-            events.append(event)
-    return events
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])

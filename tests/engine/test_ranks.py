@@ -6,10 +6,10 @@ import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import anyio
 import msgspec
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -17,15 +17,14 @@ from peft import LoraConfig, get_peft_model_state_dict
 from pipelines import build
 
 from engine.preloaded import preloaded_rank
-from engine.streams import TIMEOUT_S, completed, difference, ends_of, events_of, params_of, plain
+from engine.streams import completed, difference, ends_of, events_of, events_with_fault, params_of, plain
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
-from sgld.events import AnyEvent, Completed, Failed, Progress, Restarted
+from sgld.events import Completed, Failed, Restarted
 from sgld.parallel import ParallelConfig
 from sgld.sampling_params import FirstBlockCache, LoraChoice, SamplingParams
 
 pytestmark = pytest.mark.long
-RUN_TIMEOUT_S = 6.0
 T = TypeVar("T")
 
 
@@ -62,7 +61,6 @@ def serving(name: str, folder: Path, **parallel: Any) -> Iterator[Served]:
     config = EngineConfig(
         model_path=str(folder),
         device="cpu",
-        run_timeout_s=RUN_TIMEOUT_S,
         num_cpu_threads=1,
         parallel=ParallelConfig(**parallel),
     )
@@ -171,16 +169,8 @@ def test_request_runs_again_when_a_follower_is_lost(shared_tokens: Served, numbe
     params = shared_tokens.params(num_inference_steps=30, seed=3)
     before = pids()
 
-    async def body(engine: Engine) -> list[AnyEvent]:
-        events: list[AnyEvent] = []
-        with anyio.fail_after(TIMEOUT_S):
-            async for event in engine.generate(params):
-                if isinstance(event, Progress) and not any(isinstance(e, Progress) for e in events):
-                    os.kill(pids()[1], number)
-                events.append(event)
-        return events
-
-    events = shared_tokens.run(body)
+    fault = partial(os.kill, before[1], number)
+    events = shared_tokens.portal.call(events_with_fault, shared_tokens.engine, params, fault)
     assert sum(isinstance(event, Restarted) for event in events) == 1
     assert isinstance(events[-1], Completed)
     assert difference(events[-1].frames, plain(shared_tokens.pipeline, params)) <= 1

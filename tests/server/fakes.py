@@ -24,7 +24,7 @@ from sgld.sampling_params import SamplingParams
 from sgld.server.serve import EngineFactory, listen, serve
 from sgld.server.services import Services
 
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 CONFIG = EngineConfig(device="cpu", num_cpu_threads=1)
 MODEL = ModelInfo(model_path="sgld/tiny-image", pipeline_class="FakePipeline", device="cpu", precisions={}, fps=None)
 

@@ -99,7 +99,7 @@ async def test_who_is_too_far_behind_needs_a_snapshot() -> None:
 async def test_all_that_is_unread_is_one_chunk_the_same_for_all_who_are_up_to_date() -> None:
     feed = Feed()
     live = live_request()
-    with anyio.fail_after(10), feed.watch(OWNER) as first, feed.watch(OWNER) as second, feed.watch("another") as other:
+    with anyio.fail_after(60), feed.watch(OWNER) as first, feed.watch(OWNER) as second, feed.watch("another") as other:
         publish(feed, live, queued(live), Started(request_id=live.id), stepped(live, 1), preview(live, 1))
         feed.tick(STATS)
         async with anyio.create_task_group() as tasks:
@@ -176,7 +176,7 @@ async def test_a_reader_waits_for_news() -> None:
     async def wait(watcher: Watcher) -> None:
         found.append(await watcher.next())
 
-    with anyio.fail_after(10), feed.watch(OWNER) as watcher:
+    with anyio.fail_after(60), feed.watch(OWNER) as watcher:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(feed.run)
             async with anyio.create_task_group() as waiting:
@@ -191,6 +191,6 @@ async def test_a_reader_waits_for_news() -> None:
 async def test_a_closed_feed_has_nothing_more_to_say() -> None:
     feed = Feed()
     feed.close()
-    with anyio.fail_after(10), feed.watch(OWNER) as watcher:
+    with anyio.fail_after(60), feed.watch(OWNER) as watcher:
         assert await watcher.next() == "closed"
     assert feed.num_watchers == 0

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,16 +43,15 @@ def hanging(url: str, client: httpx2.Client) -> httpx2.Response:
 
 
 def test_sigterm_ends_open_streams_in_time(tmp_path: Path) -> None:
+    """By default it would wait for the stream for 30 seconds."""
     with program(tmp_path, "--shutdown-timeout-s", "0.2") as (process, url), httpx2.Client(timeout=TIMEOUT_S) as client:
         response = hanging(url, client)
-        started_at = time.monotonic()
         process.send_signal(signal.SIGTERM)
+        code = process.wait(25)
         text = response.read().decode()
-        code = process.wait(TIMEOUT_S)
 
         assert '"code":"shutting_down"' in text
         assert code == 0
-        assert time.monotonic() - started_at < 8
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
 

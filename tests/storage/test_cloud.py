@@ -22,7 +22,7 @@ from sgld.storage_config import StorageConfig
 
 from .s3_server import S3Server
 
-TIMEOUT_S = 20
+TIMEOUT_S = 60
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ class Front:
 
     def receive(self) -> AnyReply:
         async def next_message() -> AnyReply:
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 return await self.channel.receive()
 
         return anyio.run(next_message)
