@@ -117,7 +117,7 @@ class _Border(TorchDispatchMode):  # type: ignore[no-untyped-call]
             case _aten._local_scalar_dense.default:
                 return self._is_there(args[0])
             case _aten._to_copy.default:
-                return self._is_there(args[0]) and kwargs.get("device", args[0].device).type != self._device_type
+                return self._is_there(args[0]) and (kwargs.get("device") or args[0].device).type != self._device_type
             case _aten.copy_.default:
                 return self._is_there(args[1]) and not self._is_there(args[0])
         return False
