@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 class Delivery:
-    """Sends what one task shows while it runs and in the end."""
+    """Sends what one task shows while it runs and in the end.
+
+    :param num_threads: CPU threads of the task.
+    :param filters: what its frames go through.
+    """
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class Delivery:
         asked: Start,
         model: "LoadedModel",
         previewer: Previewer,
+        *,
         num_threads: int,
         filters: tuple[Filter, ...] = (),
         runtime: Runtime | None = None,

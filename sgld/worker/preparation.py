@@ -48,7 +48,8 @@ class Preparation:
         steps = num_steps(pipeline, kwargs)
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self.model.is_whole else 1
-        delivery = Delivery(self.results, asked, self.model, self.previewer, num_threads, filters, self.runtime)
+        about = self.results, asked, self.model, self.previewer
+        delivery = Delivery(*about, num_threads=num_threads, filters=filters, runtime=self.runtime)
         job = Job(
             asked.request_id,
             pipeline,

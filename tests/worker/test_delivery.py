@@ -35,7 +35,7 @@ def test_frames_of_a_decode_that_runs_again_replace_those_of_the_first() -> None
     pipeline, _ = build("wan")
     sent, latents = Sent(), torch.randn(1, 16, 2, 2, 2)
     model = LoadedModel(pipeline, torch.device("cpu"), {}, "wan")
-    delivery = Delivery(sent, Start(request_id="a", params=SamplingParams()), model, Previewer(), 1)  # type: ignore[arg-type]
+    delivery = Delivery(sent, Start(request_id="a", params=SamplingParams()), model, Previewer(), num_threads=1)  # type: ignore[arg-type]
     delivery._video_processor = pipeline.video_processor
 
     def decode(problem: Exception | None = None) -> None:
@@ -72,7 +72,7 @@ class Film:
 def test_what_the_pipeline_returned_is_gone_while_filters_work() -> None:
     sent = Sent()
     model = LoadedModel(None, torch.device("cpu"), {}, "film")
-    delivery = Delivery(sent, Start(request_id="a", params=SamplingParams()), model, Previewer(), 1)  # type: ignore[arg-type]
+    delivery = Delivery(sent, Start(request_id="a", params=SamplingParams()), model, Previewer(), num_threads=1)  # type: ignore[arg-type]
 
     def film() -> Film:
         made = Film()
@@ -95,5 +95,5 @@ def test_what_the_model_chose_is_within_the_limits_too(chosen: dict[str, Any], l
     model, sent = LoadedModel(None, torch.device("cpu"), {}, "film"), Sent()
     asked = Start(request_id="a", params=SamplingParams(**chosen), limits=limits)
     with pytest.raises(InvalidRequest, match="at most"):
-        Delivery(sent, asked, model, Previewer(), 1).finish(Film)  # type: ignore[arg-type]
+        Delivery(sent, asked, model, Previewer(), num_threads=1).finish(Film)  # type: ignore[arg-type]
     assert sent.indexes == []
