@@ -1,6 +1,6 @@
 """/v1/videos: videos as jobs, which are asked about until they have an end."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,20 +222,22 @@ class VideoWork:
         if len(self._files) == live.params.num_outputs_per_prompt:
             await self._services.jobs.keep(live, [file for _, file in sorted(self._files.items())])
 
-    async def _write(self, live: LiveRequest, completed: Completed) -> StoredFile:
-        frames, name, options = completed.frames, f"{live.id}/{completed.output_index}", self.options
-        key, media_type = f"{name}{extension_of(options.output_format)}", media_type_of(options.output_format)
-        fps = completed.fps or DEFAULT_FPS
-        model_path = self._services.engine_config.model_path
+    def _encoder(self, live: LiveRequest, completed: Completed, fps: float) -> Callable[[Path], None]:
+        """Writes the video into a file."""
+        options, model_path = self.options, self._services.engine_config.model_path
         metadata = metadata_of(model_path, live.params, completed) if options.metadata else None
         about: dict[str, Any] = {"fps": fps, "quality": options.encoding_quality, "metadata": metadata}
         if options.output_format == "mp4":
             sound: dict[str, Any] = {"audio": completed.audio, "sample_rate": completed.sample_rate}
-            encode = video_writer(frames, encoding=options.encoding, **sound, **about)
-        else:
-            encode = partial(write_animation, frames=frames, animation_format=options.output_format, **about)
+            return video_writer(completed.frames, encoding=options.encoding, **sound, **about)
+        return partial(write_animation, frames=completed.frames, animation_format=options.output_format, **about)
+
+    async def _write(self, live: LiveRequest, completed: Completed) -> StoredFile:
+        frames, name, options = completed.frames, f"{live.id}/{completed.output_index}", self.options
+        key, media_type = f"{name}{extension_of(options.output_format)}", media_type_of(options.output_format)
+        fps = completed.fps or DEFAULT_FPS
         hook = load_hook(self._services.config.storage.output_hook)
-        write_file, size_bytes = hooked(encode, hook, media_type), 0
+        write_file, size_bytes = hooked(self._encoder(live, completed, fps), hook, media_type), 0
 
         def write(path: Path) -> None:
             nonlocal size_bytes
