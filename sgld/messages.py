@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from sgld.events import Stage
+from sgld.parallel import Ranks
 from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 
@@ -44,6 +45,10 @@ class CallInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     is_exclusive: bool = False
     """Its task changes what it shares: until that ends nobody else's calls run."""
+    max_degree: int = 1
+    """So many ranks may share its forward, a power of two."""
+    is_bound: bool = True
+    """Only the first ranks can run it: others lack the component, or what is done around it."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +103,8 @@ class Run(Command, frozen=True, kw_only=True, tag="run"):
 
     call_ids: tuple[int, ...]
     num_ticks: int = 1
+    ranks: Ranks | None = None
+    """Of a replica that chooses for each forward: those that run this one, while others run others; None: all."""
 
 
 class Cancel(Command, frozen=True, kw_only=True, tag="cancel"):
@@ -172,6 +179,8 @@ class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     variant: Variant = "eager"
     num_reused: int = 0
     """Calls that were answered with what was known, without a forward."""
+    ranks: Ranks | None = None
+    """Those that ran it, where each forward has its own."""
 
 
 class Judged(Reply, frozen=True, kw_only=True, tag="judged"):
@@ -226,8 +235,10 @@ class Compiling(Reply, frozen=True, kw_only=True, tag="compiling"):
     is_pending: bool
 
 
-class Idle(Reply, frozen=True, tag="idle"):
-    """A `Run` has come to its end; the rank waits for commands."""
+class Idle(Reply, frozen=True, kw_only=True, tag="idle"):
+    """A `Run` has come to its end; its ranks, of which this is the first, wait for commands."""
+
+    first_rank: int = 0
 
 
 class Stepped(Reply, frozen=True, kw_only=True, tag="stepped"):

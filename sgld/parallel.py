@@ -8,6 +8,25 @@ from msgspec import Meta
 from sgld.fields import FieldError, check_fields, option
 
 
+class Ranks(msgspec.Struct, frozen=True, array_like=True):
+    """Some ranks of a replica that stand side by side: a power of two, beginning at a multiple of it."""
+
+    first: int = 0
+    num: int = 1
+
+    @property
+    def every(self) -> range:
+        """Their indices."""
+        return range(self.first, self.first + self.num)
+
+    def __str__(self) -> str:
+        return f"rank {self.first}" if self.num == 1 else f"ranks {self.first} to {self.first + self.num - 1}"
+
+
+FIRST = Ranks()
+"""Rank 0 alone."""
+
+
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the GPUs share the work: num_gpus = dp x cfg x sp x tp, and sp = ulysses x ring.
 
@@ -45,6 +64,10 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Annotated[int, Meta(ge=1), option("how many pass keys and values around; default: 1, or what ulysses leaves")]
         | None
     ) = None
+    elastic_sp: Annotated[
+        bool,
+        option("each forward takes as many GPUs of a copy as pay, by what was measured; several run side by side"),
+    ] = False
     enable_cfg_parallel: Annotated[bool, option("both halves of guidance at the same time, on two groups of GPUs")] = (
         False
     )
@@ -59,6 +82,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.elastic_sp:
+            self._check_elastic()
         apart = self.dp_size * self.cfg_degree * self.tp_size
         if self.total % apart:
             problem = f"it must be a multiple of dp x cfg x tp = {self.dp_size} x {self.cfg_degree} x {self.tp_size}"
@@ -69,6 +94,39 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.sp != self.ulysses * self.ring:
             problem = f"it must be ulysses x ring = {self.ulysses} x {self.ring} = {self.ulysses * self.ring}"
             raise FieldError("sp_degree", self.sp, problem)
+
+    def _check_elastic(self) -> None:
+        """See that the ranks of a copy can be taken in halves, and that nothing else says how many share a forward."""
+        fixed = {
+            "sp_degree": self.sp_degree,
+            "ulysses_degree": self.ulysses_degree,
+            "ring_degree": self.ring_degree,
+            "enable_cfg_parallel": self.enable_cfg_parallel or None,
+            "tp_size": self.tp_size if self.tp_size > 1 else None,
+        }
+        for name, value in fixed.items():
+            if value is not None:
+                raise FieldError(
+                    name, value, "with elastic_sp the degree is chosen anew for each forward; leave it out"
+                )
+        if self.num_gpus is None or self.num_gpus % self.dp_size:
+            return  # the sum says what is wrong
+        num = self.num_gpus // self.dp_size
+        if num & (num - 1):
+            problem = (
+                f"with elastic_sp each copy must have a power of two of GPUs, not {self.num_gpus} / dp {self.dp_size}"
+            )
+            raise FieldError("num_gpus", self.num_gpus, f"{problem} = {num}")
+
+    @property
+    def num_lanes(self) -> int:
+        """So many forwards of one copy may run side by side."""
+        return self.num_ranks if self.elastic_sp else 1
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """So many ranks may share the tokens of a forward."""
+        return tuple(2**n for n in range(self.num_ranks.bit_length())) if self.elastic_sp else (self.sp,)
 
     @property
     def total(self) -> int:
@@ -110,4 +168,6 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def layout(self) -> str:
         """The arithmetic for people, as `4 = dp 1 x cfg 2 x sp 2 (ulysses 2 x ring 1) x tp 1`."""
         sp = f"sp {self.sp} (ulysses {self.ulysses} x ring {self.ring})"
+        if self.elastic_sp:
+            sp = f"sp {' or '.join(map(str, self.degrees))} (elastic)"
         return f"{self.total} = dp {self.dp_size} x cfg {self.cfg_degree} x {sp} x tp {self.tp_size}"

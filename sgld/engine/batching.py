@@ -1,7 +1,7 @@
 """Which calls share the forward of the most urgent one, and how long requests take together: pure functions."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from sgld.engine.cost import Cost
 from sgld.engine.demand import Profiles, call_class, seconds_of
@@ -11,7 +11,11 @@ from sgld.messages import CallInfo, CallKind
 
 
 def as_many_as_pay(
-    ordered: Sequence[tuple[Level, Tracked]], num_requests: int, cost: Cost, max_batch_size: int
+    ordered: Sequence[tuple[Level, Tracked]],
+    num_requests: int,
+    cost: Cost,
+    max_batch_size: int,
+    able: Collection[int] | None = None,
 ) -> list[tuple[Tracked, CallInfo]]:
     """The first call of the first request, and those that everybody together gains by if they join it.
 
@@ -27,13 +31,14 @@ def as_many_as_pay(
 
     :param ordered: the requests with calls that wait, the most urgent first.
     :param num_requests: all that wait or run.
+    :param able: the calls that can run where the forward will; None: all.
     """
     head = ordered[0][1]
-    batch = [(head, head.calls[min(head.calls)])]
+    batch = [(head, head.calls[min(call_id for call_id in head.calls if able is None or call_id in able)])]
     first = batch[0][1]
     rows, before_s = first.rows, cost.predict(first.cost_key, first.rows)
     gain_s, best_gain_s, best_size = 0.0, 0.0, 1
-    for num_ahead, request, call in _candidates(ordered, first):
+    for num_ahead, request, call in _candidates(ordered, first, able):
         after_s = cost.predict(first.cost_key, rows + call.rows)
         alone_s = cost.predict(call.cost_key, call.rows)
         if len(batch) == max_batch_size or before_s is None or after_s is None or alone_s is None:
@@ -57,7 +62,9 @@ def all_together(waiting: Sequence[Tracked], max_batch_size: int) -> list[tuple[
     return [first, *others][:max_batch_size]
 
 
-def _candidates(ordered: Sequence[tuple[Level, Tracked]], first: CallInfo) -> Iterator[tuple[int, Tracked, CallInfo]]:
+def _candidates(
+    ordered: Sequence[tuple[Level, Tracked]], first: CallInfo, able: Collection[int] | None
+) -> Iterator[tuple[int, Tracked, CallInfo]]:
     """The calls that may share a forward with the first one, each with the number of requests before its own."""
     level, head = ordered[0]
     for num_ahead, (other_level, request) in enumerate(ordered):
@@ -66,7 +73,8 @@ def _candidates(ordered: Sequence[tuple[Level, Tracked]], first: CallInfo) -> It
         if request is not head and (request.is_suspect or head.is_suspect):
             continue
         for call in request.calls.values():
-            if call is not first and call.merge_key == first.merge_key:
+            is_able = able is None or call.id in able
+            if call is not first and call.merge_key == first.merge_key and is_able:
                 yield num_ahead, request, call
 
 
@@ -106,11 +114,18 @@ def preparing(
     return None
 
 
-def together_s(requests: Sequence[tuple[Tracked, float]], cost: Cost, max_batch_size: int) -> float:
+def together_s(requests: Sequence[tuple[Tracked, float]], cost: Cost, max_batch_size: int, num_ranks: int = 1) -> float:
     """Seconds until all of these are done, given what each has left; those whose calls merge run together.
 
     Of n that merge, the one with the most left takes t(1) for each of its calls, the next one t(2) - t(1), and so on.
+    Where forwards run side by side each takes its share of the ranks, and none ends earlier than it would alone.
     """
+    if num_ranks > 1:
+        shares = (
+            remaining_s * cost.share(next((call.cost_key for call in request.calls.values()), ""), num_ranks)
+            for request, remaining_s in requests
+        )
+        return max(sum(shares), max((remaining_s for _, remaining_s in requests), default=0.0))
     alone_s = 0.0
     merged: defaultdict[str, list[tuple[float, CallInfo]]] = defaultdict(list)
     for request, remaining_s in requests:

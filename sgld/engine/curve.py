@@ -45,9 +45,12 @@ class Curve:
     Times of variants are kept apart. A number of rows is priced as it will run: by its own times if these are of the
     fastest variant that the key has come to, or stay what they are; else by its own in proportion to what others
     gained. So a graph of one row doesn't make two rows look too dear to be tried, which would never be captured then.
+
+    :param num_first: so many runs tell the first time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_first: int = 1) -> None:
+        self._num_first = num_first
         self.known: list[tuple[int, float]] = []
         """By rows."""
         self._rows: dict[int, _Row] = {}
@@ -61,7 +64,7 @@ class Curve:
         row = self._rows.setdefault(rows, _Row())
         samples = row.samples.setdefault(variant, deque(maxlen=MAX_SAMPLES))
         samples.append(elapsed_s)
-        if self._best is not None and len(samples) < MIN_SAMPLES:
+        if len(samples) < (self._num_first if self._best is None else MIN_SAMPLES):
             return False
         self._settle(row, variant)
         self._max_rows = max(self._max_rows, rows)

@@ -18,7 +18,7 @@ from anyio import to_thread
 from sgld.config import EngineConfig
 from sgld.engine.adapters import EngineLoras
 from sgld.engine.calibration import calibrate, sizes_of
-from sgld.engine.cost import CostModel
+from sgld.engine.cost import CostModel, at_degree
 from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.entry import Entry
 from sgld.engine.learned import LearnedFile
@@ -269,8 +269,9 @@ class Engine:
                 where = f"replica {replica.index}: " if len(self._replicas) > 1 else ""
                 logger.warning("%s%s; it is started again", where, problem)
                 self._tally.num_restarts += 1
-                batch, replica.running = replica.running, None
-                blamed = {*(batch.request_ids if batch is not None else ()), *self._tally.lost(replica.index)}
+                batches, replica.running = replica.running, {}
+                given = {name for batch in batches.values() for name in batch.request_ids}
+                blamed = {*given, *self._tally.lost(replica.index)}
                 self._requests.run_again(problem, blamed or None, replica.index)
                 self._balance()
                 await anyio.sleep(min(replica.num_lost_loads, MAX_PAUSE_S))
@@ -403,13 +404,14 @@ class Engine:
                 replica.scheduler.launched(call_ids)
             case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
                 self._tally.ran(reply, replica.index)
-                replica.scheduler.ran(call_ids, elapsed_s)
+                replica.ran(reply)
                 if reply.is_timed:
-                    self._cost.observe(reply.cost_key, reply.rows, elapsed_s, reply.variant)
+                    key = at_degree(reply.cost_key, reply.ranks.num if reply.ranks is not None else 1)
+                    self._cost.observe(key, reply.rows, elapsed_s, reply.variant)
             case LoraLoaded() | LoraFailed() | LorasHeld():
                 self._loras.heard(reply, replica.index)
-            case Idle():
-                replica.running = None
+            case Idle(first_rank=first_rank):
+                replica.running.pop(first_rank, None)
             case Previewed() | Decoded() | Heard():
                 await self._requests.take(reply, rank.tensors)
             case Stepped() | Finished() | TaskFailed() | TaskCancelled():

@@ -15,7 +15,7 @@ from sgld.engine.scheduler import Batch, Scheduler
 from sgld.engine.stages import Stages
 from sgld.engine.statistics import ReplicaStatistics
 from sgld.errors import RankLost
-from sgld.messages import AnyCommand, LoadLora, LorasHeld, Run, UnloadLora
+from sgld.messages import AnyCommand, LoadLora, LorasHeld, Ran, Run, UnloadLora
 from sgld.request import RequestState
 from sgld.sampling_params import SamplingParams
 
@@ -27,7 +27,7 @@ UNKNOWN_FACTOR = 10.0
 
 
 class Replica:
-    """One copy of the model: its rank, its scheduler, and the batch that runs."""
+    """One copy of the model: its rank, its scheduler, and the batches that run."""
 
     def __init__(self, index: int, config: EngineConfig, cost: CostModel, profiles: Profiles) -> None:
         self.index = index
@@ -37,10 +37,15 @@ class Replica:
             max_running_requests=config.max_running_requests,
             max_queued_requests=config.max_queued_requests,
             max_batch_size=config.max_batch_size,
+            num_ranks=config.parallel.num_lanes,
         )
+        self._num_lanes = config.parallel.num_lanes
         self.rank: Rank | None = None
         """None while no rank is ready."""
-        self.running: Batch | None = None
+        self.running: dict[int, Batch] = {}
+        """By the first of the ranks that run it."""
+        self._beside_s: dict[int, float] = {}
+        """What other ranks have computed since these have a batch."""
         self.is_compiling = False
         """Code is on its way that its rank will run."""
         self.has_served = False
@@ -100,19 +105,40 @@ class Replica:
         for command in requests.admit(self.index):
             self.adapters |= adapters_of(command.params)
             self.send(command)
-        if self.running is None and (batch := self.scheduler.next_batch(time.monotonic())) is not None:
-            self.running = batch
-            self.send(Run(call_ids=batch.call_ids, num_ticks=batch.num_ticks))
+        while (batch := self.scheduler.next_batch(time.monotonic(), self.running.values())) is not None:
+            self.running[batch.ranks.first] = batch
+            self._beside_s[batch.ranks.first] = 0.0
+            ranks = batch.ranks if self._num_lanes > 1 else None
+            self.send(Run(call_ids=batch.call_ids, num_ticks=batch.num_ticks, ranks=ranks))
         self.rank.expect_reply(self._silence_limit_s(requests))
 
-    def _silence_limit_s(self, requests: Requests) -> float | None:
-        """How long the rank may be silent: while it has work, as long as its forward may take."""
-        if self.running is None and not requests.num_in(RequestState.RUNNING, self.index):
-            return None
-        predicted_s = self.running.predicted_s if self.running else None
+    def ran(self, reply: Ran) -> None:
+        """A forward is over.
+
+        :raises RankLost: other ranks should have been done with theirs long ago. That is told by what was computed
+            meanwhile: a replica isn't silent while only some of its ranks hang, and clocks go on while it is suspended.
+        """
+        self.scheduler.ran(reply.call_ids, reply.elapsed_s)
+        if reply.ranks is None:
+            return
+        for first, batch in self.running.items():
+            if first != reply.ranks.first:
+                self._beside_s[first] = self._beside_s.get(first, 0.0) + reply.elapsed_s
+                limit_s = self._limit_s(batch.predicted_s) * batch.num_ticks
+                if self._beside_s[first] > self._num_lanes * limit_s:
+                    raise RankLost(f"{batch.ranks} hung: others computed for {self._beside_s[first]:.0f} s meanwhile")
+
+    def _limit_s(self, predicted_s: float | None) -> float:
+        """How long a forward may take."""
         if predicted_s is None:
             return UNKNOWN_FACTOR * self._run_timeout_s
         return max(self._run_timeout_s, HANG_FACTOR * predicted_s)
+
+    def _silence_limit_s(self, requests: Requests) -> float | None:
+        """How long the rank may be silent: while it has work, as long as its forward may take."""
+        if not self.running and not requests.num_in(RequestState.RUNNING, self.index):
+            return None
+        return max((self._limit_s(batch.predicted_s) for batch in self.running.values()), default=self._limit_s(None))
 
     def lost(self) -> None:
         """The rank is gone."""

@@ -4,17 +4,19 @@ Shortest remaining time first, with ageing, below priorities and deadlines; call
 together gains.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from sgld.engine.batching import all_together, as_many_as_pay, preparing, together_s
 from sgld.engine.cost import Cost
 from sgld.engine.demand import Demand, Profiles
+from sgld.engine.lanes import Degrees, placed
 from sgld.engine.order import Level, in_order, score
 from sgld.engine.remaining import Tracked
 from sgld.errors import DeadlineImpossible, QueueFull
 from sgld.messages import CallInfo
+from sgld.parallel import FIRST, Ranks
 
 # The front has a say again after this time: new requests wait for a standing order no longer.
 STANDING_ORDER_S = 0.25
@@ -34,6 +36,8 @@ class Batch:
     num_ticks: int
     predicted_s: float | None
     """Seconds of one tick."""
+    ranks: Ranks = FIRST
+    """Those that run it, where others run something else meanwhile."""
 
 
 class Scheduler:
@@ -41,6 +45,7 @@ class Scheduler:
 
     :param cost: predicts forwards; learned by the owner.
     :param profiles: what requests take; schedulers of one engine share it.
+    :param num_ranks: so many forwards may run side by side, each on one rank; or fewer, on more of them.
     """
 
     def __init__(
@@ -51,8 +56,11 @@ class Scheduler:
         max_running_requests: int = 32,
         max_queued_requests: int = 1024,
         max_batch_size: int = 16,
+        num_ranks: int = 1,
     ) -> None:
         self._cost = cost
+        self._num_ranks = num_ranks
+        self._degrees = Degrees(cost, num_ranks)
         self._profiles = profiles or Profiles(cost)
         self._max_running = max_running_requests
         self._max_queued = max_queued_requests
@@ -170,9 +178,16 @@ class Scheduler:
         request.is_suspect |= is_suspect
         self._queued[request_id] = request
 
-    def next_batch(self, now: float) -> Batch | None:
-        """The calls that run next, or None when nothing is pending."""
+    def next_batch(self, now: float, running: Collection[Batch] = ()) -> Batch | None:
+        """The calls that run next, or None when nothing is pending, or nothing that could run now.
+
+        :param running: what ranks are busy with.
+        """
         if not self._by_call:
+            return None
+        if self._num_ranks > 1:
+            return self._next_placed(now, running)
+        if running:
             return None
         waiting = [request for request in self._running.values() if request.calls]
         exclusive = [request for request in waiting if any(call.is_exclusive for call in request.calls.values())]
@@ -184,13 +199,49 @@ class Scheduler:
             place = preparing(ordered, batch, self._num_requests, self._cost, self._profiles)
             if place is not None:
                 batch = self._batch([ordered.pop(place), *ordered])
+        return self._order(batch)
+
+    def _next_placed(self, now: float, running: Collection[Batch]) -> Batch | None:
+        """The calls that run next beside others.
+
+        A request that may have cost a rank, and one that changes components, runs when nothing else does.
+        """
+        given = {call_id for batch in running for call_id in batch.call_ids}
+        # The calls that follow in a standing order are its own.
+        standing = {name for batch in running if batch.num_ticks > 1 for name in batch.request_ids}
+        waiting = [r for r in self._running.values() if r.calls.keys() - given and r.id not in standing]
+        exclusive = [request for request in waiting if any(call.is_exclusive for call in request.calls.values())]
+        ordered = self._ordered(exclusive or waiting, now)
+        if not ordered or self._is_suspect(running):
+            return None
+        if is_alone := bool(exclusive) or ordered[0][1].is_suspect:
+            if running:
+                return None
+            ordered = ordered[:1]
+        else:
+            ordered = [(level, request) for level, request in ordered if not request.is_suspect]
+        if self.is_calibrating and not running and not is_alone:
+            batch = all_together([request for _, request in ordered], self._max_batch_size)
+            degree = self._degrees.best_degree(batch[0][1], 1)
+            return self._order(batch, Ranks(0, degree))
+        busy = [batch.ranks for batch in running]
+        num = self._num_requests
+        chosen = placed(ordered, given, busy, num, self._degrees, self._max_batch_size)
+        return self._order(chosen.calls, chosen.ranks) if chosen is not None else None
+
+    def _is_suspect(self, running: Collection[Batch]) -> bool:
+        every = (self._running.get(name) for batch in running for name in batch.request_ids)
+        return any(request.is_suspect for request in every if request is not None)
+
+    def _order(self, batch: Sequence[tuple[Tracked, CallInfo]], ranks: Ranks = FIRST) -> Batch:
         calls = [call for _, call in batch]
-        predicted_s = self._cost.predict(calls[0].cost_key, sum(call.rows for call in calls))
+        predicted_s = self._cost.predict(calls[0].cost_key, sum(call.rows for call in calls), ranks.num)
         return Batch(
             call_ids=tuple(call.id for call in calls),
             request_ids=tuple(dict.fromkeys(request.id for request, _ in batch)),
             num_ticks=self._num_ticks(calls, predicted_s),
             predicted_s=predicted_s,
+            ranks=ranks,
         )
 
     def position(self, request_id: str, now: float) -> int:
@@ -216,13 +267,16 @@ class Scheduler:
             before + [(other, min(other.remaining_s or 0.0, own_s)) for other in sharing[1:]],
             self._cost,
             self._max_batch_size,
+            self._num_ranks,
         )
 
     def backlog_s(self, now: float) -> float | None:
         """Predicted seconds until all requests here are completed; None while nothing is known of one of them."""
         every = [(request, request.remaining_s) for _, request in self._all_in_order(now)]
         known = [(request, remaining_s) for request, remaining_s in every if remaining_s is not None]
-        return together_s(known, self._cost, self._max_batch_size) if len(known) == len(every) else None
+        return (
+            together_s(known, self._cost, self._max_batch_size, self._num_ranks) if len(known) == len(every) else None
+        )
 
     def give_up(self, now: float, num_requests: int) -> list[Tracked]:
         """So many of the requests that start next leave for other schedulers; fewer where the others have started."""
@@ -266,7 +320,9 @@ class Scheduler:
         ordered = self._all_in_order(now)
         first = [(request, request.remaining_s) for _, request in ordered[:num_requests]]
         known = [(request, remaining_s) for request, remaining_s in first if remaining_s is not None]
-        return together_s(known, self._cost, self._max_batch_size) if len(known) == num_requests else None
+        return (
+            together_s(known, self._cost, self._max_batch_size, self._num_ranks) if len(known) == num_requests else None
+        )
 
     def _num_ticks(self, calls: Sequence[CallInfo], predicted_s: float | None) -> int:
         """One when others wait; else as many as fit in the time for which new requests may wait."""

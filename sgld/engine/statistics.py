@@ -31,6 +31,8 @@ class CallStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """The most calls that shared a forward."""
     batch_sizes: dict[int, int] = {}
     """How many forwards so many calls shared; those of proofs aren't counted."""
+    num_ranks: dict[int, int] = {}
+    """How many ticks so many ranks ran, where that is chosen for each."""
 
 
 class MergeStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +149,7 @@ class Tally:
             num_reused=before.num_reused + reply.num_reused,
             largest_batch=max(before.largest_batch, len(reply.call_ids) if is_merged else 1),
             batch_sizes=_counted(before.batch_sizes, reply),
+            num_ranks=_with_ranks(before.num_ranks, reply),
         )
         if self.trace is not None:
             self.trace.ran(reply, calls, replica)
@@ -190,3 +193,9 @@ def _counted(sizes: dict[int, int], reply: Ran) -> dict[int, int]:
         return sizes
     size, num = (len(reply.call_ids), 1) if reply.mode == "merged" else (1, len(reply.call_ids))
     return sizes | {size: sizes.get(size, 0) + num}
+
+
+def _with_ranks(counts: dict[int, int], reply: Ran) -> dict[int, int]:
+    if reply.ranks is None:
+        return counts
+    return counts | {reply.ranks.num: counts.get(reply.ranks.num, 0) + 1}

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_WAITING = 100_000
 _RANK, _REQUESTS = 1, 2
 _TICKS = 1
+_RANKS_APART = 1000
 _Event = dict[str, Any]
 
 
@@ -45,6 +46,8 @@ class Trace:
         self._thread = threading.Thread(target=self._write, args=(file,), name="trace", daemon=True)
         self._thread.start()
         self._num_replicas = 0
+        self._rank_tracks: set[int] = set()
+        """Of ranks beyond the first that have their names."""
         self._put(_name("process_name", _REQUESTS, 0, "requests"))
 
     def ran(self, reply: Ran, calls: Sequence[CallInfo], replica: int = 0) -> None:
@@ -65,12 +68,25 @@ class Trace:
             "merge_key": calls[0].merge_key,
             "cost_key": reply.cost_key,
         }
-        self._put(_span(reply.cost_key.partition("(")[0], _RANK, _TICKS + replica, start_us, length_us, args))
+        if reply.ranks is not None:
+            args["ranks"] = str(reply.ranks)
+        for track in self._tracks(reply, replica):
+            self._put(_span(reply.cost_key.partition("(")[0], _RANK, track, start_us, length_us, args))
         for call in calls:
             args = {"tick": self._num_ticks, "call": call.id, "component": call.component, "rows": call.rows}
             label = f"step {call.step_index + 1}/{call.num_steps}" if call.kind == "denoise" else call.kind
             self._on_request(call.request_id, label, start_us, length_us, args)
             self._last_end_us[call.request_id] = start_us + length_us
+
+    def _tracks(self, reply: Ran, replica: int) -> list[int]:
+        """Those of the ranks that ran it, where each forward has its own; else that of the replica."""
+        tracks = []
+        for rank in reply.ranks.every if reply.ranks is not None else (0,):
+            tracks.append(_TICKS + replica + _RANKS_APART * rank)
+            if rank and tracks[-1] not in self._rank_tracks:
+                self._rank_tracks.add(tracks[-1])
+                self._put(_name("thread_name", _RANK, tracks[-1], f"ticks of replica {replica}, rank {rank}"))
+        return tracks
 
     def span(self, request_id: str, label: str, start_s: float, end_s: float) -> None:
         """Something that a request went through in the front; times are those of `time.monotonic`."""

@@ -7,59 +7,61 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from sgld.models.shared_attention import Intercept, SharedLinearAttention, check_attention
 from sgld.models.token_plans import Argument, Count, Each, Joined, Leading, Output, TokenPlan, Whole, plan_of
 from sgld.models.tokens import Ranks, Tokens, UnevenTokens
-from sgld.parallel import ParallelConfig
 
 # To forget one costs messages, no more.
 MAX_COURSES = 256
 
 
 class Sequence:
-    """The tokens of one component, shared by the ranks of a mesh ("ring", "ulysses").
+    """The tokens of one component, shared by ranks: always the same ones, or those that a forward names.
 
     Each length is tried in equal parts first; where it can't be, all of that course are split unevenly. All ranks find
-    that out by themselves, before they say anything to one another.
+    that out by themselves, before they say anything to one another. What is known of some ranks all of these know.
     """
 
-    def __init__(self, component: Any, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, component: Any, ranks: Ranks) -> None:
         plan = plan_of(type(component))
         assert plan is not None, "it was checked before anything was loaded"
         check_attention(component)
-        self._tokens = Tokens(type(component).__name__, Ranks.of(mesh))
-        self._uneven: dict[str, list[list[int]] | None] = {}
-        """Courses of which the tokens are split unevenly, and how; None: it isn't known yet."""
+        self._tokens = Tokens(type(component).__name__, ranks)
+        self._uneven: dict[int, dict[str, list[list[int]] | None]] = {}
+        """By the number of ranks: courses of which the tokens are split unevenly, and how; None: it isn't known yet."""
         component._parallel_config = self._tokens
         _apply(component, plan, self._tokens)
 
-    def run(self, course: str, forward: Callable[[], Any]) -> Any:
+    def run(self, course: str, forward: Callable[[], Any], ranks: Ranks | None = None) -> Any:
         """Run a forward.
 
         :param course: equal for those that go through the same layers in the same order, with tensors of the same form.
         :raises ValueError: there are fewer tokens than ranks.
         """
-        if course not in self._uneven:
+        if ranks is not None:
+            self._tokens.ranks = ranks
+        uneven = self._uneven.setdefault(self._tokens.ranks.num, {})
+        if course not in uneven:
             self._tokens.begin([], is_uneven=False)
             try:
                 return forward()
             except UnevenTokens:
-                self._learn(course, None)
-        lengths = list(self._uneven[course] or ())
+                _learn(uneven, course, None)
+        lengths = list(uneven[course] or ())
         self._tokens.begin(lengths, is_uneven=True)
         result = forward()
         # One that fails is no measure: others may have come further in it.
-        self._learn(course, lengths)
+        _learn(uneven, course, lengths)
         return result
 
-    def _learn(self, course: str, lengths: list[list[int]] | None) -> None:
-        """What is learned last is kept; all ranks do alike, and so forget alike."""
-        self._uneven.pop(course, None)
-        self._uneven[course] = lengths
-        if len(self._uneven) > MAX_COURSES:
-            del self._uneven[next(iter(self._uneven))]
+
+def _learn(uneven: dict[str, list[list[int]] | None], course: str, lengths: list[list[int]] | None) -> None:
+    """What is learned last is kept; all ranks do alike, and so forget alike."""
+    uneven.pop(course, None)
+    uneven[course] = lengths
+    if len(uneven) > MAX_COURSES:
+        del uneven[next(iter(uneven))]
 
 
 def _apply(component: nn.Module, plan: TokenPlan, tokens: Tokens) -> None:

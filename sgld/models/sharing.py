@@ -25,6 +25,8 @@ class Sharing:
     """Those of which each rank has parts."""
     notes: tuple[str, ...] = field(default=())
     """One phrase each, for people."""
+    max_degrees: Mapping[str, int] = field(default_factory=dict)
+    """Of denoisers, where ranks choose for each forward: so many can share its tokens."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -59,7 +61,11 @@ def share(
     notes = [
         f"{parallel.layout} (of each copy {parallel.num_ranks} ranks)" if parallel.dp_size > 1 else parallel.layout
     ]
-    if parallel.sp > 1:
+    max_degrees = {}
+    if parallel.elastic_sp:
+        max_degrees = {part.name: _max_degree(part, parallel) for part in denoisers}
+        notes += [f"{name} runs on one GPU at a time" for name, degree in max_degrees.items() if degree == 1]
+    elif parallel.sp > 1:
         denoisers, helpers = check_sequences(denoisers, parallel, divided.names)
         alone = [part for part in helpers if part.name not in divided.names]
         notes += [f"{part.name} runs on rank 0 alone: {part.class_name} can't share tokens" for part in alone]
@@ -67,7 +73,7 @@ def share(
         denoisers = []
     if parallel.vae_sp is False:
         vaes = []
-    return Sharing(tuple(part.name for part in denoisers), tuple(vaes), divided, tuple(notes))
+    return Sharing(tuple(part.name for part in denoisers), tuple(vaes), divided, tuple(notes), max_degrees)
 
 
 def _check_gpus(parallel: ParallelConfig) -> None:
@@ -96,8 +102,7 @@ def check_sequences(
         part = parts[0]
         raise ModelError(f"{part.name} ({part.class_name}) {why_not(part.class_name)}: {instead}")
     for part in shared:
-        config = _config(part.source)
-        heads = next((config[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in config), None)
+        heads = _num_heads(part)
         each = parallel.tp_size if part.name in divided else 1
         # Ulysses pads heads, as long as each rank has one of its own.
         if isinstance(heads, int) and heads // each < parallel.ulysses:
@@ -105,6 +110,21 @@ def check_sequences(
             problem = f"has {heads}{of_each} attention heads, too few for ulysses_degree {parallel.ulysses}"
             raise ModelError(f"{part.name} ({part.class_name}) {problem}; use --ring-degree {parallel.sp}")
     return shared, [part for part in parts if part not in shared]
+
+
+def _max_degree(part: Part, parallel: ParallelConfig) -> int:
+    """So many ranks can share the tokens of a denoiser: each must have a head of its own."""
+    from sgld.models.token_plans import plan_of
+
+    cls, heads = _class(part.class_name), _num_heads(part)
+    if cls is None or plan_of(cls) is None:
+        return 1
+    return max(degree for degree in parallel.degrees if degree == 1 or not isinstance(heads, int) or degree <= heads)
+
+
+def _num_heads(part: Part) -> Any:
+    config = _config(part.source)
+    return next((config[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in config), None)
 
 
 def _class(name: str) -> Any:

@@ -35,6 +35,11 @@ class Ranks:
         return self.num_ring * self.num_ulysses
 
     @classmethod
+    def alone(cls) -> "Ranks":
+        """One that has all tokens."""
+        return cls(None, None, None, 1, 1, 0)
+
+    @classmethod
     def of(cls, mesh: DeviceMesh) -> "Ranks":
         """Those of a mesh ("ring", "ulysses")."""
         ring, ulysses = mesh["ring"], mesh["ulysses"]
@@ -114,10 +119,14 @@ class Tokens:
 
     def whole(self, part: torch.Tensor, dim: int) -> torch.Tensor:
         """What all ranks have, on each of them."""
+        if self.ranks.num == 1:
+            return part
         return _gathered(part, dim, self.lengths(part.shape[dim]), self.ranks.group)
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors."""
+        if self.ranks.num == 1:
+            return part
         part = part.contiguous()
         dist.all_reduce(part, group=self.ranks.group)
         return part
@@ -144,6 +153,8 @@ class Tokens:
         A mask is for all keys in the order of the ranks, or for those of this rank.
         """
         ranks, num_heads = self.ranks, query.shape[2]
+        if ranks.num == 1:
+            return compute(query, key, value, mask)
         lengths, key_lengths = self.lengths(query.shape[1]), self.lengths(key.shape[1])
         # All ranks must find the same.
         is_alike = lengths == key_lengths and query.shape[2:] == key.shape[2:] == value.shape[2:]

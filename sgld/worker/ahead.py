@@ -47,7 +47,7 @@ class OnItsWay:
     @property
     def kind(self) -> str:
         """Ticks with an equal one take the same time."""
-        return f"{self.ran.cost_key} {self.ran.rows} {self.ran.variant}"
+        return f"{self.ran.cost_key} {self.ran.rows} {self.ran.variant} {self.ran.ranks}"
 
 
 class Ahead:

@@ -76,6 +76,28 @@ class HostSpan:
         pass
 
 
+class PastSpan:
+    """Work that is over, elsewhere."""
+
+    launch_s = 0.0
+
+    def __init__(self, started_ns: int, elapsed_s: float) -> None:
+        self.started_ns = started_ns
+        self.elapsed_s = elapsed_s
+
+    def end(self) -> None:
+        pass
+
+    def has_begun(self) -> bool:
+        return True
+
+    def is_over(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
 class HostClock:
     """A device that is done when it returns, or is waited for.
 

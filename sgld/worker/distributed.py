@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -30,9 +30,10 @@ from sgld.models.lora import LoraLayer
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
 from sgld.models.tensor_layers import Team, team_of
+from sgld.models.tokens import Ranks as TokenRanks
 from sgld.outcome import forget_locals
-from sgld.parallel import ParallelConfig
-from sgld.worker import rows, tiles
+from sgld.parallel import ParallelConfig, Ranks
+from sgld.worker import rows, subsets, tiles
 from sgld.worker.adapted_layer import Changes
 from sgld.worker.calls import CallContext, current_context, entered
 from sgld.worker.comparison import relative_error
@@ -55,7 +56,10 @@ AGREE_S = 10.0
 
 @dataclass(frozen=True)
 class Invoke:
-    """Run a component. `rows`: each group of ranks runs a part of them; `seq` counts these messages."""
+    """Run a component. `rows`: each group of ranks runs a part of them; `seq` counts these messages.
+
+    `ranks`: where each forward has its own; the first one of them, if it isn't rank 0, returns the result.
+    """
 
     seq: int
     component: str
@@ -67,6 +71,9 @@ class Invoke:
     adapters: tuple[tuple[tuple[str, int], ...], bool] | None
     rows: RowAxes | None
     graph: GraphOrder | None = None
+    ranks: Ranks | None = None
+    fixed: Hashable | None = None
+    """Of a forward of one other rank, which decides for itself what it makes a graph of."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class Failed:
 
     seq: int
     message: str
+    is_out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,13 +132,25 @@ class Member:
         device = model.device
         self.seat, self.device = seat, device
         self.components = {name: model.pipeline.components[name] for name in model.sharing.names}
+        self.names = {module: name for name, module in self.components.items()}
         self.num_groups = parallel.cfg_degree
         self.group, self.index_in_group = divmod(seat.index, parallel.sp * parallel.tp_size)
         self.slots: dict[str, Slots] = {}
-        self._tiled = {name: tiles.Shapes() for name in model.sharing.vaes}
+        self.groups = subsets.groups(seat.num_ranks, device) if parallel.elastic_sp else {}
+        self._tiled: dict[str, dict[Ranks, tiles.Shapes]] = {name: {} for name in model.sharing.vaes}
+        self._max_degrees: dict[str, int] = {}
         self._sequences: dict[str, Sequence] = {}
         self._teams: dict[str, Team] = {}
         """Of components of which each rank has parts."""
+        if parallel.elastic_sp:
+            prepare()
+            self._max_degrees = dict(model.sharing.max_degrees)
+            self._sequences = {
+                name: Sequence(self.components[name], TokenRanks.alone())
+                for name, degree in model.sharing.max_degrees.items()
+                if degree > 1
+            }
+            return
         if parallel.sp * parallel.tp_size > 1:
             mesh = dist.device_mesh.init_device_mesh(
                 device.type,
@@ -141,13 +161,19 @@ class Member:
         if parallel.sp > 1:
             prepare()
             denoisers = {name: self.components[name] for name in model.sharing.denoisers}
-            own = mesh["ring", "ulysses"]
-            self._sequences = {n: Sequence(part, parallel, own, device) for n, part in denoisers.items()}
+            own = TokenRanks.of(mesh["ring", "ulysses"])
+            self._sequences = {n: Sequence(part, own) for n, part in denoisers.items()}
 
     @property
     def has_sequences(self) -> bool:
         """Whether tokens are shared."""
         return bool(self._sequences)
+
+    def max_degree(self, component: str) -> int:
+        """So many ranks can share a call of a component, where they choose that for each."""
+        if self.is_tiled(component):
+            return self.seat.num_ranks
+        return self._max_degrees.get(component, 1)
 
     def is_tiled(self, component: str) -> bool:
         return component in self._tiled
@@ -169,32 +195,60 @@ class Member:
         # Of rows that are parted others wait for the result only.
         waits = any(invoke.component in shared for shared in (self._sequences, self._tiled, self._teams))
         dtype, is_exact, (args, kwargs) = invoke.context.dtype, invoke.is_exact, tree
-        ordered = Ordered(invoke.graph, _agreed, is_own=not self.seat.index) if invoke.graph is not None else None
+        ranks = invoke.ranks or Ranks(0, self.seat.num_ranks)
+        agree = functools.partial(_agreed, self.groups.get(ranks))
+        ordered = Ordered(invoke.graph, agree, is_own=not self.seat.index) if invoke.graph is not None else None
         invocation = Invocation(
-            module, invoke.method, args, kwargs, dtype, is_exact, is_shared=waits, ordered=ordered, lends=is_part
+            module,
+            invoke.method,
+            args,
+            kwargs,
+            dtype,
+            is_exact,
+            invoke.fixed,
+            is_part,
+            is_shared=waits,
+            ordered=ordered,
         )
-        forward = functools.partial(self._forward, runtime, invoke.component, invocation)
+        forward = functools.partial(self._forward, runtime, invoke.component, invocation, ranks)
         slots = self.slots.get(invoke.component)
         with slots.selected(num_rows[0], by_row=num_rows[1]) if slots and num_rows else contextlib.nullcontext():
             sequence = self._sequences.get(invoke.component)
-            return forward() if sequence is None else sequence.run(invocation.course, forward)
+            if sequence is None:
+                return forward()
+            chosen = self._token_ranks(invoke.ranks) if invoke.ranks is not None else None
+            return sequence.run(invocation.course, forward, chosen)
 
-    def _forward(self, runtime: Runtime, component: str, invocation: Invocation) -> Any:
+    def _forward(self, runtime: Runtime, component: str, invocation: Invocation, ranks: Ranks) -> Any:
         # Models take things out of the dicts that they are given, and this may be done once more.
         own = invocation.having(copied(invocation.tree))
         team = self._teams.get(component)
-        with self._in_tiles(component, own.module), team.together() if team else contextlib.nullcontext():
+        with self._in_tiles(component, own.module, ranks), team.together() if team else contextlib.nullcontext():
             return runtime.run_here(own)
 
-    def _in_tiles(self, component: str, module: nn.Module) -> AbstractContextManager[None]:
-        shapes = self._tiled.get(component)
-        if shapes is None:
-            return contextlib.nullcontext()
-        return tiles.shared(module, self.seat.index, self.seat.num_ranks, shapes, self._share)
+    def run_alone(self, invocation: Invocation, runtime: Runtime) -> Any:
+        """Run it on this rank, which shares it with nobody."""
+        sequence = self._sequences.get(self.names[invocation.module])
+        forward = functools.partial(runtime.run_here, invocation)
+        return forward() if sequence is None else sequence.run(invocation.course, forward, TokenRanks.alone())
 
-    def _share(self, value: torch.Tensor, owner: int) -> torch.Tensor:
+    def _token_ranks(self, ranks: Ranks) -> TokenRanks:
+        if ranks.num == 1:
+            return TokenRanks.alone()
+        group = self.groups[ranks]
+        return TokenRanks(group, None, group, 1, ranks.num, self.seat.index - ranks.first)
+
+    def _in_tiles(self, component: str, module: nn.Module, ranks: Ranks) -> AbstractContextManager[None]:
+        """What is known of a VAE is known to the ranks of a block alike: each block has a memory of its own."""
+        if component not in self._tiled or ranks.num == 1:
+            return contextlib.nullcontext()
+        shapes = self._tiled[component].setdefault(ranks, tiles.Shapes())
+        share = functools.partial(self._share, ranks)
+        return tiles.shared(module, self.seat.index - ranks.first, ranks.num, shapes, share)
+
+    def _share(self, ranks: Ranks, value: torch.Tensor, owner: int) -> torch.Tensor:
         value = value.contiguous()
-        dist.broadcast(value, src=owner)
+        dist.broadcast(value, src=ranks.first + owner, group=self.groups.get(ranks))
         return value
 
 
@@ -207,7 +261,7 @@ class Leader:
     def __init__(self, member: Member, note: Callable[[str, str], None]) -> None:
         self._member = member
         self._wires = member.seat.wires
-        self._names = {module: name for name, module in member.components.items()}
+        self._names = member.names
         self._note = note
         self._seq = 0
         self._parts: dict[tuple[object, ...], RowAxes | None] = {}
@@ -277,7 +331,7 @@ class Leader:
             parcel=parcel,
             context=_portable(current_context(dtype=invocation.dtype)),
             is_exact=invocation.is_exact,
-            random=_random_states(self._member.device),
+            random=random_states(self._member.device),
             adapters=(selection.rows, selection.index is not None) if selection is not None else None,
             rows=None,
         )
@@ -300,19 +354,23 @@ class Leader:
         self._seq += 1
         graph = None
         if not self._member.is_tiled(invoke.component):
-            # Of other rows each rank runs others.
-            graph = runtime.order(invocation, invoke.rows and (self._member.num_groups, *invoke.rows.form))
+            # Of other rows each rank runs others, and other ranks share other groups.
+            parts = invoke.rows and (self._member.num_groups, *invoke.rows.form)
+            graph = runtime.order(invocation, (parts, invoke.ranks))
         invoke = replace(invoke, seq=self._seq, graph=graph)
-        self._tell(invoke)
+        self._tell(invoke, invoke.ranks)
         try:
             if buffer is not None:
-                dist.broadcast(buffer, src=0)
+                dist.broadcast(buffer, src=0, group=self._group_of(invoke))
             result = self._member.perform(invoke, invocation.tree, runtime)
             return result if invoke.rows is None else self._joined(invoke, result)
         except Exception as error:
             forget_locals(error)
-            self._agree(error)
+            self._agree(error, invoke.ranks)
             raise
+
+    def _group_of(self, invoke: Invoke) -> Any:
+        return self._member.groups.get(invoke.ranks) if invoke.ranks is not None else None
 
     def _joined(self, invoke: Invoke, result: Any) -> Any:
         """The result of all rows."""
@@ -330,23 +388,28 @@ class Leader:
             parts.append(unpacked(reply.parcel, buffer, self._member.device))
         return rows.joined(parts, invoke.rows)
 
-    def _tell(self, order: Order) -> None:
-        """Ring at all followers. Who has something to say meanwhile has failed where rank 0 didn't."""
+    def _followers(self, ranks: Ranks | None) -> list[int]:
+        """Those of some ranks; None: of all."""
+        return [rank for rank in (ranks or Ranks(0, self._member.seat.num_ranks)).every if rank]
+
+    def _tell(self, order: Order, ranks: Ranks | None = None) -> None:
+        """Ring at followers. Who has something to say meanwhile has failed where rank 0 didn't."""
         message = pickle.dumps(order)
-        for rank, wire in enumerate(self._wires, 1):
+        for rank in self._followers(ranks):
+            wire = self._wires[rank - 1]
             try:
                 if wire.poll():
-                    self._give_up(f"rank {rank} failed, and rank 0 didn't: {_receive(wire)}")
+                    self._give_up(f"rank {rank} failed, and rank 0 didn't: {receive(wire)}")
                 wire.send_bytes(message)
             except (EOFError, OSError):
                 self._give_up(f"rank {rank} is gone")
 
-    def _agree(self, error: BaseException) -> None:
+    def _agree(self, error: BaseException, ranks: Ranks | None) -> None:
         """Go on only if all others failed in the same forward, too: else some still wait for the rest of it."""
-        for wire in self._wires:
+        for rank in self._followers(ranks):
             with contextlib.suppress(OSError):
-                _send(wire, Agree(self._seq))
-        for rank in range(1, len(self._wires) + 1):
+                send(self._wires[rank - 1], Agree(self._seq))
+        for rank in self._followers(ranks):
             if not isinstance(self._heard(rank, AGREE_S), Failed):
                 self._give_up(f"rank 0 failed, and rank {rank} didn't: {type(error).__name__}: {error}")
 
@@ -356,7 +419,7 @@ class Leader:
         try:
             if timeout_s is not None and not wire.poll(timeout_s):
                 self._give_up(f"rank {rank} is still in a forward in which another failed")
-            return _receive(wire)
+            return receive(wire)
         except (EOFError, OSError):
             self._give_up(f"rank {rank} is gone")
 
@@ -374,19 +437,24 @@ def lead(seat: Seat, model: LoadedModel, config: EngineConfig, note: Callable[[s
     timeout_s = config.load_timeout_s
     for rank, wire in enumerate(seat.wires, 1):
         try:
-            reply = _receive(wire) if wire.poll(timeout_s) else Failed(0, f"it was silent for {timeout_s:.0f} s")
+            reply = receive(wire) if wire.poll(timeout_s) else Failed(0, f"it was silent for {timeout_s:.0f} s")
         except (EOFError, OSError):
             reply = Failed(0, "its process died")
         if isinstance(reply, Failed):
             raise ModelError(f"rank {rank} can't load the model: {reply.message}")
     _join(seat, model.device, timeout_s)
-    return Leader(Member(seat, model, config.parallel), note)
+    member = Member(seat, model, config.parallel)
+    if not config.parallel.elastic_sp:
+        return Leader(member, note)
+    from sgld.worker.elastic import ElasticLeader
+
+    return ElasticLeader(member, note)
 
 
 def fail(seat: Seat, problem: str) -> None:
     """A follower can't load the model: rank 0 hears why, and this one waits for its end."""
     [wire] = seat.wires
-    _send(wire, Failed(0, problem))
+    send(wire, Failed(0, problem))
     with contextlib.suppress(EOFError, OSError):
         wire.recv_bytes()
 
@@ -400,21 +468,27 @@ def follow(
     :raises SystemExit: it can't go on.
     """
     [wire] = seat.wires
-    _send(wire, Loaded())
+    send(wire, Loaded())
     _join(seat, model.device, config.load_timeout_s)
     member = Member(seat, model, config.parallel)
     offloaded = {name: part for name, part in member.components.items() if name in model.offloaded}
     pins, compiled = config.memory.pin_cpu_memory, {member.components[n]: n for n in model.compiled}
-    graphs = graphs_on(model.device, config.graphs.max_bytes and sys.maxsize, member.components)
+    # What ranks share rank 0 decides; what one runs alone it decides itself.
+    max_graph_bytes = config.graphs.max_bytes and (config.graphs.max_bytes if member.groups else sys.maxsize)
+    graphs = graphs_on(model.device, max_graph_bytes, member.components)
     runtime = Runtime(residency(model.device, offloaded, pins=pins), compiled, graphs=graphs)
     max_slots = config.adapters.max_loras + 1
     member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}
+    from sgld.worker.elastic import serve
+
     while True:
         try:
-            order: Order = _receive(wire)
+            order: Order = receive(wire)
         except (EOFError, OSError):
             return
         match order:
+            case Invoke(ranks=ranks) if ranks is not None and ranks.first:
+                serve(member, order, runtime)
             case Invoke():
                 _obey(member, order, runtime)
             case PutAdapters(component=component, key=key, changes=changes):
@@ -423,7 +497,7 @@ def follow(
                 member.slots[component].remove(key)
             case Agree():
                 # It succeeded here; rank 0 will see to the rest.
-                _send(wire, Loaded())
+                send(wire, Loaded())
             case unknown:
                 assert_never(unknown)
 
@@ -434,22 +508,26 @@ def _obey(member: Member, invoke: Invoke, runtime: Runtime) -> None:
         buffer = None
         if invoke.parcel.num_bytes:
             buffer = torch.empty(invoke.parcel.num_bytes, dtype=torch.uint8, device=member.device)
-            dist.broadcast(buffer, src=0)
-        tree = unpacked(invoke.parcel, buffer, member.device)
-        _set_random_states(member.device, invoke.random)
-        module = member.components[invoke.component]
-        with entered(invoke.context, module):
-            result = member.perform(invoke, tree, runtime)
+            dist.broadcast(buffer, src=0, group=member.groups.get(invoke.ranks) if invoke.ranks is not None else None)
+        result = performed(member, invoke, buffer, runtime)
         if invoke.rows is not None and member.group and not member.index_in_group:
             parcel, buffer = packed(result, member.device)
-            _send(wire, Part(invoke.seq, parcel))
+            send(wire, Part(invoke.seq, parcel))
             if buffer is not None:
                 dist.send(buffer, dst=0)
     except Exception as error:  # noqa: BLE001 - whatever a component raises, rank 0 is told of it
         forget_locals(error)
-        _send(wire, Failed(invoke.seq, f"{type(error).__name__}: {error}"[:2000]))
-        if not wire.poll(AGREE_S) or _receive(wire) != Agree(invoke.seq):
+        send(wire, Failed(invoke.seq, f"{type(error).__name__}: {error}"[:2000]))
+        if not wire.poll(AGREE_S) or receive(wire) != Agree(invoke.seq):
             raise SystemExit(f"rank {member.seat.index} failed, and rank 0 didn't: {error!r}") from None
+
+
+def performed(member: Member, invoke: Invoke, buffer: torch.Tensor | None, runtime: Runtime) -> Any:
+    """What a follower's share of a forward returns."""
+    tree = unpacked(invoke.parcel, buffer, member.device)
+    set_random_states(member.device, invoke.random)
+    with entered(invoke.context, member.components[invoke.component]):
+        return member.perform(invoke, tree, runtime)
 
 
 def _join(seat: Seat, device: torch.device, timeout_s: float) -> None:
@@ -466,10 +544,10 @@ def _join(seat: Seat, device: torch.device, timeout_s: float) -> None:
     )
 
 
-def _agreed(refusal: Refusal | None) -> Refusal | None:
-    """What any rank has against a graph."""
-    said: list[Refusal | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, refusal)
+def _agreed(group: Any, refusal: Refusal | None) -> Refusal | None:
+    """What any rank of a group has against a graph."""
+    said: list[Refusal | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, refusal, group=group)
     return next((one for one in said if one is not None), None)
 
 
@@ -481,12 +559,12 @@ def _met(component: nn.Module, mesh: DeviceMesh) -> Team:
     return team
 
 
-def _send(wire: Connection, message: Any) -> None:
+def send(wire: Connection, message: Any) -> None:
     # Not `wire.send`: with it torch puts each tensor into a file of /dev/shm.
     wire.send_bytes(pickle.dumps(message))
 
 
-def _receive(wire: Connection) -> Any:
+def receive(wire: Connection) -> Any:
     return pickle.loads(wire.recv_bytes())
 
 
@@ -496,11 +574,11 @@ def _portable(context: CallContext) -> CallContext:
     return replace(context, default_device=torch.device(context.default_device.type)) if is_here else context
 
 
-def _random_states(device: torch.device) -> tuple[bytes, ...]:
+def random_states(device: torch.device) -> tuple[bytes, ...]:
     return tuple(generator.get_state().numpy().tobytes() for generator in _generators(device))
 
 
-def _set_random_states(device: torch.device, states: tuple[bytes, ...]) -> None:
+def set_random_states(device: torch.device, states: tuple[bytes, ...]) -> None:
     for generator, state in zip(_generators(device), states, strict=True):
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 

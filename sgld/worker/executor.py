@@ -30,7 +30,7 @@ class Tick:
 
     `is_merged`: the calls shared a forward. `is_timed`: the time is that of the calls alone. `cost_key`: that of the
     largest call, for where calls of different sizes share a forward, each row takes as long as the largest one.
-    `num_reused`: calls that were answered with what was known. `variant`: how the forward ran.
+    `num_reused`: calls that were answered with what was known. `variant`: how the forward ran. `is_proof`: it was one.
     """
 
     outcomes: list[Outcome]
@@ -40,6 +40,7 @@ class Tick:
     cost_key: str
     num_reused: int = 0
     variant: Variant = "eager"
+    is_proof: bool = False
 
 
 class Executor:
@@ -93,9 +94,9 @@ class Executor:
 
         :raises RuntimeError: the device has failed.
         """
-        cost_key = max(calls, key=_num_elements).cost_key
+        cost_key = cost_key_of(calls)
         self.runtime.look()
-        num_irregular = self.runtime.num_irregular
+        num_irregular, num_proofs = self.runtime.num_irregular, self.num_proofs
         span = self.clock.begin()
         outcomes, is_merged, is_timed, num_reused = self._answer(calls)
         span.end()
@@ -103,7 +104,20 @@ class Executor:
             # Was it the device? Then what failed may be what it was given before, and no call is to blame.
             self.clock.settle()
         is_timed &= self.runtime.num_irregular == num_irregular
-        return Tick(outcomes, span, is_merged, is_timed, cost_key, num_reused, self.runtime.variant)
+        is_proof = self.num_proofs > num_proofs
+        return Tick(outcomes, span, is_merged, is_timed, cost_key, num_reused, self.runtime.variant, is_proof)
+
+    def proved(self, calls: Sequence[Call]) -> tuple[CallAxes, Any] | None:
+        """The axes of calls that are known to share a forward, and its arguments; None: not as they are."""
+        key = self.merge_key(calls[0])
+        if key is None or any(self.merge_key(call) != key for call in calls[1:]):
+            return None
+        axes, known = self.verdicts.axes_of(calls[0]), self.verdicts.proved.recall(key)
+        if known is None or batch.differing(calls, axes, self._digests, skip=known.covers) or known.is_due():
+            return None
+        if len(self._parts(key, calls, axes)) > 1:
+            return None
+        return axes, batch.merged_tree(calls, axes, batch.to_expand(calls[0], axes, known.covers))
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:
         """Run the calls, except for text that was encoded before; the last is how often that was."""
@@ -316,3 +330,8 @@ def _num_rows(calls: Sequence[Call], axes: CallAxes) -> int:
 
 def _num_elements(call: Call) -> int:
     return sum(tensor.numel() for tensor in call.tensors)
+
+
+def cost_key_of(calls: Sequence[Call]) -> str:
+    """That of the largest: where calls of different sizes share a forward each takes as long."""
+    return max(calls, key=_num_elements).cost_key

@@ -2,8 +2,9 @@
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, assert_never
 
 from sgld.config import EngineConfig, LoraConfig
@@ -34,6 +35,7 @@ from sgld.messages import (
 from sgld.models.filters import Filter
 from sgld.models.lora import adaptable
 from sgld.outcome import Outcome, Raised, outcome_of
+from sgld.parallel import Ranks
 from sgld.worker import ahead
 from sgld.worker.adapters import Adapters, Loaded, Source
 from sgld.worker.admission import Admission
@@ -57,6 +59,7 @@ from sgld.worker.task import Task
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
     from sgld.worker.distributed import Leader
+    from sgld.worker.lanes import Lanes
 
 # Some errors quote the whole of an argument; a message between processes has a limit.
 MAX_ERROR_CHARS = 4000
@@ -64,6 +67,8 @@ MAX_REASON_CHARS = 500
 # How often a rank that waits for its own thread looks, and how often it says that it lives.
 LOOK_S = 0.02
 ALIVE_S = 2.0
+# How often one whose GPU works beside others looks whether it is done.
+LANE_LOOK_S = 0.0005
 
 
 class Rank:
@@ -83,7 +88,7 @@ class Rank:
         self._memory = Memory(model.verdict_file)
         is_gpu = model.device.type == "cuda"
         runtime = self._runtime = self._runtime_of(model, config)
-        runtime.ranks = self._leader(seat, config) if seat.num_ranks > 1 else None
+        leader = runtime.ranks = self._leader(seat, config) if seat.num_ranks > 1 else None
         self._executor = Executor(
             self._memory.recall(),
             runtime,
@@ -94,7 +99,8 @@ class Rank:
         )
         # On a CPU two rows take twice the time of one.
         merges_alone = is_gpu or runtime.parts_rows
-        self._session = Session(self._executor, channel.send_all, self._ended, merges_alone=merges_alone)
+        self._lanes = self._lanes_of(leader)
+        self._session = Session(self._executor, channel.send_all, self._ended, merges_alone, self._lanes)
         self._preparation = Preparation(model, self._results, Previewer(runtime.borrowed), runtime)
         self._told = Judged(modes={}, reasons={})
         self._told_loras = LorasHeld()
@@ -129,12 +135,12 @@ class Rank:
                 self._session.look()
                 if not self._is_order_told and not self._session.hold(self._channel.is_readable):
                     self._tell_order()
-                match self._channel.receive(self._patience_s()):
+                self._tell_free(self._session.ended_lanes())
+                match self._receive():
                     case Start() as asked:
                         self._admission.add(asked)
-                    case Run(call_ids=call_ids, num_ticks=num_ticks):
-                        self._session.run(call_ids, num_ticks, self._is_interrupted)
-                        self._is_order_told = False
+                    case Run(call_ids=call_ids, num_ticks=num_ticks, ranks=ranks):
+                        self._run(call_ids, num_ticks, ranks)
                     case Cancel(request_id=request_id):
                         if self._admission.cancel(request_id):
                             self._results.message(TaskCancelled(request_id=request_id))
@@ -158,11 +164,40 @@ class Rank:
             self._runtime.close()
             self._results.close()
 
+    def _run(self, call_ids: tuple[int, ...], num_ticks: int, ranks: Ranks | None) -> None:
+        """Run a forward on all ranks, and those that follow; on some of them only one, while others go on."""
+        if self._lanes is None or ranks is None:
+            self._session.run(call_ids, num_ticks, self._is_interrupted)
+            self._is_order_told = False
+        elif ranks.num == self._lanes.num_ranks:
+            self._session.run(call_ids, num_ticks, self._is_interrupted, ranks)
+            self._is_order_told = False
+        elif not self._session.begin(call_ids, ranks):
+            self._tell_free([ranks])
+
+    def _tell_free(self, freed: Sequence[Ranks]) -> None:
+        """Tell that ranks have nothing to do."""
+        if freed:
+            self._tell_verdicts()
+            self._memory.keep(self._executor.verdicts)
+        for ranks in freed:
+            self._channel.send(Idle(first_rank=ranks.first))
+
+    def _receive(self) -> AnyCommand | None:
+        """The next command; None: something else may have come up."""
+        patience_s = self._patience_s()
+        if self._lanes is None or not self._lanes.waits_on:
+            return self._channel.receive(patience_s)
+        wait([self._channel.fileno(), *self._lanes.waits_on], patience_s)
+        return self._channel.receive(0)
+
     def _patience_s(self) -> float | None:
         """How long to wait for a command.
 
         No deadline: a rank without requests has nothing to do, unless its device or its own thread has.
         """
+        if self._lanes is not None and self._lanes.is_on_device:
+            return LANE_LOOK_S
         if self._session.is_ahead:
             return ahead.LOOK_S
         return LOOK_S if self._is_loading else None
@@ -188,7 +223,7 @@ class Rank:
 
     def _look_at_adapters(self) -> None:
         """Start requests whose adapters are there, and tell what was read."""
-        for loaded in self._admission.look(can_install=lambda: not self._session.is_exclusive):
+        for loaded in self._admission.look(can_install=self._can_install):
             self._tell_loaded(loaded)
         held = self._adapters.held()
         if held != self._told_loras:
@@ -197,6 +232,12 @@ class Rank:
         if self._is_loading and time.monotonic() > self._told_alive_at + ALIVE_S:
             self._told_alive_at = time.monotonic()
             self._channel.send(Alive(stage="loading what requests wait for"))
+
+    def _can_install(self) -> bool:
+        """Whether adapters may come into slots now."""
+        if self._lanes is not None:
+            self._lanes.join()
+        return not self._session.is_exclusive
 
     def _tell_loaded(self, loaded: Loaded) -> None:
         (path, alpha), result = loaded.source, loaded.result
@@ -233,6 +274,14 @@ class Rank:
         from sgld.worker.distributed import lead  # torch.distributed takes a while to import
 
         return lead(seat, self._model, config, self._note)
+
+    def _lanes_of(self, leader: "Leader | None") -> "Lanes | None":
+        """What ranks run that choose for each forward; None: they share all of them, or there is one."""
+        if leader is None:
+            return None
+        from sgld.worker.lanes import lanes_of
+
+        return lanes_of(self._executor, leader, self._model.device)
 
     def _note(self, component: str, note: str) -> None:
         self._channel.send(Noted(component=component, note=note))

@@ -3,13 +3,16 @@
 import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from sgld.errors import Cancelled
 from sgld.messages import CallInfo, Launched, Pending, Ran, Stepped, TickMode
 from sgld.outcome import Outcome, Raised, Value
+from sgld.parallel import FIRST, Ranks
 from sgld.worker.ahead import LOOK_S, Ahead, News
 from sgld.worker.calls import Call, Stretch
 from sgld.worker.executor import Executor, Tick
@@ -18,6 +21,9 @@ from sgld.worker.probe import probed_axes
 from sgld.worker.slots import everywhere
 from sgld.worker.snapshot import next_hook_id, remove_hooks
 from sgld.worker.task import Task
+
+if TYPE_CHECKING:
+    from sgld.worker.lanes import Lanes
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +44,14 @@ class Session:
     :param ended: told how a task ended; a task's own exception never reaches another.
     :param merges_alone: two calls of one request may share a forward while no other request is there, too. It costs a
         probe and a proof, and pays where a forward of two rows takes less than two forwards.
+    :param lanes: of ranks that run several forwards side by side.
     """
 
     executor: Executor
     emit: Callable[[Sequence[News]], None]
     ended: Callable[[Task, Outcome], None]
     merges_alone: bool = False
+    lanes: "Lanes | None" = None
     counters: Counters = field(default_factory=Counters)
 
     def __post_init__(self) -> None:
@@ -88,20 +96,52 @@ class Session:
         call_ids: Sequence[int],
         num_ticks: int = 1,
         is_interrupted: Callable[[float], bool] = lambda wait_s: False,
+        ranks: Ranks = FIRST,
     ) -> None:
         """Run calls as one forward and their tasks to the next ones; then those, `num_ticks` times in all.
 
         It ends early when the next calls don't share a forward, and when `is_interrupted`.
+
+        :param ranks: those that run it, where that is chosen for each forward.
         """
         for tick in range(num_ticks):
             if tick and self.hold(is_interrupted):
                 return
-            # While a component isn't what the others expect, its task is the one that goes on.
-            calls = self._exclusive.calls[:1] if self._exclusive is not None else self._waiting(call_ids)
-            call_ids = self._tick(calls)
+            call_ids = self._tick(self._chosen(call_ids), ranks)
             self._tell()
             if not call_ids:
                 return
+
+    def begin(self, call_ids: Sequence[int], ranks: Ranks) -> bool:
+        """Begin one forward on some of the ranks; `look` says when it is over. False: the calls are gone."""
+        calls = self._chosen(call_ids)
+        if calls:
+            assert self.lanes is not None
+            self._expect()
+            self.executor.runtime.are_changed = self.is_exclusive
+            self.lanes.begin(calls, ranks)
+        return bool(calls)
+
+    def ended_lanes(self) -> list[Ranks]:
+        """Tell what came of forwards that are over, and run their tasks on; returns the ranks that are free by that."""
+        freed = []
+        for lane, tick in self.lanes.over() if self.lanes is not None else ():
+            # Of requests that were cancelled meanwhile nobody waits for it.
+            waiting = [self._is_waiting(call) for call in lane.calls]
+            calls = [call for call, waits in zip(lane.calls, waiting, strict=True) if waits]
+            outcomes = [outcome for outcome, waits in zip(tick.outcomes, waiting, strict=True) if waits]
+            self._ran(calls, replace(tick, outcomes=outcomes, is_timed=tick.is_timed and all(waiting)), lane.ranks)
+            self._tell()
+            freed.append(lane.ranks)
+        return freed
+
+    def _is_waiting(self, call: Call) -> bool:
+        task = self._tasks.get(call.request_id)
+        return task is not None and call in task.calls
+
+    def _chosen(self, call_ids: Sequence[int]) -> list[Call]:
+        # While a component isn't what the others expect, its task is the one that goes on.
+        return self._exclusive.calls[:1] if self._exclusive is not None else self._waiting(call_ids)
 
     def hold(self, is_interrupted: Callable[[float], bool]) -> bool:
         """Wait as long as the device has enough to do; whether something came up until then.
@@ -139,30 +179,35 @@ class Session:
         wanted = set(call_ids)
         return [call for task in self._tasks.values() for call in task.calls if call.id in wanted]
 
-    def _tick(self, calls: list[Call]) -> Sequence[int]:
+    def _tick(self, calls: list[Call], ranks: Ranks) -> Sequence[int]:
         """One forward; returns the calls that follow if they can share the next one."""
         if not calls:
             return ()
         if isinstance(calls[0], Stretch):
             return self._stretch(calls[0])
-        num_proofs = self.executor.num_proofs
         self._expect()
         self.executor.runtime.are_changed = self.is_exclusive
         self._ahead.wait()
         self.look()
-        tick = self.executor.run(calls)
-        is_proof = self.executor.num_proofs > num_proofs
+        with self.lanes.on(ranks) if self.lanes is not None else nullcontext():
+            tick = self.executor.run(calls)
+        return self._following(self._ran(calls, tick, ranks), calls[0])
+
+    def _ran(self, calls: Sequence[Call], tick: Tick, ranks: Ranks) -> list[Task]:
+        """Tell of a tick and run its tasks on."""
+        if not calls:
+            return []
         if tick.is_merged:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
-        self._note_ran(calls, tick, "proof" if is_proof else "merged" if tick.is_merged else "single")
+        self._note_ran(calls, tick, "proof" if tick.is_proof else "merged" if tick.is_merged else "single", ranks)
         answers: dict[str, list[tuple[Call, Outcome]]] = {}
         for call, outcome in zip(calls, tick.outcomes, strict=True):
             answers.setdefault(call.request_id, []).append((call, outcome))
         tasks = [self._tasks[request_id] for request_id in answers]
         for task in tasks:
             self._advance(task, answers[task.request_id])
-        return self._following(tasks, calls[0])
+        return tasks
 
     def _stretch(self, call: Stretch) -> Sequence[int]:
         """Let a task run its models itself, up to its next step."""
@@ -187,7 +232,7 @@ class Session:
             news, self._news = self._news, []
             self.emit(news)
 
-    def _note_ran(self, calls: Sequence[Call], tick: Tick, mode: TickMode) -> None:
+    def _note_ran(self, calls: Sequence[Call], tick: Tick, mode: TickMode, ranks: Ranks = FIRST) -> None:
         call_ids = tuple(call.id for call in calls)
         ran = Ran(
             call_ids=call_ids,
@@ -198,6 +243,7 @@ class Session:
             mode=mode,
             variant=tick.variant,
             num_reused=tick.num_reused,
+            ranks=ranks if self.lanes is not None else None,
         )
         self._ahead.add(ran, tick.span)
         self._note_over()
@@ -303,6 +349,7 @@ class Session:
 
     def _announce(self, task: Task, call: Call) -> None:
         """Tell the scheduler of a call."""
+        max_degree, is_bound = self.lanes.degree(call) if self.lanes is not None else (1, True)
         self._news.append(
             Pending(
                 call=CallInfo(
@@ -316,6 +363,8 @@ class Session:
                     step_index=call.step_index,
                     num_steps=call.num_steps,
                     is_exclusive=task is self._exclusive,
+                    max_degree=max_degree,
+                    is_bound=is_bound,
                 )
             )
         )

@@ -21,13 +21,16 @@ class LinearCost:
     by_key: dict[str, float | None] = field(default_factory=dict)
     version: int = 0
 
-    def predict(self, key: str, rows: int) -> float | None:
+    def predict(self, key: str, rows: int, degree: int = 1) -> float | None:
         if key in self.by_key:
             return self.by_key[key]
         return self.fixed_s + self.row_s * rows
 
     def estimate(self, key: str, rows: int) -> float | None:
         return self.predict(key, rows)
+
+    def share(self, key: str, num_ranks: int) -> float:
+        return 1.0
 
 
 def call(
@@ -40,6 +43,8 @@ def call(
     kind: CallKind = "denoise",
     rows: int = 1,
     is_exclusive: bool = False,
+    max_degree: int = 1,
+    is_bound: bool = True,
 ) -> CallInfo:
     return CallInfo(
         id=next(_ids),
@@ -52,6 +57,8 @@ def call(
         step_index=step,
         num_steps=num_steps,
         is_exclusive=is_exclusive,
+        max_degree=max_degree,
+        is_bound=is_bound,
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgld.engine.cost import MAX_KEYS, CostModel, num_positions
+from sgld.engine.cost import MAX_KEYS, CostModel, at_degree, degree_of, num_positions
 from sgld.engine.curve import GROWTH, MAX_SAMPLES
 
 SECONDS = st.floats(1e-6, 1e3)
@@ -152,3 +152,49 @@ def test_prediction_of_what_ran_lies_among_its_runs(runs: list[tuple[int, float]
         assert predicted_s is not None
         # What moves by less than 2 % isn't news.
         assert 0.98 * min(seconds) <= predicted_s <= 1.03 * max(seconds)
+
+
+def test_more_ranks_are_tried_one_doubling_at_a_time() -> None:
+    cost = CostModel()
+    assert cost.predict("c", 1, 2) is None
+    cost.observe("c", 1, 8.0)
+    assert cost.predict("c", 1, 2) == 4.0, "worth a try"
+    assert cost.predict("c", 1, 4) is None
+    for _ in range(2):
+        cost.observe(at_degree("c", 2), 1, 5.0)
+    assert (cost.predict("c", 1, 2), cost.predict("c", 1, 4)) == (5.0, 2.5)
+
+
+def test_slow_first_run_of_several_ranks_is_not_believed() -> None:
+    cost = CostModel()
+    cost.observe("c", 1, 8.0)
+    cost.observe(at_degree("c", 2), 1, 100.0)
+    assert cost.predict("c", 1, 2) == 4.0
+    cost.observe(at_degree("c", 2), 1, 5.0)
+    assert cost.predict("c", 1, 2) == 5.0
+
+
+def test_what_ranks_gain_holds_for_other_numbers_of_rows() -> None:
+    cost = CostModel()
+    for rows in (1, 2, 2, 4, 4):
+        cost.observe("c", rows, 8.0 * rows)
+    for _ in range(2):
+        cost.observe(at_degree("c", 2), 1, 6.0)
+    assert cost.predict("c", 4, 2) == pytest.approx(24.0)
+
+
+def test_estimate_is_that_of_the_fastest_degree_and_share_that_of_the_most_sparing_one() -> None:
+    cost = CostModel()
+    for degree, elapsed_s in ((1, 8.0), (2, 5.0), (4, 4.0)):
+        for _ in range(2):
+            cost.observe(at_degree("c", degree), 1, elapsed_s)
+    assert cost.estimate("c", 1) == 4.0
+    assert cost.share("c", 4) == pytest.approx(8.0 / 4 / 4.0)
+    assert cost.share("unknown", 4) == 1.0
+
+
+@pytest.mark.parametrize("degree", [1, 2, 16])
+def test_degrees_are_part_of_keys(degree: int) -> None:
+    key = at_degree("transformer.forward(16x4,3) exact", degree)
+    assert degree_of(key) == ("transformer.forward(16x4,3) exact", degree)
+    assert num_positions(key) == 16

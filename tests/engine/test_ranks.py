@@ -1,5 +1,6 @@
 """Replicas of several ranks, as real processes on the CPU: they make what one makes, and leave nothing behind."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -7,9 +8,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 import msgspec
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -17,10 +20,20 @@ from peft import LoraConfig, get_peft_model_state_dict
 from pipelines import build
 
 from engine.preloaded import preloaded_rank
-from engine.streams import completed, difference, ends_of, events_of, events_with_fault, params_of, plain
+from engine.streams import (
+    TIMEOUT_S,
+    completed,
+    difference,
+    ends_of,
+    events_of,
+    events_with_fault,
+    leave_at,
+    params_of,
+    plain,
+)
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
-from sgld.events import Completed, Failed, Restarted
+from sgld.events import Completed, Failed, Progress, Restarted
 from sgld.parallel import ParallelConfig
 from sgld.sampling_params import FirstBlockCache, LoraChoice, SamplingParams
 
@@ -37,6 +50,8 @@ class Served:
     pipeline: Any
     kwargs: dict[str, Any]
     folder: Path
+    others: frozenset[int]
+    """Processes of other engines."""
 
     def run(self, body: Callable[[Engine], Awaitable[T]]) -> T:
         return self.portal.call(body, self.engine)
@@ -49,7 +64,8 @@ class Served:
 
 
 @contextmanager
-def serving(name: str, folder: Path, **parallel: Any) -> Iterator[Served]:
+def serving(name: str, folder: Path, trace: Path | None = None, **parallel: Any) -> Iterator[Served]:
+    others = frozenset(process.pid for process in multiprocessing.active_children() if process.pid)
     pipeline, kwargs = build(name)
     if hasattr(pipeline, "vae") and hasattr(pipeline.vae, "tile_sample_min_size"):
         # Small enough for several tiles of a small picture.
@@ -62,6 +78,7 @@ def serving(name: str, folder: Path, **parallel: Any) -> Iterator[Served]:
         model_path=str(folder),
         device="cpu",
         num_cpu_threads=1,
+        trace=str(trace) if trace is not None else None,
         parallel=ParallelConfig(**parallel),
     )
     with (
@@ -69,7 +86,7 @@ def serving(name: str, folder: Path, **parallel: Any) -> Iterator[Served]:
         portal.wrap_async_context_manager(Engine(config, rank_factory=preloaded_rank)) as engine,
     ):
         portal.call(engine.ready)
-        yield Served(portal, engine, pipeline, kwargs, folder)
+        yield Served(portal, engine, pipeline, kwargs, folder, others)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +107,19 @@ def shared_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def pids() -> dict[int, int]:
-    """The processes of ranks that there are, by rank."""
-    names = {process.name: process.pid for process in multiprocessing.active_children() if process.pid}
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving("flux", tmp_path_factory.mktemp("elastic"), num_gpus=2, elastic_sp=True) as served:
+        yield served
+
+
+def pids(others: frozenset[int] = frozenset()) -> dict[int, int]:
+    """The processes of ranks that there are, by rank.
+
+    :param others: those of other engines.
+    """
+    processes = [process for process in multiprocessing.active_children() if process.pid not in others]
+    names = {process.name: process.pid for process in processes if process.pid}
     return {int(name.rpartition("-")[2]): pid for name, pid in names.items() if name.startswith("sgld-rank-")}
 
 
@@ -202,3 +229,98 @@ def test_each_rank_has_parts_of_layers(shared_layers: Served) -> None:
 
 def test_parts_of_layers_have_the_adapters_of_requests(shared_layers: Served, tmp_path: Path) -> None:
     assert_has_adapters(shared_layers, tmp_path)
+
+
+def test_each_forward_has_ranks_of_its_own_and_company_changes_nothing(tmp_path: Path) -> None:
+    """Four ranks: the trace shows which ran what, and that some did so at the same time."""
+    trace = tmp_path / "trace.json"
+    with serving("flux", tmp_path / "flux", trace, num_gpus=4, elastic_sp=True) as served:
+        sizes: list[dict[str, int]] = [{}, {"height": 24, "width": 40}]
+        requests = [served.params(seed=n, num_inference_steps=4 + n, **sizes[n % 2]) for n in range(6)]
+        ends = served.portal.call(ends_of, served.engine, *requests)
+        for end, params in zip(ends, requests, strict=True):
+            assert isinstance(end, Completed), end
+            assert difference(end.frames, plain(served.pipeline, params)) <= 1
+        assert served.engine.model is not None
+        assert "sp 1 or 2 or 4 (elastic)" in served.engine.model.decisions["model"]
+    events = json.loads(trace.read_text())
+    ticks = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
+    assert len({tick["tid"] for tick in ticks if tick["name"].startswith("transformer")}) == 4
+    apart = [(one, other) for one, other in combinations(ticks, 2) if one["args"]["tick"] != other["args"]["tick"]]
+    assert any(one["ts"] < other["ts"] + other["dur"] and other["ts"] < one["ts"] + one["dur"] for one, other in apart)
+
+
+def test_ranks_that_choose_for_each_forward_have_the_adapters_of_requests(elastic: Served, tmp_path: Path) -> None:
+    pipeline = type(elastic.pipeline).from_pretrained(elastic.folder)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    pipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    without = [elastic.params(seed=n, num_inference_steps=6) for n in range(3)]
+    adapted = [
+        msgspec.structs.replace(params, lora=(LoraChoice(path=str(tmp_path / "lora")),)) for params in without[:2]
+    ]
+    every = [*without, *adapted]
+    ends = elastic.portal.call(ends_of, elastic.engine, *every)
+    rights = [plain(elastic.pipeline, p) for p in without] + [plain(pipeline, p) for p in without[:2]]
+    for end, right in zip(ends, rights, strict=True):
+        assert isinstance(end, Completed), end
+        assert difference(end.frames, right) <= 1
+
+
+def test_what_several_ranks_can_not_share_one_of_them_runs(elastic: Served) -> None:
+    """One token of text can't be split in two."""
+    params = elastic.params(num_inference_steps=12, max_sequence_length=1)
+    assert difference(elastic.completed(params).frames, plain(elastic.pipeline, params)) <= 1
+    assert elastic.engine.model is not None
+    assert "some calls run on one rank each" in elastic.engine.model.decisions["transformer"]
+
+
+def test_forward_that_fails_ends_its_own_request_only_and_cancelled_ones_leave(elastic: Served) -> None:
+    before = pids(elastic.others)
+    good = [elastic.params(seed=n, num_inference_steps=10) for n in range(2)]
+    broken = elastic.params(seed=7)
+    failing = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [1]}}
+    broken = msgspec.structs.replace(broken, diffusers_kwargs={**broken.diffusers_kwargs, **failing})
+    ends: list[Any] = []
+
+    async def body(engine: Engine) -> None:
+        async def leaving() -> None:
+            await leave_at(engine, elastic.params(seed=9, num_inference_steps=60), 6)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(leaving)
+            ends.extend(await ends_of(engine, *good, broken, broken))
+
+    elastic.run(body)
+    for end, params in zip(ends, good, strict=False):
+        assert isinstance(end, Completed), end
+        assert difference(end.frames, plain(elastic.pipeline, params)) <= 1
+    for end in ends[2:]:
+        assert isinstance(end, Failed)
+        assert (end.code, "encoder_hid_proj" in end.message) == ("pipeline_failed", True)
+    assert pids(elastic.others) == before
+
+
+def test_requests_run_again_when_a_rank_dies_that_runs_one_of_them(elastic: Served) -> None:
+    requests = [elastic.params(num_inference_steps=30, seed=seed) for seed in range(3)]
+    before = pids(elastic.others)
+
+    async def body(engine: Engine) -> list[Any]:
+        async def kill() -> None:
+            async for event in engine.generate(elastic.params(num_inference_steps=30)):
+                if isinstance(event, Progress):
+                    os.kill(pids(elastic.others)[1], signal.SIGKILL)
+                    return
+
+        ends: list[Any] = []
+        with anyio.fail_after(TIMEOUT_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(kill)
+                ends += await ends_of(engine, *requests)
+        return ends
+
+    for end, params in zip(elastic.run(body), requests, strict=True):
+        assert isinstance(end, Completed), end
+        assert difference(end.frames, plain(elastic.pipeline, params)) <= 1
+    assert set(pids(elastic.others).values()).isdisjoint(before.values())

@@ -6,10 +6,15 @@ import pytest
 from engine.ranks import MODEL, MortalRanks
 from engine.streams import completed, ends_of, until
 from sgld.config import EngineConfig, ParallelConfig
+from sgld.engine.cost import CostModel
+from sgld.engine.demand import Profiles
 from sgld.engine.engine import Engine
-from sgld.errors import ModelError, QueueFull
+from sgld.engine.replicas import Replica
+from sgld.engine.scheduler import Batch
+from sgld.errors import ModelError, QueueFull, RankLost
 from sgld.events import Completed, Failed
-from sgld.messages import with_note
+from sgld.messages import Ran, with_note
+from sgld.parallel import Ranks
 from sgld.sampling_params import SamplingParams
 
 
@@ -120,3 +125,15 @@ def test_what_two_replicas_find_out_is_noted_once() -> None:
     noted = with_note(with_note(MODEL, "vae", "fp32"), "vae", "compiled")
     assert noted.decisions == {"vae": "fp32; compiled"}
     assert with_note(noted, "vae", "compiled") == noted
+
+
+def test_ranks_that_hang_beside_others_are_found_by_what_these_compute() -> None:
+    config = EngineConfig(run_timeout_s=60.0, parallel=ParallelConfig(num_gpus=2, elastic_sp=True))
+    cost = CostModel()
+    replica = Replica(0, config, cost, Profiles(cost))
+    replica.running = {0: Batch((1,), ("a",), 1, 1.0), 1: Batch((2,), ("b",), 1, 1.0, Ranks(1, 1))}
+    reply = Ran(call_ids=(1,), cost_key="c", rows=1, elapsed_s=50.0, is_timed=True, ranks=Ranks(0, 1))
+    for _ in range(2):
+        replica.ran(reply)
+    with pytest.raises(RankLost, match="rank 1 hung"):
+        replica.ran(reply)

@@ -9,6 +9,7 @@ from sgld.engine.engine import Engine
 from sgld.engine.statistics import Statistics, Tally
 from sgld.events import Completed
 from sgld.messages import CallInfo, Judged, Ran, Stepped, TickMode
+from sgld.parallel import Ranks
 from sgld.request import Request, RequestState
 from sgld.sampling_params import FirstBlockCache, SamplingParams, TaylorCache
 from sgld.testing import InlineReplica
@@ -43,6 +44,14 @@ def test_ticks_are_counted_by_what_ran() -> None:
     assert (denoise.num_ticks, denoise.num_calls, denoise.num_rows, denoise.elapsed_s) == (3, 6, 12, 1.5)
     assert (denoise.num_merged, denoise.num_proofs, denoise.largest_batch) == (1, 1, 3)
     assert denoise.batch_sizes == {1: 1, 3: 1}
+
+
+def test_ticks_are_counted_by_their_ranks_where_these_are_chosen() -> None:
+    tally = Tally(None)
+    for number, ranks in enumerate((Ranks(0, 2), Ranks(1, 1), Ranks(0, 1), None)):
+        tally.pending(call(number))
+        tally.ran(msgspec.structs.replace(ran(number), ranks=ranks))
+    assert tally.calls[0].num_ranks == {2: 1, 1: 2}
 
 
 def test_calls_that_were_answered_with_what_was_known_are_counted() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pipelines import build
 
+from engine.calls import call
 from engine.streams import completed, ends_of, leave_at, params_of
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
@@ -14,6 +15,7 @@ from sgld.engine.trace import Trace, track_of
 from sgld.events import Completed
 from sgld.fields import FieldError
 from sgld.messages import CallInfo, Ran
+from sgld.parallel import Ranks
 from sgld.testing import InlineReplica
 
 Event = dict[str, Any]
@@ -84,6 +86,21 @@ async def test_trace_of_two_requests_adds_up(tmp_path: Path) -> None:
     assert sum(c.num_rows for c in counted) == sum(tick["args"]["rows"] for tick in ticks)
     modes = Counter(tick["args"]["mode"] for tick in ticks)
     assert (sum(c.num_merged for c in counted), sum(c.num_proofs for c in counted)) == (modes["merged"], modes["proof"])
+
+
+def test_tick_of_some_ranks_is_on_the_track_of_each(tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "trace.json")
+    info = call("r1-0")
+    for ranks in (Ranks(0, 1), Ranks(2, 2)):
+        trace.ran(Ran(call_ids=(1,), cost_key="c", rows=1, elapsed_s=1.0, is_timed=True, ranks=ranks), [info])
+    trace.close()
+    events = read(tmp_path / "trace.json")
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name" and e["pid"] == 1}
+    assert [(names[tick["tid"]], tick["args"]["ranks"]) for tick in ticks_of(events)] == [
+        ("ticks of replica 0", "rank 0"),
+        ("ticks of replica 0, rank 2", "ranks 2 to 3"),
+        ("ticks of replica 0, rank 3", "ranks 2 to 3"),
+    ]
 
 
 async def test_request_that_was_left_says_so(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
+from sgld.models.tokens import Ranks
 from sgld.parallel import ParallelConfig
 
 TIMEOUT_S = 60.0
@@ -138,7 +139,7 @@ def _serve(wire: Connection, rank: int, num_ranks: int, meeting: Path) -> None:
 def _results(component: Any, parallel: ParallelConfig, mesh: Any, calls: list[Given]) -> list[Any]:
     results: list[Any] = []
     try:
-        sequence = Sequence(component, parallel, mesh, torch.device("cpu"))
+        sequence = Sequence(component, Ranks.of(mesh))
         with torch.no_grad():
             for call in calls:
                 forward = functools.partial(component, *call.args, **call.kwargs)
