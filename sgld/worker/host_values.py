@@ -100,8 +100,10 @@ class HostTimesteps:
         return self._known
 
     def _one_of(self, known: Known, leaf: Any) -> Any:
-        """The copy of what is one of the timesteps, as they are in a loop over them."""
-        if type(leaf) is not type(known.there) or leaf.numel() != 1 or leaf.dtype != known.dtype:
+        """The copy of what is one of the timesteps, be it for several rows."""
+        if type(leaf) is not type(known.there) or leaf.dtype != known.dtype:
+            return leaf
+        if any(num != 1 and step != 0 for num, step in zip(leaf.shape, leaf.stride(), strict=True)):
             return leaf
         one, whole = self._memory(leaf), self._memory(known.there)
         if one.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or not whole.is_contiguous():
@@ -109,7 +111,7 @@ class HostTimesteps:
         index = one.storage_offset() - whole.storage_offset()
         if not 0 <= index < whole.numel():
             return leaf
-        return Known(leaf, known.host.reshape(-1)[index].reshape(leaf.shape))
+        return Known(leaf, known.host.reshape(-1)[index].expand(leaf.shape))
 
     @contextmanager
     def _in_place(self, known: Known) -> Iterator[None]:

@@ -51,6 +51,8 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if not set(types) <= {torch.Tensor, nn.Parameter, OnDevice}:
+            return NotImplemented
         raise RuntimeError(f"{func} of a tensor of the device outside of it")
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -112,6 +112,11 @@ def test_timesteps_of_the_middle_are_known_and_those_of_others_are_not() -> None
         device.waits.clear()
         one = scheduler.step(x, late[1], x).prev_sample
         assert device.waits.total() == 0
+        for_rows = HostTimesteps(scheduler, on_host)(lambda t: t, late[1].expand(3))
+        assert isinstance(for_rows, Known)
+        assert torch.equal(for_rows.host, on_host(late[1]).expand(3))
+        assert not isinstance(HostTimesteps(scheduler, on_host)(lambda t: t, late[:2]), Known)
+        device.waits.clear()
         other = scheduler.step(x, late[1] + 0, x).prev_sample
         assert device.waits.total() > 0
     assert torch.equal(on_host(one), on_host(other))
