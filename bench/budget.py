@@ -34,6 +34,6 @@ class Budget:
             yield one
             longest = max(longest, self._clock() - start)
 
-    def shared(self, parts: int) -> float | None:
-        """The seconds of one of so many parts that are still to come; None: as many as it takes."""
-        return None if math.isinf(self._until) else self.left_s / parts
+    def share(self, part: float, of: float) -> float | None:
+        """The seconds of a part of what is still to come; None: as many as it takes."""
+        return None if math.isinf(self._until) else self.left_s * part / of

@@ -39,6 +39,8 @@ from stuck import show_stacks
 
 HERE = Path(__file__).parent
 _LEAVE_S = 30.0
+# Of the time, where it is limited: sgld measures twice, and waits for a compiler between.
+_SHARES = {"sgld": 3, "http": 3}
 _MAX_PROBLEM_CHARS = 8000
 # What sides say, and the list of the report that it is put into.
 _LISTS = {"measured": "measured", "start": "starts", "settling": "settling", "ticks": "ticks", "skipped": "skipped"}
@@ -92,7 +94,9 @@ class Comparison:
             for line in self._lines(maker, "make", name, None):
                 self.report["models"].append(line)
             for index, (side, process) in enumerate(waiting):
-                seconds = self._budget.shared((len(waiting) - index) * num_models)
+                to_come = sum(_SHARES.get(other, 1) for other, _ in waiting[index:])
+                later = (num_models - 1) * sum(_SHARES.get(other, 1) for other in self._args.sides)
+                seconds = self._budget.share(_SHARES.get(side, 1), to_come + later)
                 for line in self._lines(process, side, name, seconds):
                     self._add(name, line)
                 self._compare_pictures(pictures, rows)

@@ -51,6 +51,7 @@ RAM_DISK = "/dev/shm"
 _NUM_ALONE = 2
 # To write the report, and to wait for the last answers; as many times the longest request.
 _REST_S, _REST_FACTOR = 5.0, 3.0
+_FEW_STEPS = 8
 # Prompts and seeds of requests that aren't part of the trace begin here.
 _ALONE, _WARM_UP = 700, 800
 _POLL_S = 0.2
@@ -293,7 +294,8 @@ def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]
 
 
 async def _warm_up(http: httpx2.AsyncClient, kinds: Sequence[Kind], seconds: float) -> None:
-    """Requests alone and several at once, for so long: things are compiled, captured and proved."""
+    """Requests with few steps, alone and several at once, for so long: things are compiled, captured and proved."""
+    kinds = [replace(kind, num_steps=min(kind.num_steps, _FEW_STEPS)) for kind in kinds]
     until, indices = time.monotonic() + seconds, count(_WARM_UP)
     while time.monotonic() < until:
         for kind in kinds:

@@ -50,7 +50,7 @@ _SOME_STAGGERED = (0, 5, 10, 15)
 # Where the prompts and seeds of requests begin that others aren't compared with; those of a later turn are others, as
 # what text encoders said is kept.
 _LATER, _STAGGERED, _SETTLING = 40, 100, 500
-_FEW_STEPS = {"num_inference_steps": 10}
+_FEW_STEPS = {"num_inference_steps": 6}
 # Rounds that took as long as one another, within so much.
 _NUM_STEADY, _STEADY = 3, 1.05
 

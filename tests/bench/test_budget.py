@@ -25,5 +25,5 @@ def test_parts_share_what_is_left() -> None:
     clock = _Clock()
     budget = Budget(12, clock)
     clock.now = 2
-    assert budget.shared(4) == 2.5
-    assert Budget(None).shared(4) is None
+    assert budget.share(1, 4) == 2.5
+    assert Budget(None).share(1, 4) is None
