@@ -165,7 +165,7 @@ async def replay(
 ) -> list[Asked]:
     """Send each request at its time, whatever became of the others.
 
-    :param limit_s: then those that were answered are returned.
+    :param limit_s: after so long those that have no answer are left alone.
     """
     asked = [Asked(kind.name, at) for at, kind in trace]
     start = time.monotonic()
@@ -185,7 +185,7 @@ async def replay(
 
     with suppress(TimeoutError):
         await asyncio.wait_for(all_of_them(), limit_s)
-    return [one for one in asked if one.status]
+    return asked
 
 
 def summary(asked: Sequence[Asked], alone: Mapping[str, float]) -> dict[str, Any]:
@@ -251,10 +251,14 @@ async def run(args: argparse.Namespace, folder: Path, budget: Budget) -> dict[st
         print("alone:", {name: round(s, 3) for name, s in alone.items()}, flush=True)
         rate = args.load / sum(kind.share * alone[kind.name] for kind in kinds)
         seconds = min(60 * args.minutes, budget.left_s - _REST_FACTOR * max(alone.values()) - _REST_S)
+        if seconds <= 0:
+            raise SystemExit(f"of {args.seconds:g} s none are left for the trace; give more --seconds")
         print(f"replaying {seconds:.0f} s", flush=True)
         limit_s = budget.left_s - _REST_S if args.seconds else None
         asked = await replay(http, arrivals(kinds, rate, seconds, args.seed), limit_s)
-        return {
+        report = {
+            "command": reports.command(),
+            **reports.where(args.device),
             "mix": args.mix,
             "load": args.load,
             "rate_per_s": rate,
@@ -265,6 +269,9 @@ async def run(args: argparse.Namespace, folder: Path, budget: Budget) -> dict[st
             "server": (await http.get("/server_info")).json()["model"],
             "asked": [asdict(one) for one in asked],
         }
+        if args.out:
+            reports.write(args.out, report, text(report))
+        return report
 
 
 @asynccontextmanager
@@ -390,7 +397,6 @@ def measured_report(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
             subprocess.run([*make, "--device", args.device, *extra], check=True)
             args.model_path = models / args.make
         report = asyncio.run(run(args, Path(folder), budget))
-        report = {"command": reports.command(), **reports.where(args.device), **report}
         if not args.url and args.mix in PICTURES:
             report["learned"] = msgspec.to_builtins(measured.read(Path(folder) / "cache"))
         return report
