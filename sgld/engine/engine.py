@@ -2,40 +2,30 @@
 
 import dataclasses
 import logging
-import multiprocessing
-import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Self, assert_never
 
 import anyio
-import msgspec
 from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.adapters import EngineLoras
-from sgld.engine.calibration import calibrate, sizes_of
 from sgld.engine.cost import CostModel, at_degree
 from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.entry import Entry
-from sgld.engine.learned import LearnedFile
-from sgld.engine.replica import Rank, RankFactory, rank_process
+from sgld.engine.memory import Memory
+from sgld.engine.replica import Rank, RankFactory, rank_process, refuse_unguarded_spawn
 from sgld.engine.replicas import Replica, balance, place
-from sgld.engine.requests import Requests, output_id
+from sgld.engine.requests import Requests, check_fits, output_id
 from sgld.engine.statistics import CostStatistics, Statistics, Tally
-from sgld.engine.trace import Trace
-from sgld.errors import EngineClosed, InvalidRequest, ModelError, RankLost
-from sgld.events import (
-    AnyEvent,
-    Terminal,
-)
-from sgld.fields import FieldError
+from sgld.engine.trace import open_trace
+from sgld.errors import EngineClosed, ModelError, RankLost
+from sgld.events import AnyEvent, Terminal
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import (
-    MAX_MESSAGE_BYTES,
     Alive,
     AnyReply,
     Cancel,
@@ -67,14 +57,10 @@ from sgld.request import NO_LIMITS, Limits, RequestState
 from sgld.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-# What the message that starts a request takes beside its params, and more.
-_START_BYTES = 1024
 # So many ranks in a row may be lost before they are ready, where one was ready before.
 MAX_LOST_LOADS = 3
 # So long at most a replica pauses before it tries again to load, while others serve.
 MAX_PAUSE_S = 60
-# How often what was learned is kept while the engine is open.
-KEEP_S = 60.0
 _ANY_INPUT = InputPolicy()
 
 
@@ -90,15 +76,11 @@ class Engine:
         self._config = config
         self._rank_factory = rank_factory
         self._cost = CostModel()
-        self._profiles = Profiles(self._cost)
-        self._replicas = tuple(
-            Replica(index, config, self._cost, self._profiles) for index in range(config.parallel.dp_size)
-        )
+        profiles = Profiles(self._cost)
+        self._memory = Memory(config, self._cost, profiles)
+        self._replicas = tuple(Replica(i, config, self._cost, profiles) for i in range(config.parallel.dp_size))
         self._model: ModelInfo | None = None
-        self._learned_file: LearnedFile | None = None
-        self._kept_version = self._cost.version
         self._load_error: ModelError | None = None
-        self._calibrated: tuple[str, ...] = ()
         self._is_decided = anyio.Event()
         """The model is loaded, or can't be."""
         self._is_open = False
@@ -109,14 +91,14 @@ class Engine:
         self._loras = EngineLoras(config.adapters, self._tell_ranks)
 
     async def __aenter__(self) -> Self:
-        _refuse_unguarded_spawn()
-        self._tally.trace = await to_thread.run_sync(_open_trace, self._config.trace)
+        refuse_unguarded_spawn()
+        self._tally.trace = await to_thread.run_sync(open_trace, self._config.trace)
         self._tasks = tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._stack.callback(tasks.cancel_scope.cancel)
         self._is_open = True
         for replica in self._replicas:
             tasks.start_soon(self._serve, replica)
-        tasks.start_soon(self._keep_learned)
+        tasks.start_soon(self._memory.keep_forever)
         return self
 
     async def __aexit__(
@@ -127,7 +109,7 @@ class Engine:
         self._is_decided.set()
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
-            await self._keep()
+            await self._memory.keep()
             if self._tally.trace is not None:
                 await to_thread.run_sync(self._tally.trace.close)
 
@@ -240,7 +222,7 @@ class Engine:
     def _submit(self, params: SamplingParams, waited_s: float, limits: Limits) -> list[Entry]:
         # Again: meanwhile its pictures may have been downloaded.
         self._check_open(params, waited_s)
-        _check_message(params)
+        check_fits(params)
 
         def chosen() -> int:
             return place(params, self._replicas, self._requests).index
@@ -313,47 +295,15 @@ class Engine:
             for replica in balance(self._replicas, self._requests):
                 replica.tick(self._requests)
 
-    async def _recall(self, model: ModelInfo) -> None:
-        """Begin with what earlier starts learned of the model; a rank that is started again changes nothing."""
-        if self._learned_file is not None or model.identity is None:
-            return
-        self._learned_file = LearnedFile(model, self._config)
-        learned = await to_thread.run_sync(self._learned_file.read)
-        self._cost.recall(learned.times)
-        self._profiles.recall(learned.profiles)
-        self._calibrated = learned.calibrated
-        self._kept_version = self._cost.version
-
-    async def _keep_learned(self) -> None:
-        while True:
-            await anyio.sleep(KEEP_S)
-            await self._keep()
-
-    async def _keep(self) -> None:
-        """Write down what was learned, if it is news."""
-        if self._learned_file is None or self._kept_version == self._cost.version:
-            return
-        self._kept_version = self._cost.version
-        await to_thread.run_sync(
-            self._learned_file.write, self._cost.learned(), self._profiles.learned(), self._calibrated
-        )
-
     async def _calibrate(self, model: ModelInfo) -> None:
         """Measure what wasn't measured at an earlier start; then the model is said to be served."""
-        wanted = sizes_of(self._config.calibration.calibrate_sizes, model)
         try:
-            done = await calibrate(
-                [size for size in wanted if size not in self._calibrated],
+            await self._memory.calibrate(
+                model,
                 self.generate,
-                self._profiles,
-                self._cost,
-                num_replicas=len(self._replicas),
-                max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
-                limit_s=self._config.calibration.calibrate_limit_s,
-                is_compiling=lambda: any(replica.is_compiling for replica in self._replicas),
+                len(self._replicas),
+                lambda: any(replica.is_compiling for replica in self._replicas),
             )
-            self._calibrated = (*self._calibrated, *done)
-            await self._keep()
         finally:
             for replica in self._replicas:
                 replica.scheduler.is_calibrating = False
@@ -368,24 +318,7 @@ class Engine:
             case Alive(stage=stage):
                 replica.heard(stage)
             case Ready(model=model):
-                await self._recall(model)
-                if self._model is not None and model.device != self._model.device:
-                    where = f"replica {replica.index} is on {model.device}, but the model is served on"
-                    self._cannot_load(replica, f"{where} {self._model.device}; see that each has GPUs of its own")
-                    return
-                # What was noted since the others were ready holds as long as one of them serves.
-                if self._model is None or not self._has_rank:
-                    self._model = model
-                self._requests.fps = model.fps
-                replica.served(rank)
-                if model.is_whole:
-                    replica.scheduler.run_singly()
-                if not self._config.calibration.calibrate or self._is_decided.is_set():
-                    self._is_decided.set()
-                elif not replica.scheduler.is_calibrating and all(other.rank for other in self._replicas):
-                    for each in self._replicas:
-                        each.scheduler.is_calibrating = True
-                    self._tasks.start_soon(self._calibrate, model)
+                await self._ready(replica, rank, model)
             case LoadFailed(message=message):
                 self._cannot_load(replica, message)
             case Pending(call=call):
@@ -420,6 +353,27 @@ class Engine:
             case unknown:
                 assert_never(unknown)
 
+    async def _ready(self, replica: Replica, rank: Rank, model: ModelInfo) -> None:
+        """A rank has loaded the model."""
+        await self._memory.recall(model)
+        if self._model is not None and model.device != self._model.device:
+            where = f"replica {replica.index} is on {model.device}, but the model is served on"
+            self._cannot_load(replica, f"{where} {self._model.device}; see that each has GPUs of its own")
+            return
+        # What was noted since the others were ready holds as long as one of them serves.
+        if self._model is None or not self._has_rank:
+            self._model = model
+        self._requests.fps = model.fps
+        replica.served(rank)
+        if model.is_whole:
+            replica.scheduler.run_singly()
+        if not self._config.calibration.calibrate or self._is_decided.is_set():
+            self._is_decided.set()
+        elif not replica.scheduler.is_calibrating and all(other.rank for other in self._replicas):
+            for each in self._replicas:
+                each.scheduler.is_calibrating = True
+            self._tasks.start_soon(self._calibrate, model)
+
     def _cannot_load(self, replica: Replica, message: str) -> None:
         """A rank says that it can't serve the model.
 
@@ -435,31 +389,3 @@ class Engine:
         self._model = None
         self._is_decided.set()
         self._requests.abandon_all()
-
-
-def _check_message(params: SamplingParams) -> None:
-    """See that params can be sent to a rank.
-
-    :raises InvalidRequest: they can't.
-    """
-    try:
-        size = len(msgspec.msgpack.encode(params))
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidRequest(f"the request holds what JSON doesn't have: {error}") from None
-    if size > MAX_MESSAGE_BYTES - _START_BYTES:
-        limit = MAX_MESSAGE_BYTES - _START_BYTES
-        raise InvalidRequest(f"the request takes {size} bytes, the limit is {limit}; shorten its prompts")
-
-
-def _open_trace(path: str | None) -> Trace | None:
-    """:raises FieldError: the file can't be written."""
-    try:
-        return Trace(Path(path)) if path is not None else None
-    except OSError as error:
-        raise FieldError("trace", path, error.strerror or str(error)) from None
-
-
-def _refuse_unguarded_spawn() -> None:
-    """A spawned process imports the main script again; without a guard that would start another engine."""
-    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
-        sys.exit("sgld: a script that starts an engine needs `if __name__ == '__main__':` around its main part")

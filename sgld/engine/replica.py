@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -183,6 +184,12 @@ def _start(
     rank_end.close()
     writer.close()
     return processes
+
+
+def refuse_unguarded_spawn() -> None:
+    """A spawned process imports the main script again; without a guard that would start another engine."""
+    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
+        sys.exit("sgld: a script that starts an engine needs `if __name__ == '__main__':` around its main part")
 
 
 def _started(processes: list[Any], process: Any) -> None:

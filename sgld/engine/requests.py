@@ -7,6 +7,7 @@ from math import prod
 from typing import TypeVar, assert_never
 
 import anyio
+import msgspec
 import numpy as np
 from anyio.to_thread import run_sync
 from numpy.typing import NDArray
@@ -15,10 +16,21 @@ from sgld.engine.demand import demand_of
 from sgld.engine.entry import Entry
 from sgld.engine.scheduler import Scheduler
 from sgld.engine.statistics import Tally
-from sgld.errors import RankLost
+from sgld.errors import InvalidRequest, RankLost
 from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started, Terminal
 from sgld.ipc.tensor_queue import TensorReader
-from sgld.messages import Decoded, Finished, Heard, Previewed, Start, Stepped, TaskCancelled, TaskFailed, TensorRef
+from sgld.messages import (
+    MAX_MESSAGE_BYTES,
+    Decoded,
+    Finished,
+    Heard,
+    Previewed,
+    Start,
+    Stepped,
+    TaskCancelled,
+    TaskFailed,
+    TensorRef,
+)
 from sgld.request import NO_LIMITS, Limits, Request, RequestState
 from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 
@@ -26,6 +38,8 @@ from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 MAX_LOSSES = 2
 # Less than this is done faster than a thread is asked to do it.
 _LARGE_BYTES = 2**20
+# What the message that starts a request takes beside its params, and more.
+_START_BYTES = 1024
 _ids = count(1)
 T = TypeVar("T")
 Result = Previewed | Decoded | Heard
@@ -262,3 +276,17 @@ def _copied(tensors: TensorReader, ref: TensorRef) -> NDArray[np.uint8]:
 def output_id(group: str, index: int) -> str:
     """The id of one output of a client's call."""
     return f"{group}-{index}"
+
+
+def check_fits(params: SamplingParams) -> None:
+    """See that params can be sent to a rank.
+
+    :raises InvalidRequest: they can't.
+    """
+    try:
+        size = len(msgspec.msgpack.encode(params))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequest(f"the request holds what JSON doesn't have: {error}") from None
+    if size > MAX_MESSAGE_BYTES - _START_BYTES:
+        limit = MAX_MESSAGE_BYTES - _START_BYTES
+        raise InvalidRequest(f"the request takes {size} bytes, the limit is {limit}; shorten its prompts")

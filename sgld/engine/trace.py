@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from sgld.fields import FieldError
 from sgld.messages import CallInfo, Ran
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,17 @@ class Trace:
             self._problem = error
             while self._events.get() is not None:
                 pass
+
+
+def open_trace(path: str | None) -> Trace | None:
+    """The trace that is asked for, if one is.
+
+    :raises FieldError: the file can't be written.
+    """
+    try:
+        return Trace(Path(path)) if path is not None else None
+    except OSError as error:
+        raise FieldError("trace", path, error.strerror or str(error)) from None
 
 
 def track_of(request_id: str) -> int:

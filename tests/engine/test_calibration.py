@@ -124,7 +124,7 @@ async def test_model_is_served_once_it_is_measured_which_is_done_once(is_known: 
     calibration = CalibrationConfig(calibrate=True, calibrate_sizes=("16x16",))
     config = EngineConfig(device="cpu", max_batch_size=2, calibration=calibration)
     async with Engine(config, rank_factory=InlineReplica(flux)) as engine:
-        engine._calibrated = ("16x16",) if is_known else ()
+        engine._memory._calibrated = ("16x16",) if is_known else ()
         assert engine.model is None
         await engine.ready()
         known = engine.statistics()

@@ -1,0 +1,75 @@
+"""What the engine learned, kept while it is open and between starts; and what it measures at start for that."""
+
+from collections.abc import Callable, Sequence
+
+import anyio
+from anyio import to_thread
+
+from sgld.config import EngineConfig
+from sgld.engine.calibration import Generate, calibrate, sizes_of
+from sgld.engine.cost import CostModel
+from sgld.engine.demand import Profiles
+from sgld.engine.learned import LearnedFile
+from sgld.messages import ModelInfo
+
+# How often what was learned is kept while the engine is open.
+KEEP_S = 60.0
+
+
+class Memory:
+    """Reads and writes the file of a model, once it is known which that is."""
+
+    def __init__(self, config: EngineConfig, cost: CostModel, profiles: Profiles) -> None:
+        self._config = config
+        self._cost = cost
+        self._profiles = profiles
+        self._file: LearnedFile | None = None
+        self._kept_version = cost.version
+        self._calibrated: tuple[str, ...] = ()
+
+    async def recall(self, model: ModelInfo) -> None:
+        """Begin with what earlier starts learned of the model; a rank that is started again changes nothing."""
+        if self._file is not None or model.identity is None:
+            return
+        self._file = LearnedFile(model, self._config)
+        learned = await to_thread.run_sync(self._file.read)
+        self._cost.recall(learned.times)
+        self._profiles.recall(learned.profiles)
+        self._calibrated = learned.calibrated
+        self._kept_version = self._cost.version
+
+    async def keep_forever(self) -> None:
+        """Write down what is learned, now and then."""
+        while True:
+            await anyio.sleep(KEEP_S)
+            await self.keep()
+
+    async def keep(self) -> None:
+        """Write down what was learned, if it is news."""
+        if self._file is None or self._kept_version == self._cost.version:
+            return
+        self._kept_version = self._cost.version
+        await to_thread.run_sync(self._file.write, self._cost.learned(), self._profiles.learned(), self._calibrated)
+
+    async def calibrate(
+        self, model: ModelInfo, generate: Generate, num_replicas: int, is_compiling: Callable[[], bool]
+    ) -> None:
+        """Measure what wasn't measured at an earlier start.
+
+        :param generate: runs a request.
+        :param is_compiling: whether code is on its way that forwards will run.
+        """
+        given = self._config.calibration
+        wanted: Sequence[str] = sizes_of(given.calibrate_sizes, model)
+        done = await calibrate(
+            [size for size in wanted if size not in self._calibrated],
+            generate,
+            self._profiles,
+            self._cost,
+            num_replicas=num_replicas,
+            max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
+            limit_s=given.calibrate_limit_s,
+            is_compiling=is_compiling,
+        )
+        self._calibrated = (*self._calibrated, *done)
+        await self.keep()
