@@ -8,6 +8,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 import anyio
 
@@ -19,6 +20,16 @@ from sgld.messages import ModelInfo
 from sgld.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+
+class Code(NamedTuple):
+    """Whether code is on its way that ranks will run, and how often that has changed."""
+
+    is_pending: bool
+    num_changes: int
+
+
+NO_NEWS = Code(False, 0)
 Generate = Callable[[SamplingParams], AsyncIterator[AnyEvent]]
 # Those of the mixes with which servers are compared.
 SQUARES = ("512x512", "768x768", "1024x1024", "1536x1536")
@@ -53,7 +64,7 @@ async def calibrate(
     max_rows: int,
     limit_s: float,
     num_replicas: int = 1,
-    is_compiling: Callable[[], bool] = lambda: False,
+    code: Callable[[], Code] = lambda: NO_NEWS,
     pause_s: float = PAUSE_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
@@ -62,7 +73,7 @@ async def calibrate(
     :param generate: runs a request; those that run at the same time share all forwards that they can.
     :param max_rows: as many requests run together at most.
     :param num_replicas: each gets as many, for requests are spread evenly: all are to be warm.
-    :param is_compiling: whether code is on its way that forwards will run instead of what they run now.
+    :param code: what is known of code that forwards will run instead of what they run now.
     :param limit_s: no request begins after so many seconds.
     """
     done: list[str] = []
@@ -75,12 +86,12 @@ async def calibrate(
                 return done
             problem = await _settled(
                 functools.partial(_run, size, num * num_replicas, generate),
-                is_compiling,
+                code,
                 pause_s,
                 is_late=lambda: clock() > until,
                 said=f"calibration: {size}, {num} at a time, again, as code is being compiled",
             )
-            if problem is None and is_compiling():
+            if problem is None and code().is_pending:
                 continue
             if problem is not None:
                 logger.warning("calibration of %s with %d at a time failed: %s", size, num, problem)
@@ -100,23 +111,25 @@ async def calibrate(
 
 async def _settled(
     run: Callable[[], Awaitable[str | None]],
-    is_compiling: Callable[[], bool],
+    code: Callable[[], Code],
     pause_s: float,
     *,
     is_late: Callable[[], bool],
     said: str,
 ) -> str | None:
-    """Run requests, and again until the code that is being compiled ran in them from the start; why one of them failed.
+    """Run requests until other code neither is on its way nor came while they ran; why one of them failed.
 
     A rank takes code over between its calls, so waiting needs some; in pauses a compiler has the cores for itself.
     """
-    problem, has_new = await run(), is_compiling()
-    while problem is None and has_new and not is_late():
-        logger.info(said)
-        if has_new := is_compiling():
-            await anyio.sleep(pause_s)
+    while True:
+        before = code()
         problem = await run()
-    return problem
+        now = code()
+        if problem is not None or (now == before and not now.is_pending) or is_late():
+            return problem
+        logger.info(said)
+        if now.is_pending:
+            await anyio.sleep(pause_s)
 
 
 async def _run(size: str, num: int, generate: Generate) -> str | None:

@@ -13,6 +13,7 @@ from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.adapters import EngineLoras
+from sgld.engine.calibration import Code
 from sgld.engine.cost import CostModel, at_degree
 from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.entry import Entry
@@ -298,16 +299,15 @@ class Engine:
     async def _calibrate(self, model: ModelInfo) -> None:
         """Measure what wasn't measured at an earlier start; then the model is said to be served."""
         try:
-            await self._memory.calibrate(
-                model,
-                self.generate,
-                len(self._replicas),
-                lambda: any(replica.is_compiling for replica in self._replicas),
-            )
+            await self._memory.calibrate(model, self.generate, len(self._replicas), self._code)
         finally:
             for replica in self._replicas:
                 replica.scheduler.is_calibrating = False
             self._is_decided.set()
+
+    def _code(self) -> Code:
+        codes = [replica.code for replica in self._replicas]
+        return Code(any(code.is_pending for code in codes), sum(code.num_changes for code in codes))
 
     def _tell_ranks(self, command: LoadLora | UnloadLora) -> list[int]:
         """Tell the ranks that are there; returns the indices of their replicas."""
@@ -331,7 +331,7 @@ class Engine:
             case Noted(component=component, note=note):
                 self._model = self._model and with_note(self._model, component, note)
             case Compiling(is_pending=is_pending):
-                replica.is_compiling = is_pending
+                replica.code = Code(is_pending, replica.code.num_changes + 1)
             case Launched(call_ids=call_ids):
                 self._tally.launched(call_ids, replica.index)
                 replica.scheduler.launched(call_ids)

@@ -6,7 +6,7 @@ import anyio
 from anyio import to_thread
 
 from sgld.config import EngineConfig
-from sgld.engine.calibration import Generate, calibrate, sizes_of
+from sgld.engine.calibration import Code, Generate, calibrate, sizes_of
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles
 from sgld.engine.learned import LearnedFile
@@ -52,12 +52,12 @@ class Memory:
         await to_thread.run_sync(self._file.write, self._cost.learned(), self._profiles.learned(), self._calibrated)
 
     async def calibrate(
-        self, model: ModelInfo, generate: Generate, num_replicas: int, is_compiling: Callable[[], bool]
+        self, model: ModelInfo, generate: Generate, num_replicas: int, code: Callable[[], Code]
     ) -> None:
         """Measure what wasn't measured at an earlier start.
 
         :param generate: runs a request.
-        :param is_compiling: whether code is on its way that forwards will run.
+        :param code: what is known of code that forwards will run instead of what they run now.
         """
         given = self._config.calibration
         wanted: Sequence[str] = sizes_of(given.calibrate_sizes, model)
@@ -69,7 +69,7 @@ class Memory:
             num_replicas=num_replicas,
             max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
             limit_s=given.calibrate_limit_s,
-            is_compiling=is_compiling,
+            code=code,
         )
         self._calibrated = (*self._calibrated, *done)
         await self.keep()

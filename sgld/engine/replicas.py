@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from sgld.config import EngineConfig
+from sgld.engine.calibration import NO_NEWS
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles
 from sgld.engine.remaining import Tracked
@@ -46,8 +47,8 @@ class Replica:
         """By the first of the ranks that run it."""
         self._beside_s: dict[int, float] = {}
         """What other ranks have computed since these have a batch."""
-        self.is_compiling = False
-        """Code is on its way that its rank will run."""
+        self.code = NO_NEWS
+        """Of code that its rank will run."""
         self.has_served = False
         """A rank of it was ready once."""
         self.num_lost_loads = 0
@@ -142,7 +143,7 @@ class Replica:
 
     def lost(self) -> None:
         """The rank is gone."""
-        self.rank, self._stages, self.is_compiling = None, Stages(), False
+        self.rank, self._stages, self.code = None, Stages(), NO_NEWS
         self.adapters.clear()
 
     def statistics(self, requests: Requests, adapters: LorasHeld) -> ReplicaStatistics:

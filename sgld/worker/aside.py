@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -147,9 +148,11 @@ class Known:
         return self._folder is not None and (self._folder / _name(job)).exists()
 
     def add(self, job: CompileJob) -> None:
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / _name(job)).touch()
+        # A disk may be full: then it is compiled again.
+        with suppress(OSError):
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                (self._folder / _name(job)).touch()
 
 
 def _name(job: CompileJob) -> str:

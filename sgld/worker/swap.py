@@ -193,6 +193,8 @@ class Swap:
         self._queue[form] = module, jobs
         if self._process is None:
             self._begin()
+        else:
+            self._build_known()
         self._tell()
 
     def _begin(self) -> None:
@@ -222,8 +224,8 @@ class Swap:
         for form, (module, jobs) in list(self._queue.items()):
             if all(map(self._known.has, jobs)):
                 del self._queue[form]
-                self._compiled_now.remove(form)
                 self._build(module, form, jobs)
+        self._compiled_now = [form for form in self._compiled_now if form in self._queue]
 
     def look(self) -> None:
         """Between two calls: see whether the process is done, and read a part of what it compiled."""

@@ -11,7 +11,7 @@ from engine.calls import LinearCost, call, tracked
 from engine.ranks import MODEL
 from sgld.config import CalibrationConfig, EngineConfig
 from sgld.engine.batching import all_together
-from sgld.engine.calibration import DEFAULT, NUM_STEPS, SQUARES, calibrate, params_of, sizes_of
+from sgld.engine.calibration import DEFAULT, NO_NEWS, NUM_STEPS, SQUARES, Code, calibrate, params_of, sizes_of
 from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.engine import Engine
 from sgld.events import AnyEvent, Completed, Failed
@@ -72,13 +72,21 @@ async def test_nothing_begins_after_the_limit(caplog: pytest.LogCaptureFixture) 
     assert "not done: 32x32" in caplog.text
 
 
-async def test_code_that_is_being_compiled_is_waited_for_and_measured() -> None:
+@pytest.mark.parametrize(
+    ("codes", "num"),
+    [
+        # Before and after each run, and in the end.
+        ([NO_NEWS, Code(True, 1), Code(True, 1), Code(False, 2), *[Code(False, 2)] * 3], 3),
+        ([NO_NEWS, *[Code(False, 2)] * 4], 2),
+        ([Code(False, 2)] * 3, 1),
+    ],
+    ids=["two runs", "within a run", "before"],
+)
+async def test_code_that_is_being_compiled_is_waited_for_and_measured(codes: list[Code], num: int) -> None:
     cost = LinearCost()
     server = Server(cost)
-    # It is being compiled while the first two run, and there when the third begins.
-    compiling = iter([True, True, False, False])
-    assert await done(server, cost, "64x64", max_rows=1, pause_s=0.0, is_compiling=lambda: next(compiling)) == ["64x64"]
-    assert server.num == {"64x64": 3}
+    assert await done(server, cost, "64x64", max_rows=1, pause_s=0.0, code=iter(codes).__next__) == ["64x64"]
+    assert server.num == {"64x64": num}
 
 
 async def test_size_is_not_done_where_code_comes_too_late(caplog: pytest.LogCaptureFixture) -> None:
@@ -87,7 +95,7 @@ async def test_size_is_not_done_where_code_comes_too_late(caplog: pytest.LogCapt
     options: dict[str, Any] = {
         "max_rows": 1,
         "clock": lambda: next(times),
-        "is_compiling": lambda: True,
+        "code": lambda: Code(True, 1),
         "pause_s": 0.0,
     }
     assert await done(server, cost, "64x64", **options) == []

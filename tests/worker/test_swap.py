@@ -212,6 +212,16 @@ def test_what_was_compiled_before_an_earlier_start_needs_no_process(tmp_path: Pa
     assert second.processes == []
 
 
+def test_what_is_in_the_cache_waits_for_no_process(tmp_path: Path) -> None:
+    first, second = Bench(cache=tmp_path), Bench(cache=tmp_path)
+    first.run(2)
+    first.until_compiled(2)
+    assert second.run(1) == "eager"
+    assert any(second.run(2) == "compiled" for _ in range(9))
+    assert second.processes[0].said is None
+    second.runtime.close()
+
+
 def test_one_process_on_a_machine_compiles_what_several_ranks_need(tmp_path: Path) -> None:
     times = [0.0]
     first, second = Bench(cache=tmp_path), Bench(cache=tmp_path, clock=lambda: times[-1])
