@@ -135,7 +135,18 @@ def _native(
     return result
 
 
+_theirs = attention_dispatch._templated_context_parallel_attention
+
+
+def _templated(*args: Any, _parallel_config: Any = None, **kwargs: Any) -> torch.Tensor:
+    compute: Any = shared_attention if isinstance(_parallel_config, Tokens) else _theirs
+    return compute(*args, _parallel_config=_parallel_config, **kwargs)  # type: ignore[no-any-return]
+
+
 def prepare() -> None:
-    """Have attention of diffusers be shared as `Tokens` does it, for all of its kernels."""
-    attention_dispatch._templated_context_parallel_attention = shared_attention
+    """Have attention of diffusers be shared as `Tokens` does it, for all of its kernels.
+
+    What diffusers itself was told to share is left to it.
+    """
+    attention_dispatch._templated_context_parallel_attention = _templated
     attention_dispatch._native_attention_forward_op = _native

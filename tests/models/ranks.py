@@ -20,6 +20,7 @@ from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
 from sgld.models.tokens import Ranks
 from sgld.parallel import ParallelConfig
+from sgld.worker.trees import opened, rebuilt
 
 TIMEOUT_S = 60.0
 
@@ -95,14 +96,15 @@ class Group:
 
 
 @contextmanager
-def group(num_ranks: int, folder: Path) -> Iterator[Group]:
+def group(num_ranks: int, folder: Path, device_type: str = "cpu") -> Iterator[Group]:
     """Ranks that live as long as the block."""
-    context = multiprocessing.get_context("forkserver")
-    # The models are imported once for all of them.
-    context.set_forkserver_preload([__name__, "diffusers.models.transformers"])
+    # Models are imported once for all of them; on GPUs nobody may fork what was told of one.
+    context: Any = multiprocessing.get_context("forkserver" if device_type == "cpu" else "spawn")
+    if device_type == "cpu":
+        context.set_forkserver_preload([__name__, "diffusers.models.transformers"])
     pairs = [context.Pipe() for _ in range(num_ranks)]
     ranks = [
-        context.Process(target=_serve, args=(wire, rank, num_ranks, folder / "meeting"), daemon=True)
+        context.Process(target=_serve, args=(wire, rank, num_ranks, folder / "meeting", device_type), daemon=True)
         for rank, (_, wire) in enumerate(pairs)
     ]
     for rank in ranks:
@@ -119,11 +121,15 @@ def group(num_ranks: int, folder: Path) -> Iterator[Group]:
             rank.kill()
 
 
-def _serve(wire: Connection, rank: int, num_ranks: int, meeting: Path) -> None:
+def _serve(wire: Connection, rank: int, num_ranks: int, meeting: Path, device_type: str) -> None:
     torch.set_num_threads(1)
     prepare()
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
     store = dist.FileStore(str(meeting), num_ranks)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks)
     meshes: dict[tuple[int, int], Any] = {}
     while True:
         try:
@@ -132,18 +138,23 @@ def _serve(wire: Connection, rank: int, num_ranks: int, meeting: Path) -> None:
             return
         shape = (parallel.ring, parallel.ulysses)
         if shape not in meshes:
-            meshes[shape] = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
-        wire.send_bytes(pickle.dumps(_results(component, parallel, meshes[shape], calls)))
+            meshes[shape] = dist.device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=("ring", "ulysses"))
+        wire.send_bytes(pickle.dumps(_results(component.to(device), meshes[shape], calls, device)))
 
 
-def _results(component: Any, parallel: ParallelConfig, mesh: Any, calls: list[Given]) -> list[Any]:
+def _results(component: Any, mesh: Any, calls: list[Given], device: torch.device) -> list[Any]:
     results: list[Any] = []
     try:
         sequence = Sequence(component, Ranks.of(mesh))
         with torch.no_grad():
             for call in calls:
-                forward = functools.partial(component, *call.args, **call.kwargs)
-                results.append(sequence.run(call.course, forward))
+                args, kwargs = _on(device, (call.args, call.kwargs))
+                forward = functools.partial(component, *args, **kwargs)
+                results.append(_on(torch.device("cpu"), opened(sequence.run(call.course, forward))))
     except Exception as error:  # noqa: BLE001 - it is compared by the test
         results.append(f"{type(error).__name__}: {error}")
     return results
+
+
+def _on(device: torch.device, tree: Any) -> Any:
+    return rebuilt(tree, lambda _path, leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)

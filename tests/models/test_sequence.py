@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -66,7 +67,14 @@ def recorded(part: Any) -> tuple[list[Given], list[Any]]:
     return calls, results
 
 
-def check(ranks: Group, parallel: ParallelConfig, component: Any, calls: list[Given], wanted: list[Any]) -> None:
+def check(
+    ranks: Group,
+    parallel: ParallelConfig,
+    component: Any,
+    calls: list[Given],
+    wanted: list[Any],
+    tolerance: float = TOLERANCE,
+) -> None:
     assert calls
     for results in ranks.run(component, parallel, calls):
         assert len(results) == len(wanted), results
@@ -75,7 +83,7 @@ def check(ranks: Group, parallel: ParallelConfig, component: Any, calls: list[Gi
             got, right = (tensors(x) for x in (result, want))
             assert len(got) == len(right) > 0
             for one, other in zip(got, right, strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE * float(other.abs().max()))
+                torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
 
 
 def tensors(result: Any) -> list[torch.Tensor]:
@@ -93,6 +101,17 @@ def test_rings_do_too_and_both_together(two_ranks: Group, four_ranks: Group, nam
     for component, calls, wanted in denoiser_calls(name):
         check(two_ranks, RING, component, calls, wanted)
         check(four_ranks, BOTH, component, calls, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it needs two GPUs")
+def test_denoisers_return_on_two_gpus_what_they_return_on_a_cpu(tmp_path: Path) -> None:
+    """In float32, whose products GPUs don't round to fewer bits by themselves."""
+    with group(2, tmp_path, "cuda") as ranks:
+        for name in SHARING:
+            for component, calls, wanted in denoiser_calls(name):
+                check(ranks, ULYSSES, component, calls, wanted, tolerance=1e-3)
+                check(ranks, RING, component, calls, wanted, tolerance=1e-3)
 
 
 def called(component: Any, **kwargs: Any) -> tuple[list[Given], list[Any]]:
