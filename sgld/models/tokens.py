@@ -133,6 +133,8 @@ class Tokens:
 
     def with_neighbours(self, rows: torch.Tensor) -> torch.Tensor:
         """Own rows (B, C, H, W), with one more of those of other ranks on each side, or zeros."""
+        if self.ranks.num == 1:
+            return functional.pad(rows, (0, 0, 1, 1))
         edges = torch.cat((rows[:, :, :1], rows[:, :, -1:]), dim=2)
         all_edges = _gathered(edges, 2, [2] * self.ranks.num, self.ranks.group)
         padded = functional.pad(all_edges, (0, 0, 1, 1))

@@ -48,3 +48,12 @@ def test_a_forward_that_is_made_once_more_asks_for_the_same() -> None:
     for _ in range(2):
         assert (tokens.lengths(2), tokens.lengths(4)) == ([2, 1], [4, 3])
         tokens.again()
+
+
+def test_a_rank_alone_has_all_and_asks_nobody() -> None:
+    tokens, rows = Tokens("Model", Ranks.alone()), torch.rand(1, 2, 3, 4)
+    assert torch.equal(tokens.part(rows, 2), rows)
+    assert torch.equal(tokens.whole(rows, 2), rows)
+    around = tokens.with_neighbours(rows)
+    assert torch.equal(around[:, :, 1:-1], rows)
+    assert not around[:, :, 0].any()
