@@ -9,7 +9,6 @@ import functools
 import hashlib
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from sgld.config import cache_root
 from sgld.models import attention
 from sgld.models.flash3 import adopt_wheel
 from sgld.models.placement import dtype_of
+from sgld.models.shared_file import change
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def settle(
             times = {name: [timer(name, own, length, dtype) for length in LENGTHS] for name in ("native", *usable)}
             logger.debug("attention of %s: %s", _name(own), times)
             known[_name(own)] = fastest(times)
-        _write(file, known)
+        known = _settled(file, known)
     choices = {heads: choice for heads in wanted if (choice := known[_name(heads)]) is not None}
     if choices:
         steer(choices)
@@ -214,18 +214,32 @@ def _file(device: "torch.device", dtype: "torch.dtype", usable: Sequence[str]) -
 
 def _read(file: Path) -> dict[str, Choice | None]:
     try:
-        known = msgspec.json.decode(file.read_bytes(), type=dict[str, Choice | None])
-    except (OSError, msgspec.DecodeError):
+        return _decoded(file.read_bytes())
+    except OSError:
+        return {}
+
+
+def _decoded(content: bytes) -> dict[str, Choice | None]:
+    try:
+        known = msgspec.json.decode(content, type=dict[str, Choice | None])
+    except msgspec.DecodeError:
         return {}
     return {name: choice for name, choice in known.items() if choice is None or choice.backend in CANDIDATES}
 
 
-def _write(file: Path, known: Mapping[str, Choice | None]) -> None:
-    """Keep it, atomically; where that can't be, the next start measures again."""
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+def _settled(file: Path, measured: Mapping[str, Choice | None]) -> dict[str, Choice | None]:
+    """What all processes know, kept for the next start; what others measured first holds here, too.
+
+    So copies of a model that start together compute alike. Where nothing can be kept, the next start measures again.
+    """
+    known = dict(measured)
+
+    def merged(content: bytes) -> bytes:
+        known.update(_decoded(content))
+        return msgspec.json.encode(known)
+
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(known))
-        temporary.replace(file)
+        change(file, merged)
     except OSError as error:
         logger.warning("what was measured of attention can't be kept: %s", error)
+    return known

@@ -140,6 +140,13 @@ def test_native_stays_where_nothing_is_faster(on_a_gpu: list[str]) -> None:
     assert _AttentionBackendRegistry._backends == before
 
 
+def test_what_another_process_measured_first_holds(tmp_path: Path) -> None:
+    choice = Choice(backend="flash", min_length=4096, gain=1.2)
+    attention_choice._settled(tmp_path / "a.json", {"2x64": choice})
+    known = attention_choice._settled(tmp_path / "a.json", {"2x64": None, "4x64": None})
+    assert known == attention_choice._read(tmp_path / "a.json") == {"2x64": choice, "4x64": None}
+
+
 def test_nothing_is_measured_on_a_cpu() -> None:
     assert settle([("transformer", transformer_of_flux())], torch.device("cpu")) == {}
 
