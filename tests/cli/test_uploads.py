@@ -50,7 +50,10 @@ def test_outputs_are_uploaded_and_not_kept_where_that_is_asked(bucket: S3Server,
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_an_upload_that_fails_is_told_and_leaves_the_file(bucket: S3Server, sgld: Sgld, tmp_path: Path) -> None:
+def test_an_upload_that_fails_is_told_and_leaves_the_file(
+    bucket: S3Server, sgld: Sgld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sgld.storage.s3._ATTEMPTS", 1)
     bucket.refuse = lambda request: request.startswith("PUT")
 
     done = sgld("generate", "--prompt", "a cat", "--output-file-name", "cat.png")

@@ -40,13 +40,13 @@ def test_what_the_process_compiled_is_found_in_the_cache(tmp_path: Path, monkeyp
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     # Headers that are compiled in advance take longer than one small graph.
     monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
     jobs = jobs_of(Doubling(), torch.ones(2, 8))
     with CompilerProcess(jobs) as process:
         result = waited(process)
     assert (result.problem, result.num_compiled) == (None, 1)
     num_found, num_missed = graphs_of_cache()
-    run_job(jobs[0])
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+        run_job(jobs[0])
     assert graphs_of_cache() == (num_found + 1, num_missed)
     torch._dynamo.reset()
 
