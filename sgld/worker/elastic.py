@@ -19,23 +19,14 @@ from sgld.errors import PipelineFailed
 from sgld.messages import Variant
 from sgld.outcome import Raised, outcome_of
 from sgld.parallel import FIRST, Ranks
-from sgld.worker.distributed import (
-    AGREE_S,
-    Failed,
-    Invoke,
-    Leader,
-    Member,
-    Order,
-    performed,
-    random_states,
-    send,
-    set_random_states,
-)
 from sgld.worker.invocation import Invocation
+from sgld.worker.leader import Leader
+from sgld.worker.member import Member, performed
+from sgld.worker.orders import AGREE_S, Failed, Invoke, Order, random_states, send, set_random_states
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.runtime import Runtime
 from sgld.worker.trees import leaves
-from sgld.worker.wire import Parcel, Unsendable, packed, unpacked
+from sgld.worker.wire import Parcel, Unsendable, packed, space_for, unpacked
 
 
 @dataclass(frozen=True)
@@ -181,9 +172,9 @@ class ElasticLeader(Leader):
                 raise torch.OutOfMemoryError(away.reply.message)
             raise PipelineFailed(away.reply.message)
         assert away.reply is not None
-        buffer, parcel = None, away.reply.parcel
-        if parcel.num_bytes:
-            buffer = torch.empty(parcel.num_bytes, dtype=torch.uint8, device=self._member.device)
+        parcel = away.reply.parcel
+        buffer = space_for(parcel, self._member.device)
+        if buffer is not None:
             dist.recv(buffer, src=away.ranks.first)
         return unpacked(parcel, buffer, self._member.device)
 
@@ -238,10 +229,10 @@ def serve(member: Member, invoke: Invoke, runtime: Runtime) -> None:
 def _served(member: Member, invoke: Invoke, runtime: Runtime) -> tuple[Done, torch.Tensor | None] | None:
     """The answer of the first of the ranks, and the tensors that belong to it."""
     assert invoke.ranks is not None
-    ranks, buffer, device = invoke.ranks, None, member.device
+    ranks, device = invoke.ranks, member.device
     is_first = member.seat.index == ranks.first
-    if invoke.parcel.num_bytes:
-        buffer = torch.empty(invoke.parcel.num_bytes, dtype=torch.uint8, device=device)
+    buffer = space_for(invoke.parcel, device)
+    if buffer is not None:
         if is_first:
             dist.recv(buffer, src=0)
         if ranks.num > 1:

@@ -58,8 +58,8 @@ from sgld.worker.task import Task
 
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
-    from sgld.worker.distributed import Leader
     from sgld.worker.lanes import Lanes
+    from sgld.worker.leader import Leader
 
 # Some errors quote the whole of an argument; a message between processes has a limit.
 MAX_ERROR_CHARS = 4000

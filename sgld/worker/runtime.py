@@ -26,7 +26,7 @@ from sgld.worker.residency import Residency
 from sgld.worker.swap import COMPILED, IRREGULAR, Swap
 
 if TYPE_CHECKING:
-    from sgld.worker.distributed import Leader
+    from sgld.worker.leader import Leader
 
 logger = logging.getLogger(__name__)
 _MAX_PROBLEM_CHARS = 300

@@ -75,6 +75,13 @@ def packed(tree: Any, device: torch.device) -> tuple[Parcel, torch.Tensor | None
     return Parcel(bare, end), buffer
 
 
+def space_for(parcel: Parcel, device: torch.device) -> torch.Tensor | None:
+    """Where the tensors of a parcel are put when they come; None where it has none."""
+    if not parcel.num_bytes:
+        return None
+    return torch.empty(parcel.num_bytes, dtype=torch.uint8, device=device)
+
+
 def unpacked(parcel: Parcel, buffer: torch.Tensor | None, device: torch.device) -> Any:
     """The tree with its tensors, which are views of the buffer."""
 
