@@ -7,7 +7,6 @@ wires, and the front ends a replica of which a rank hangs. Tensors of the device
 import contextlib
 import functools
 import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import assert_never
@@ -74,7 +73,7 @@ def follow(
 ) -> None:
     """A follower, from the loaded model until rank 0 is gone.
 
-    :param graphs_on: makes what replays CUDA graphs; rank 0 decides which there are.
+    :param graphs_on: makes what replays CUDA graphs.
     :raises SystemExit: it can't go on.
     """
     [wire] = seat.wires
@@ -83,9 +82,7 @@ def follow(
     member = Member(seat, model, config.parallel)
     offloaded = {name: part for name, part in member.components.items() if name in model.offloaded}
     pins, compiled = config.memory.pin_cpu_memory, {member.components[n]: n for n in model.compiled}
-    # What ranks share rank 0 decides; what one runs alone it decides itself.
-    max_graph_bytes = config.graphs.max_bytes and (config.graphs.max_bytes if member.groups else sys.maxsize)
-    graphs = graphs_on(model.device, max_graph_bytes, member.components)
+    graphs = graphs_on(model.device, config.graphs.max_bytes, member.components)
     runtime = Runtime(residency(model.device, offloaded, pins=pins), compiled, graphs=graphs)
     max_slots = config.adapters.max_loras + 1
     member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}

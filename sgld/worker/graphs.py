@@ -5,6 +5,7 @@ can't be a graph runs as it always did.
 """
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
@@ -65,6 +66,10 @@ class Graphs:
         """Whether the last call was a replay."""
         self._device_type = device.type
         self._policy = policy
+        self._is_led = False
+        """Whether another rank decides what this one shares with it."""
+        self._ordered: GraphPolicy[Key] = GraphPolicy(sys.maxsize)
+        """Of what it decides: nothing of that goes unless it says so, or some ranks would replay alone."""
         self._recorder = recorder
         self._names = names
         self._note = note
@@ -109,9 +114,11 @@ class Graphs:
     def obey(self, invocation: Invocation, ordered: Ordered) -> Any:
         """Run this rank's share as rank 0 decided: what ranks send one another all of them replay, or none."""
         order = ordered.order
-        if not ordered.is_own:
+        self._is_led = not ordered.is_own
+        if self._is_led:
             modules = {name: module for module, name in self._names.items()}
-            self._remove([Key(modules[name], *rest) for name, *rest in order.gone if name in modules])
+            gone = {Key(modules[name], *rest) for name, *rest in order.gone if name in modules}
+            self._remove(self._ordered.forget(gone.__contains__))
             self._gone.clear()
         key = Key(invocation.module, invocation.method, *order.rest)
         _, tensors = flattened(invocation.tree, self._device_type)
@@ -158,7 +165,8 @@ class Graphs:
 
     def forget(self, module: nn.Module) -> None:
         """The component isn't what it was: its weights are others, or its code is."""
-        self._remove(self._policy.forget(lambda key: key.module is module))
+        for policy in (self._policy, self._ordered):
+            self._remove(policy.forget(lambda key: key.module is module))
 
     def make_room(self) -> bool:
         """Free what graphs take, as memory is short; false if there were none."""
@@ -187,7 +195,9 @@ class Graphs:
             self._uploading.add((key.module, key.method))
             self._uploads[key] = uploads
         recording, num_uploaded = self._recordings[key], uploads.size_bytes if uploads is not None else 0
-        self._remove(self._policy.captured(key, recording.size_bytes + num_uploaded, recording.pool_growth_bytes))
+        self._remove(
+            self._policy_of(key).captured(key, recording.size_bytes + num_uploaded, recording.pool_growth_bytes)
+        )
         return warmed.result
 
     def _objection(self, key: Key, effects: Effects, warmed: Warmed) -> Refusal | None:
@@ -244,7 +254,7 @@ class Graphs:
         if (refusal := agree(refusal)) is not None:
             self._refuse(key, refusal)
         else:
-            self._policy.proved(key)
+            self._policy_of(key).proved(key)
         return result
 
     def _replayed(self, key: Key, tensors: Sequence[torch.Tensor]) -> Any:
@@ -255,15 +265,19 @@ class Graphs:
             raise RuntimeError(f"{self._name(key.module)}: this rank has lost a graph that others replay")
         return recording.replay(tensors)
 
+    def _policy_of(self, key: Key) -> GraphPolicy[Key]:
+        """That of who decides about a graph."""
+        return self._ordered if self._is_led and isinstance(key.fixed[1], Shared) else self._policy
+
     def _refuse(self, key: Key, refusal: Refusal) -> None:
         if refusal.is_passing:
-            self._policy.postpone(key)
+            self._policy_of(key).postpone(key)
         else:
-            self._policy.refuse(key)
+            self._policy_of(key).refuse(key)
         self._remove([key])
         if refusal.is_leaking:
             # Other graphs write to what it keeps.
-            self._remove(self._policy.evict_all())
+            self._remove([*self._policy.evict_all(), *self._ordered.evict_all()])
             self._recorder.renew()
         if refusal.said:
             self._tell(key.module, key.method, refusal.said)

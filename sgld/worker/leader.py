@@ -146,9 +146,9 @@ class Leader:
         self._seq += 1
         graph = None
         if not self._member.is_tiled(invoke.component):
-            # Of other rows each rank runs others, and other ranks share other groups.
+            # Of other rows each rank runs others.
             parts = invoke.rows and (self._member.num_groups, *invoke.rows.form)
-            graph = runtime.order(invocation, (parts, invoke.ranks))
+            graph = runtime.order(invocation, parts, invoke.ranks)
         invoke = replace(invoke, seq=self._seq, graph=graph)
         self._tell(invoke, invoke.ranks)
         outcome = outcome_of(functools.partial(self._performed, invoke, buffer, invocation.tree, runtime))

@@ -114,7 +114,7 @@ class Member:
             invoke.context.dtype,
             invoke.is_exact,
             invoke.fixed,
-            lends=invoke.rows is not None or self.seat.index > 0,
+            lends=self.seat.index > 0,
             # Of rows that are parted others wait for the result only.
             is_shared=any(invoke.component in shared for shared in (self._sequences, self._tiled, self._teams)),
             ordered=Ordered(invoke.graph, agree, is_own=not self.seat.index) if invoke.graph is not None else None,

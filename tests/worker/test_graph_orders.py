@@ -222,6 +222,30 @@ def test_only_ranks_that_have_a_graph_hear_that_it_is_gone() -> None:
     assert order("01").gone == ()
 
 
+@torch.no_grad()
+def test_a_follower_keeps_what_rank_0_says_whatever_its_own_graphs_need() -> None:
+    module = nn.Linear(2, 2)
+    leader, follower = (graphs_of(rank, 125, {"transformer": module}) for rank in range(2))
+    invocation = Invocation(module, "forward", (torch.ones(1, 2),), fixed=())
+
+    def together() -> bool:
+        order = leader.order(invocation, "eager", None)
+        assert order is not None
+        for graphs in (leader, follower):
+            graphs.obey(invocation, Ordered(order, lambda refusal: refusal, is_own=graphs is leader))
+        return follower.has_replayed
+
+    for _ in range(UNTIL_REPLAYED):
+        together()
+    for _ in range(UNTIL_REPLAYED):
+        follower.run(Invocation(module, "forward", (torch.ones(2, 2),), fixed=()))
+    assert follower.make_room()
+    assert together()
+    leader.make_room()
+    together()
+    assert follower._recordings == {}
+
+
 @pytest.mark.parametrize(
     ("problem", "refusal"),
     [
