@@ -32,7 +32,7 @@ UNTIL_REPLAYED = CAPTURES_AFTER + 1
 # Calls of so many elements can't be captured on one rank.
 FAILS_ON_FOLLOWER, FAILS_ON_LEADER, IS_FULL_ON_FOLLOWER = 5, 6, 7
 DIFFERS_ON_FOLLOWER = 8
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0
 
 
 class Summing(nn.Module):
