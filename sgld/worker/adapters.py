@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sgld.errors import InvalidRequest
+from sgld.config import LoraConfig
+from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import LorasHeld
-from sgld.models.lora import Adaptable, Adapter, LoraLayer, read
+from sgld.models.lora import Adaptable, Adapter, LoraLayer, adaptable, read
 from sgld.models.lora_files import identity_now
 from sgld.models.resolve import one_line
 from sgld.outcome import Raised, Value, outcome_of
@@ -276,3 +277,19 @@ def _changes(component: str, pairs: Sequence[tuple[Adapter, LoraChoice]]) -> dic
         for name, layer in adapter.of(component, choice.target).items():
             changes.setdefault(name, []).append((layer, choice.scale))
     return changes
+
+
+def adapters_of(pipeline: Any, device: torch.device, config: LoraConfig) -> Adapters:
+    """The adapters of a pipeline, with those that are there from the start.
+
+    :raises ModelError: one can't be read, or doesn't fit.
+    """
+    model = adaptable(pipeline, refuses_unmatched=not config.lora_partial)
+    max_bytes, max_combinations = config.max_lora_bytes, config.max_loras
+    adapters = Adapters(pipeline, model, device, max_bytes=max_bytes, max_combinations=max_combinations)
+    try:
+        for path in config.paths:
+            adapters.load_now(Source(path, config.lora_alpha))
+    except InvalidRequest as error:
+        raise ModelError(str(error)) from None
+    return adapters

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, assert_never
 
-from sgld.config import EngineConfig, LoraConfig
-from sgld.errors import InvalidRequest, ModelError, OutOfMemory, PipelineFailed, SgldError
+from sgld.config import EngineConfig
+from sgld.errors import InvalidRequest, OutOfMemory, PipelineFailed, SgldError
 from sgld.ipc.channel import RankEnd
 from sgld.ipc.seats import ALONE, Seat
 from sgld.ipc.tensor_queue import TensorWriter
@@ -33,11 +33,10 @@ from sgld.messages import (
     UnloadLora,
 )
 from sgld.models.filters import Filter
-from sgld.models.lora import adaptable
 from sgld.outcome import Outcome, Raised, outcome_of
 from sgld.parallel import Ranks
 from sgld.worker import ahead
-from sgld.worker.adapters import Adapters, Loaded, Source
+from sgld.worker.adapters import Loaded, Source, adapters_of
 from sgld.worker.admission import Admission
 from sgld.worker.clock import device_clock
 from sgld.worker.compilation import alive_while_compiling, swap_of
@@ -52,9 +51,9 @@ from sgld.worker.preview import Previewer
 from sgld.worker.residency import residency
 from sgld.worker.results import Results
 from sgld.worker.runtime import Runtime
-from sgld.worker.session import Session, is_cancelled
+from sgld.worker.session import Session
 from sgld.worker.slots import Applied
-from sgld.worker.task import Task
+from sgld.worker.task import Task, is_cancelled
 
 if TYPE_CHECKING:
     from sgld.models.load import LoadedModel
@@ -108,7 +107,7 @@ class Rank:
         self._deliveries: dict[str, Delivery] = {}
         self._is_order_told = True
         """The front knows that its last order is done."""
-        self._adapters = _adapters(model, config.adapters)
+        self._adapters = adapters_of(model.pipeline, model.device, config.adapters)
         if runtime.ranks is not None:
             runtime.ranks.follow_adapters(self._adapters.slots)
         self._filters = Filters(model.device)
@@ -326,27 +325,6 @@ class Rank:
     def _failed(self, request_id: str, error: SgldError) -> None:
         message = str(error)[:MAX_ERROR_CHARS]
         self._results.message(TaskFailed(request_id=request_id, code=error.code, message=message))
-
-
-def _adapters(model: "LoadedModel", config: LoraConfig) -> Adapters:
-    """The adapters that are there from the start.
-
-    :raises ModelError: one can't be read, or doesn't fit.
-    """
-    adaptable_ = adaptable(model.pipeline, refuses_unmatched=not config.lora_partial)
-    adapters = Adapters(
-        model.pipeline,
-        adaptable_,
-        model.device,
-        max_bytes=config.max_lora_bytes,
-        max_combinations=config.max_loras,
-    )
-    try:
-        for path in config.paths:
-            adapters.load_now(Source(path, config.lora_alpha))
-    except InvalidRequest as error:
-        raise ModelError(str(error)) from None
-    return adapters
 
 
 def translated(error: BaseException, *, has_made_calls: bool) -> SgldError:

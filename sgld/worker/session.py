@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sgld.errors import Cancelled
-from sgld.messages import CallInfo, Launched, Pending, Ran, Stepped, TickMode
+from sgld.messages import CallInfo
 from sgld.outcome import Outcome, Raised, Value
 from sgld.parallel import FIRST, Ranks
-from sgld.worker.ahead import LOOK_S, Ahead, News
+from sgld.worker.ahead import News
 from sgld.worker.calls import Call, Stretch
 from sgld.worker.executor import Executor, Tick
 from sgld.worker.job import Job, task_of
 from sgld.worker.probe import probed_axes
 from sgld.worker.slots import everywhere
 from sgld.worker.snapshot import next_hook_id, remove_hooks
-from sgld.worker.task import Task
+from sgld.worker.task import Task, is_cancelled
+from sgld.worker.telling import Telling
 
 if TYPE_CHECKING:
     from sgld.worker.lanes import Lanes
@@ -62,9 +62,7 @@ class Session:
         # What waits for its end: outcomes that weren't given to their tasks, and jobs that weren't begun.
         self._held: dict[str, list[tuple[Call, Outcome]]] = {}
         self._deferred: dict[str, Job] = {}
-        self._news: list[News] = []
-        """What happened in this tick."""
-        self._ahead = Ahead(self.executor.clock.now_ns)
+        self._telling = Telling(self.emit, self.executor.clock.now_ns)
 
     @property
     def is_exclusive(self) -> bool:
@@ -74,14 +72,14 @@ class Session:
     @property
     def is_ahead(self) -> bool:
         """Whether ticks are on their way of which nothing was told."""
-        return len(self._ahead) > 0
+        return self._telling.is_ahead
 
     def start(self, job: Job) -> None:
         """Run a new task to its first call; while an exclusive one goes on, it waits for its end."""
         if self._exclusive is not None:
             self._deferred[job.request_id] = job
             return
-        task = task_of(job, self.executor, self._stepped)
+        task = task_of(job, self.executor, self._telling.stepped)
         self._tasks[job.request_id], self._jobs[job.request_id] = task, job
         if job.is_whole:
             self._exclusive = task
@@ -89,7 +87,7 @@ class Session:
         self._advance(task)
         if was_alone:
             self._announce_again(except_for=task)
-        self._tell()
+        self._telling.tell()
 
     def run(
         self,
@@ -108,7 +106,7 @@ class Session:
             if tick and self.hold(is_interrupted):
                 return
             call_ids = self._tick(self._chosen(call_ids), ranks)
-            self._tell()
+            self._telling.tell()
             if not call_ids:
                 return
 
@@ -131,7 +129,7 @@ class Session:
             calls = [call for call, waits in zip(lane.calls, waiting, strict=True) if waits]
             outcomes = [outcome for outcome, waits in zip(tick.outcomes, waiting, strict=True) if waits]
             self._ran(calls, replace(tick, outcomes=outcomes, is_timed=tick.is_timed and all(waiting)), lane.ranks)
-            self._tell()
+            self._telling.tell()
             freed.append(lane.ranks)
         return freed
 
@@ -148,27 +146,22 @@ class Session:
 
         :param is_interrupted: whether something came up within so many seconds.
         """
-        while not is_interrupted(min(spare_s := self._ahead.spare_s(), LOOK_S)):
-            self.look()
-            if not spare_s:
-                return False
-        return True
+        return self._telling.hold(is_interrupted)
 
     def look(self) -> None:
         """Tell what the device has done by now."""
-        self._note_over()
-        self._tell()
+        self._telling.look()
 
     def cancel(self, request_id: str) -> None:
         """End a task at the call where it waits; one that has ended is left alone."""
         if (job := self._deferred.pop(request_id, None)) is not None:
-            self._tasks[request_id], self._jobs[request_id] = task_of(job, self.executor, self._stepped), job
+            self._tasks[request_id], self._jobs[request_id] = task_of(job, self.executor, self._telling.stepped), job
         self._held.pop(request_id, None)
         task = self._tasks.get(request_id)
         if task is not None:
             task.cancel()
             self._finish(task)
-            self._tell()
+            self._telling.tell()
 
     def close(self) -> None:
         """Cancel all tasks."""
@@ -187,8 +180,7 @@ class Session:
             return self._stretch(calls[0])
         self._expect()
         self.executor.runtime.are_changed = self.is_exclusive
-        self._ahead.wait()
-        self.look()
+        self._telling.wait()
         with self.lanes.on(ranks) if self.lanes is not None else nullcontext():
             tick = self.executor.run(calls)
         return self._following(self._ran(calls, tick, ranks), calls[0])
@@ -200,7 +192,7 @@ class Session:
         if tick.is_merged:
             self.counters.merged_calls += len(calls)
         self.counters.largest_batch = max(self.counters.largest_batch, len(calls) if tick.is_merged else 1)
-        self._note_ran(calls, tick, "proof" if tick.is_proof else "merged" if tick.is_merged else "single", ranks)
+        self._telling.ran(calls, tick, ranks if self.lanes is not None else None)
         answers: dict[str, list[tuple[Call, Outcome]]] = {}
         for call, outcome in zip(calls, tick.outcomes, strict=True):
             answers.setdefault(call.request_id, []).append((call, outcome))
@@ -211,8 +203,7 @@ class Session:
 
     def _stretch(self, call: Stretch) -> Sequence[int]:
         """Let a task run its models itself, up to its next step."""
-        self._ahead.wait()
-        self.look()
+        self._telling.wait()
         task, span = self._tasks[call.request_id], self.executor.clock.begin()
         num_compilations = self.executor.runtime.num_compilations
         adapters = everywhere(self._jobs[call.request_id].adapters.values())
@@ -222,40 +213,9 @@ class Session:
         is_timed = self.executor.runtime.num_compilations == num_compilations
         variant = self.executor.runtime.variant
         tick = Tick([], span, is_merged=False, is_timed=is_timed, cost_key=call.cost_key, variant=variant)
-        self._note_ran([call], tick, "single")
+        self._telling.ran([call], tick, FIRST if self.lanes is not None else None)
         self._look_at(task)
         return () if task.end is not None else self._following([task], call)
-
-    def _tell(self) -> None:
-        """Tell what happened, in one message: each wakes the front, and takes as long as a handover to a task."""
-        if self._news:
-            news, self._news = self._news, []
-            self.emit(news)
-
-    def _note_ran(self, calls: Sequence[Call], tick: Tick, mode: TickMode, ranks: Ranks = FIRST) -> None:
-        call_ids = tuple(call.id for call in calls)
-        ran = Ran(
-            call_ids=call_ids,
-            cost_key=tick.cost_key,
-            rows=sum(call.rows for call in calls),
-            elapsed_s=0.0,
-            is_timed=tick.is_timed,
-            mode=mode,
-            variant=tick.variant,
-            num_reused=tick.num_reused,
-            ranks=ranks if self.lanes is not None else None,
-        )
-        self._ahead.add(ran, tick.span)
-        self._note_over()
-        if self._ahead:
-            self._news.append(Launched(call_ids=call_ids))
-
-    def _note_over(self) -> None:
-        for tick in self._ahead.over():
-            self._news += [tick.ran, *tick.steps]
-            for tell_end in tick.ends:
-                self._tell()
-                tell_end()
 
     def _following(self, tasks: list[Task], ran: Call) -> Sequence[int]:
         """The tasks' next calls, if they are like the one that ran and may share a forward."""
@@ -320,10 +280,7 @@ class Session:
         if isinstance(task.end, Raised) and not is_cancelled(task.end):
             # Was it the device? Then what failed may be what others gave it, and this raises.
             self.executor.clock.settle()
-        # What is said of its end doesn't wait for the rest of the tick, and must come after all else about it.
-        if not self._ahead.ended(functools.partial(self.ended, task, task.end)):
-            self._tell()
-            self.ended(task, task.end)
+        self._telling.ended(functools.partial(self.ended, task, task.end))
         if task is self._exclusive:
             self._exclusive = None
             self.executor.runtime.changed(None)
@@ -350,22 +307,20 @@ class Session:
     def _announce(self, task: Task, call: Call) -> None:
         """Tell the scheduler of a call."""
         max_degree, is_bound = self.lanes.degree(call) if self.lanes is not None else (1, True)
-        self._news.append(
-            Pending(
-                call=CallInfo(
-                    id=call.id,
-                    request_id=call.request_id,
-                    kind=call.kind,
-                    component=call.component,
-                    merge_key=self._merge_key(task, call),
-                    cost_key=call.cost_key,
-                    rows=call.rows,
-                    step_index=call.step_index,
-                    num_steps=call.num_steps,
-                    is_exclusive=task is self._exclusive,
-                    max_degree=max_degree,
-                    is_bound=is_bound,
-                )
+        self._telling.pending(
+            CallInfo(
+                id=call.id,
+                request_id=call.request_id,
+                kind=call.kind,
+                component=call.component,
+                merge_key=self._merge_key(task, call),
+                cost_key=call.cost_key,
+                rows=call.rows,
+                step_index=call.step_index,
+                num_steps=call.num_steps,
+                is_exclusive=task is self._exclusive,
+                max_degree=max_degree,
+                is_bound=is_bound,
             )
         )
 
@@ -388,24 +343,3 @@ class Session:
         """Tell which components are waited for, so that these stay on the device."""
         awaited = {call.module for task in self._tasks.values() for call in task.calls}
         self.executor.runtime.residency.expect(awaited)
-
-    def _stepped(self, task: Task) -> None:
-        is_of_tick = bool(self._news)
-        skips = task.skips.num
-        step = Stepped(
-            request_id=task.request_id,
-            step=task.step,
-            num_steps=task.num_steps,
-            stage=task.stage,
-            num_skipped_calls=skips,
-        )
-        if self._ahead.stepped(step):
-            return
-        self._news.append(step)
-        if not is_of_tick:
-            self._tell()  # nothing ran for this step: the tick may be long
-
-
-def is_cancelled(outcome: Outcome) -> bool:
-    """Whether a task ended because it was told to."""
-    return isinstance(outcome, Raised) and isinstance(outcome.error, Cancelled)

@@ -239,3 +239,8 @@ class Task:
         # It may hold results that nobody has touched yet.
         self.settle()
         return result
+
+
+def is_cancelled(outcome: Outcome) -> bool:
+    """Whether a task ended because it was told to."""
+    return isinstance(outcome, Raised) and isinstance(outcome.error, Cancelled)
