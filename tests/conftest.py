@@ -1,5 +1,6 @@
 """What tests of several packages share, and the order of files."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -8,6 +9,10 @@ import pytest
 
 if TYPE_CHECKING:
     from storage.s3_server import S3Server
+
+# Before torch is imported, also by processes that tests start: there is one core for each of the two that run tests,
+# and threads that wait for each other take it from both.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

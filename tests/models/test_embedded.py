@@ -78,6 +78,8 @@ def score_of_images() -> evaluation.Score:
     return evaluation.score(pipeline, scenes, prompts, options | {"num_inference_steps": NUM_STEPS})
 
 
+# All pictures are drawn for the first of these.
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "target"),
     [("time", 0.85), ("place", 0.75), ("number", 0.75), ("colour", 0.85), ("background", 0.85)],

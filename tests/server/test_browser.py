@@ -64,7 +64,8 @@ def server(folder: Path, port: int = 0, *flags: str, module: Sequence[str] = SGL
         try:
             found = re.search(r"http://\S+", process.stderr.readline())
             assert found, process.stderr.read()
-            warm_up(found[0])
+            if module == SGLD:
+                warm_up(found[0])
             yield found[0]
         finally:
             process.send_signal(signal.SIGTERM)
@@ -224,6 +225,7 @@ def test_it_comes_back_after_a_restart(tmp_path: Path, browser: Any, errors: lis
         page.locator("#connection[data-state=live]").wait_for()
         ask(page, PROMPTS[1], steps=4)
         page.locator("#gallery .item", has_text=PROMPTS[1]).wait_for()
+        page.locator("#gallery .item", has_text=PROMPTS[0]).wait_for()
         prompts = page.locator("#gallery .item .prompt").all_inner_texts()
         context.__exit__(None, None, None)
 
