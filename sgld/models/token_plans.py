@@ -74,6 +74,7 @@ class TokenPlan:
 
     `attention`: the modules whose attention is among the tokens of all ranks; None: those that diffusers prepared.
     `linear`: those whose attention is linear. `convolutions`: those that see one row of tokens beyond their own.
+    How many tokens there are must follow from the shapes of the arguments, not from what is in a mask.
     """
 
     steps: tuple[tuple[str, Step], ...]
@@ -113,7 +114,7 @@ def _argument(name: str | int, split: Any) -> Each | Output:
     return Output(one.split_dim) if isinstance(name, int) else Each(one.split_dim, one.expected_dims)
 
 
-_TWO_STREAMS: Step = {"hidden_states": Each(1), "encoder_hidden_states": Each(1)}
+_TWO_STREAMS: dict[str | int, Argument | Output] = {"hidden_states": Each(1), "encoder_hidden_states": Each(1)}
 _HUNYUAN: dict[str | int, Argument] = {
     "attention_mask": Joined(("hidden_states", "encoder_hidden_states")),
     "num_tokens": Leading("hidden_states"),
@@ -135,13 +136,49 @@ _ALSO: dict[str, tuple[tuple[str, Step], ...]] = {
     "QwenImageTransformer2DModel": (("", {"controlnet_block_samples": Each(1)}),),
 }
 
+_JOINED: Step = Whole((1,))
 _PLANS: dict[str, TokenPlan] = {
+    "AuraFlowTransformer2DModel": TokenPlan(
+        (("joint_transformer_blocks.0", _TWO_STREAMS), ("proj_out", _JOINED)),
+        ("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    ),
+    "CogView3PlusTransformer2DModel": TokenPlan(
+        (("transformer_blocks.0", _TWO_STREAMS), ("proj_out", _JOINED)),
+        ("transformer_blocks.*.attn1",),
+    ),
+    "CogView4Transformer2DModel": TokenPlan(
+        (
+            ("transformer_blocks.0", _TWO_STREAMS),
+            ("transformer_blocks.*", {"image_rotary_emb": Each(0)}),
+            ("proj_out", _JOINED),
+        ),
+        ("transformer_blocks.*.attn1",),
+    ),
+    "OvisImageTransformer2DModel": TokenPlan(
+        (
+            ("", {**_TWO_STREAMS, "img_ids": Each(0), "txt_ids": Each(0)}),
+            ("proj_out", _JOINED),
+        ),
+    ),
+    "PixArtTransformer2DModel": TokenPlan(
+        (("transformer_blocks.0", {"hidden_states": Each(1)}), ("proj_out", _JOINED)),
+        ("transformer_blocks.*.attn1",),
+    ),
+    "WanVACETransformer3DModel": TokenPlan(
+        (
+            ("rope", {0: Output(1), 1: Output(1)}),
+            ("vace_blocks.0", {"control_hidden_states": Each(1)}),
+            ("vace_blocks.*", {"hidden_states": Each(1)}),
+            ("blocks.0", {"hidden_states": Each(1)}),
+            ("proj_out", _JOINED),
+        ),
+    ),
     "SD3Transformer2DModel": TokenPlan(
         (
             ("", {"block_controlnet_hidden_states": Each(1)}),
             ("pos_embed", {0: Output(1)}),
             ("context_embedder", {0: Output(1)}),
-            ("proj_out", Whole((1,))),
+            ("proj_out", _JOINED),
         ),
         ("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
     ),
@@ -149,7 +186,7 @@ _PLANS: dict[str, TokenPlan] = {
         (
             ("transformer_blocks.0", _TWO_STREAMS),
             ("transformer_blocks.*", {"image_rotary_emb": Each(0)}),
-            ("proj_out", Whole((1,))),
+            ("proj_out", _JOINED),
         ),
         ("transformer_blocks.*.attn1",),
     ),
@@ -158,7 +195,7 @@ _PLANS: dict[str, TokenPlan] = {
             ("transformer_blocks.0", _TWO_STREAMS),
             ("transformer_blocks.*", _HUNYUAN | {"freqs_cis": Each(0)}),
             ("single_transformer_blocks.*", _HUNYUAN | {"image_rotary_emb": Each(0)}),
-            ("proj_out", Whole((1,))),
+            ("proj_out", _JOINED),
         ),
         ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     ),
@@ -175,7 +212,7 @@ _PLANS: dict[str, TokenPlan] = {
         (
             ("transformer_blocks.0", {"hidden_states": Each(1, unit="width")}),
             ("transformer_blocks.*", {"height": Count()}),
-            ("proj_out", Whole((1,))),
+            ("proj_out", _JOINED),
         ),
         attention=(),
         linear=("transformer_blocks.*.attn1",),
@@ -197,5 +234,7 @@ _PLANS: dict[str, TokenPlan] = {
 _REASONS = (
     (r"UNet|^ControlNetModel", "its convolutions see the pixels around each one"),
     (r"^SanaVideo", "its layers have convolutions that see the frames around each one"),
+    (r"^Lumina2", "how many they are depends on what is in its masks"),
+    (r"^Chroma", "its masks are different for each of them"),
     (r"^Latte", "its layers look at the tokens of a frame and at those of a place in turn"),
 )

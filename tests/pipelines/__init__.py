@@ -17,13 +17,13 @@ TEN = ("flux", "sdxl", "sd3", "qwen_image", "z_image", "wan", "wan_i2v", "ltx", 
 
 # Those whose denoisers can share their tokens among ranks.
 SHARING = (
-    "cogvideox", "cogvideox_image_to_video", "flux", "flux2", "flux2_edit", "flux2_klein", "flux_control",
-    "flux_controlnet", "flux_fill", "flux_img2img", "flux_inpaint", "flux_kontext", "flux_true_cfg",
-    "hunyuan_video", "ltx", "ltx_2", "ltx_image_to_video", "modular_flux", "modular_flux_image_to_image",
-    "modular_qwen_image", "modular_wan", "modular_wan_skipped_layers", "modular_z_image", "qwen_image",
-    "qwen_image_controlnet", "qwen_image_edit", "qwen_image_edit_plus", "qwen_image_img2img", "qwen_image_inpaint",
-    "sana", "sana_sprint", "sd3", "sd3_img2img", "wan", "wan_2_2", "wan_2_2_5b", "wan_i2v", "wan_video_to_video",
-    "z_image", "z_image_img2img",
+    "aura_flow", "cogvideox", "cogvideox_image_to_video", "cogview_3_plus", "cogview_4", "flux", "flux2",
+    "flux2_edit", "flux2_klein", "flux_control", "flux_controlnet", "flux_fill", "flux_img2img", "flux_inpaint",
+    "flux_kontext", "flux_true_cfg", "hunyuan_video", "ltx", "ltx_2", "ltx_image_to_video", "modular_flux",
+    "modular_flux_image_to_image", "modular_qwen_image", "modular_wan", "modular_z_image", "ovis_image", "pixart",
+    "qwen_image", "qwen_image_controlnet", "qwen_image_edit", "qwen_image_edit_plus", "qwen_image_img2img",
+    "qwen_image_inpaint", "sana", "sana_sprint", "sd3", "sd3_img2img", "wan", "wan_2_2", "wan_2_2_5b", "wan_i2v",
+    "wan_vace", "wan_video_to_video", "z_image", "z_image_img2img",
 )  # fmt: skip
 
 

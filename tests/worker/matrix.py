@@ -71,8 +71,10 @@ class Case:
 
     @property
     def shares_tokens(self) -> bool:
-        """Whether several GPUs can share the tokens of its denoiser."""
-        return any(part is not None and plan_of(type(part)) for part in self.pipeline.components.values())
+        """Whether several GPUs can share the tokens of its denoiser, which pipelines mustn't change for that."""
+        return self.entry.merges and any(
+            part is not None and plan_of(type(part)) for part in self.pipeline.components.values()
+        )
 
     def row(self) -> str:
         """The row of the table."""
