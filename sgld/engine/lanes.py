@@ -34,7 +34,8 @@ def placed(
     """The next forward for ranks that have nothing to do; None: nothing that waits can run there.
 
     The first request in order goes first, with as many ranks as are good for all (`best_degree`), or as many as are
-    free. As long as others could run beside it, they don't join it.
+    free. As long as others could run beside it, they don't join it. What only the first rank can run goes before all of
+    the same priority whose deadlines don't press.
 
     :param ordered: the requests with calls that wait, the most urgent first.
     :param given: calls that run already.
@@ -43,6 +44,8 @@ def placed(
     """
     blocks = free_blocks(busy, cost.num_ranks)
     waiting = [(level, request, call) for level, request in ordered for call in _waiting(request, given)]
+    # The others can run elsewhere. Text is encoded soon so, and then there is more to choose from.
+    waiting.sort(key=lambda each: (each[0], not each[2].is_bound))
     for place, (_, _, call) in enumerate(waiting):
         able = [block for block in blocks if block.first == 0 or not call.is_bound]
         if not able:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import msgspec
 import pytest
+import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from peft import LoraConfig, get_peft_model_state_dict
 from pipelines import build
@@ -64,7 +65,9 @@ class Served:
 
 
 @contextmanager
-def serving(name: str, folder: Path, trace: Path | None = None, **parallel: Any) -> Iterator[Served]:
+def serving(
+    name: str, folder: Path, trace: Path | None = None, device: Literal["cpu", "cuda"] = "cpu", **parallel: Any
+) -> Iterator[Served]:
     others = frozenset(process.pid for process in multiprocessing.active_children() if process.pid)
     pipeline, kwargs = build(name)
     if hasattr(pipeline, "vae") and hasattr(pipeline.vae, "tile_sample_min_size"):
@@ -76,7 +79,7 @@ def serving(name: str, folder: Path, trace: Path | None = None, **parallel: Any)
     pipeline.vae.enable_tiling()
     config = EngineConfig(
         model_path=str(folder),
-        device="cpu",
+        device=device,
         num_cpu_threads=1,
         trace=str(trace) if trace is not None else None,
         parallel=ParallelConfig(**parallel),
@@ -324,3 +327,21 @@ def test_requests_run_again_when_a_rank_dies_that_runs_one_of_them(elastic: Serv
         assert isinstance(end, Completed), end
         assert difference(end.frames, plain(elastic.pipeline, params)) <= 1
     assert set(pids(elastic.others).values()).isdisjoint(before.values())
+
+
+@pytest.mark.gpu
+def test_on_gpus_forwards_go_on_side_by_side_and_company_changes_nothing(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("it needs two GPUs")
+    with serving("flux", tmp_path / "flux", device="cuda", num_gpus=2, elastic_sp=True) as served:
+        sizes: list[dict[str, int]] = [{}, {"height": 24, "width": 40}]
+        requests = [served.params(seed=n, num_inference_steps=8 + n, **sizes[n % 2]) for n in range(6)]
+        rights = [served.completed(msgspec.structs.replace(params, exact=True)).frames for params in requests]
+        # From the third time on graphs are replayed.
+        for _ in range(3):
+            ends = served.portal.call(ends_of, served.engine, *requests)
+            for end, right in zip(ends, rights, strict=True):
+                assert isinstance(end, Completed), end
+                assert difference(end.frames, right) <= 2
+        counts = [calls.num_ranks for calls in served.engine.statistics().calls if calls.name.startswith("transformer")]
+        assert counts[0][1] > 0

@@ -1,0 +1,302 @@
+"""How many GPUs should share a forward: always all, never any, or what pays for each? A simulation; no GPU is needed.
+
+Mix C on four GPUs, from a table of t(size, rows, degree): that of bench/flux_on_h200.json, or what
+`python bench/parallel.py --kinds degrees --out FILE` measured. The schedulers and cost models are the real ones, and
+learn from what they see.
+
+    sp 4      one copy of the model; all GPUs share the tokens of each forward
+    dp 4      four copies; requests go to the one that is done with them first, as in the engine
+    elastic   one copy; the scheduler chooses for each forward
+
+What the table doesn't have: a further row costs what the largest known number costs for each; or, on several GPUs, that
+in proportion to what these gain. Text is encoded on the first GPU. Decoding is shared with 0.8 of what it could gain.
+Load 1 is what four GPUs can do, each for itself. Where forwards have ranks of their own none is launched ahead of time:
+each begins GAP_S later. Launched ahead, it takes no time that passes.
+
+    python bench/degrees.py [--table bench/flux_on_h200.json] [--requests 2000] [--results bench/results]
+"""
+
+import argparse
+import heapq
+import json
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+
+from charts import line_chart
+from policies import MAX_BATCH_SIZE, MIXES, Class, Job
+from queueing import NOISE, arrivals, p95
+
+from sgld.engine.cost import CostModel, at_degree
+from sgld.engine.demand import Demand, Profiles
+from sgld.engine.routing import Load, busiest, choose
+from sgld.engine.scheduler import Batch, Scheduler
+from sgld.messages import CallInfo, CallKind
+
+TABLE = Path(__file__).with_name("flux_on_h200.json")
+LOADS = (0.3, 0.5, 0.7, 0.85)
+NUM_GPUS = 4
+# Telling the front, its decision, and the steps of noise schedulers: not measured.
+GAP_S = 0.003
+DECODE_GAIN = 0.8
+Known = Mapping[tuple[int, int], Mapping[int, float]]
+"""Side and degree to seconds by rows."""
+
+
+def read(path: Path) -> Known:
+    """The times of a table."""
+    known: dict[tuple[int, int], dict[int, float]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        known.setdefault((row["side"], row["degree"]), {})[row["rows"]] = row["seconds"]
+    return known
+
+
+@dataclass(frozen=True)
+class Shared(Class):
+    """Requests of one size, whose steps take what the table says."""
+
+    known: Known = field(default_factory=dict, hash=False)
+
+    def step_s(self, rows: int) -> float:
+        return self.shared_step_s(rows, 1)
+
+    def shared_step_s(self, rows: int, degree: int) -> float:
+        """Seconds of a step of so many requests on so many GPUs."""
+        own = self.known[self.side, degree]
+        if rows in own:
+            return own[rows]
+        one = self.known[self.side, 1]
+        largest = max(one)
+        further_s = (one[largest] - one[1]) / (largest - 1) if largest > 1 else one[1]
+        return own[1] * (1 + (rows - 1) * further_s / one[1])
+
+    def seconds(self, stage: int, rows: int, degree: int) -> float:
+        """Seconds of a forward."""
+        if 0 < stage <= self.num_steps:
+            return self.shared_step_s(rows, degree)
+        gain = 1 + DECODE_GAIN * (degree - 1) if stage else 1.0
+        return self.tick_s(stage, rows) / gain
+
+
+class Copy:
+    """One copy of the model, as the engine's replica of it.
+
+    :param num_ranks: so many forwards may run side by side.
+    :param degree: so many GPUs share each one, where it isn't chosen; 0: it is.
+    """
+
+    def __init__(self, cost: CostModel, profiles: Profiles, num_ranks: int, degree: int) -> None:
+        self.scheduler = Scheduler(
+            cost, profiles, max_running_requests=32, max_batch_size=MAX_BATCH_SIZE, num_ranks=num_ranks
+        )
+        self.running: dict[int, tuple[float, Batch, list[Job]]] = {}
+        """By the first GPU: when it ends."""
+        self.jobs: dict[str, Job] = {}
+        self._cost, self._degree, self._num_ranks = cost, degree, num_ranks
+        self._random = random.Random(0)
+        self._ids = count(1)
+
+    def add(self, job: Job) -> None:
+        """A request comes."""
+        self.jobs[str(job.number)] = job
+        work = job.of.side**2 * float(job.of.num_steps)
+        self.scheduler.add(str(job.number), job.arrives_at, Demand(like=job.of.name, work=work))
+
+    def begin(self, now: float) -> None:
+        """Begin what can begin."""
+        for name in self.scheduler.admit(now):
+            self.scheduler.pending(self._call(self.jobs[name]))
+        while (batch := self.scheduler.next_batch(now, [other for _, other, _ in self.running.values()])) is not None:
+            jobs = [self.jobs[name] for name in batch.request_ids]
+            elapsed_s = self._seconds(batch, jobs) * (1 + self._random.expovariate(1 / NOISE))
+            gap_s = GAP_S if batch.ranks.num < self._num_ranks else 0.0
+            self.running[batch.ranks.first] = now + gap_s + elapsed_s, batch, jobs
+
+    def _seconds(self, batch: Batch, jobs: Sequence[Job]) -> float:
+        of = jobs[0].of
+        assert isinstance(of, Shared)
+        return of.seconds(jobs[0].stage, len(jobs), self._degree or batch.ranks.num)
+
+    def end(self, first: int) -> list[Job]:
+        """A forward is over; the requests that are done by that."""
+        ends_at, batch, jobs = self.running.pop(first)
+        elapsed_s = self._seconds(batch, jobs)
+        self._cost.observe(at_degree(_cost_key(jobs[0]), batch.ranks.num), len(jobs), elapsed_s)
+        self.scheduler.ran(batch.call_ids, elapsed_s)
+        done = []
+        for job in jobs:
+            job.stage, job.ends_at = job.stage + 1, ends_at
+            if 1 < job.stage <= job.of.num_steps + 1:
+                self.scheduler.stepped(str(job.number), job.stage - 1)
+            if job.is_done:
+                done.append(job)
+                del self.jobs[str(job.number)]
+                self.scheduler.remove(str(job.number), is_completed=True)
+            else:
+                self.scheduler.pending(self._call(job))
+        return done
+
+    def _call(self, job: Job) -> CallInfo:
+        kind: CallKind = "encode" if job.stage == 0 else "denoise" if job.is_denoising else "decode"
+        return CallInfo(
+            id=next(self._ids),
+            request_id=str(job.number),
+            kind=kind,
+            component=kind,
+            merge_key=job.of.name if job.is_denoising else None,
+            cost_key=_cost_key(job),
+            rows=1,
+            step_index=max(job.stage - 1, 0),
+            num_steps=job.of.num_steps if job.stage else 0,
+            max_degree=self._num_ranks if job.stage else 1,
+            is_bound=job.stage == 0,
+        )
+
+
+def _cost_key(job: Job) -> str:
+    side = job.of.side // 8
+    if job.stage == 0:
+        return "text_encoder.forward(64)"
+    return f"transformer.forward({side * side // 4}x64)" if job.is_denoising else f"vae.decode(16x{side}x{side})"
+
+
+def play(copies: Sequence[Copy], jobs: Sequence[Job]) -> None:
+    """Run all jobs to their ends."""
+    num_done, coming = 0, list(reversed(jobs))
+    events: list[tuple[float, int, int]] = []
+    while num_done < len(jobs):
+        now = min([coming[-1].arrives_at] if coming else [], default=float("inf"))
+        now = min(now, events[0][0]) if events else now
+        while events and events[0][0] <= now:
+            _, index, first = heapq.heappop(events)
+            num_done += len(copies[index].end(first))
+        while coming and coming[-1].arrives_at <= now:
+            copies[choose(_loads(copies, now)) if len(copies) > 1 else 0].add(coming.pop())
+        _balance(copies, now)
+        for index, copy in enumerate(copies):
+            before = set(copy.running)
+            copy.begin(now)
+            for first in copy.running.keys() - before:
+                heapq.heappush(events, (copy.running[first][0], index, first))
+
+
+def _loads(copies: Sequence[Copy], now: float) -> list[Load]:
+    return [Load(True, len(c.jobs), c.scheduler.backlog_s(now), num_queued=c.scheduler.num_queued) for c in copies]
+
+
+def _balance(copies: Sequence[Copy], now: float) -> None:
+    """As in the engine: who has nothing to do takes what others haven't started."""
+    for idle in [copy for copy in copies if not copy.jobs]:
+        source = busiest(_loads(copies, now)) if len(copies) > 1 else None
+        if source is None:
+            return
+        giving = copies[source]
+        for tracked in giving.scheduler.give_up(now, -(-len(giving.jobs) // 2)):
+            idle.jobs[tracked.id] = giving.jobs.pop(tracked.id)
+            idle.scheduler.adopt(tracked)
+
+
+def copies_of(num: int, num_ranks: int, degree: int) -> list[Copy]:
+    cost = CostModel()
+    profiles = Profiles(cost)
+    return [Copy(cost, profiles, num_ranks, degree) for _ in range(num)]
+
+
+WAYS: dict[str, Callable[[], list[Copy]]] = {
+    f"sp {NUM_GPUS}": lambda: copies_of(1, 1, NUM_GPUS),
+    f"dp {NUM_GPUS}": lambda: copies_of(NUM_GPUS, 1, 1),
+    "elastic": lambda: copies_of(1, NUM_GPUS, 0),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What came of one way at one load."""
+
+    load: float
+    way: str
+    mean_s: float
+    p95_s: float
+    p95_by_class: dict[str, float]
+
+
+def point(mix: Sequence[Class], load: float, way: str, num_requests: int) -> Point | None:
+    """Simulate; None: it is more than can be done so."""
+    jobs = arrivals(mix, NUM_GPUS * load, num_requests, 0)
+    if way.startswith("sp") and _needed(mix, load) > 1:
+        return None
+    play(WAYS[way](), jobs)
+    latencies = [job.latency_s for job in jobs]
+    by_class = {of.name: p95([job.latency_s for job in jobs if job.of is of]) for of in mix}
+    return Point(load, way, statistics.fmean(latencies), p95(latencies), by_class)
+
+
+def _needed(mix: Sequence[Class], load: float) -> float:
+    """How busy all GPUs are together, if each forward is shared by all of them."""
+    alone = sum(of.share * of.alone_s for of in mix)
+    shared = sum(
+        of.share * sum(of.seconds(stage, 1, NUM_GPUS) for stage in range(of.num_steps + 2))
+        for of in mix
+        if isinstance(of, Shared)
+    )
+    return load * NUM_GPUS * shared / alone
+
+
+def text_of(points: Sequence[Point], modelled: Sequence[str], args: argparse.Namespace) -> str:
+    names = list(points[0].p95_by_class)
+    head = ["load", "way", "mean", "p95", *(f"p95 of {name}" for name in names)]
+    lines = [
+        "# How many GPUs should share a forward?",
+        "",
+        f"`python bench/degrees.py --table {args.table.name}`: a simulation of four GPUs, {args.requests} requests of "
+        "mix C for each point; its docstring says how. Seconds. Where a way is missing, requests are more than it "
+        f"can do. Of the table these times are no measurements: {'; '.join(modelled) or 'none'}.",
+        "",
+        "![mean](degrees_mean.svg)",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
+    for p in points:
+        cells = [
+            f"{p.load:g}",
+            p.way,
+            f"{p.mean_s:.2f}",
+            f"{p.p95_s:.2f}",
+            *(f"{p.p95_by_class[n]:.2f}" for n in names),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--requests", type=int, default=2000, help="for each point")
+    parser.add_argument("--results", type=Path, help="folder of the report, its numbers and chart")
+    args = parser.parse_args()
+    known = read(args.table)
+    mix = [Shared(of.side, of.num_steps, of.share, known) for of in MIXES["C"]]
+    points = []
+    for load in LOADS:
+        for way in WAYS:
+            if (found := point(mix, load, way, args.requests)) is not None:
+                points.append(found)
+                print(f"{load} {way}: mean {found.mean_s:.2f} s, p95 {found.p95_s:.2f}", flush=True)
+    rows = json.loads(args.table.read_text())["rows"]
+    modelled = [f"{r['side']}² on {r['degree']} ({r['modelled']})" for r in rows if "modelled" in r]
+    text = text_of(points, modelled, args)
+    print(text)
+    if args.results:
+        (args.results / "degrees.md").write_text(text)
+        (args.results / "degrees.json").write_text(json.dumps({"points": [asdict(p) for p in points]}, indent=1) + "\n")
+        lines = {way: [(p.load, p.mean_s) for p in points if p.way == way] for way in WAYS}
+        chart = line_chart("Mix C on four GPUs", "load", "mean latency, s", lines, is_log=True)
+        (args.results / "degrees_mean.svg").write_text(chart)
+
+
+if __name__ == "__main__":
+    main()
