@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from sgld.parallel import ParallelConfig
 from sgld.worker.distributed import follow, lead
 from sgld.worker.graph_orders import Order, Ordered, Refusal, refusal_of
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
-from sgld.worker.graphs import Graphs
+from sgld.worker.graphs import Graphs, graphs_on
 from sgld.worker.invocation import Invocation
 from sgld.worker.recorder import Broken, Failed, Full, Leaking, Slow, Unfit
 from sgld.worker.runtime import Runtime
@@ -74,10 +75,9 @@ class RankRecorder(FakeRecorder):
     num_full = 0
 
 
-def model() -> LoadedModel:
-    return LoadedModel(
-        SimpleNamespace(components={"transformer": Summing()}), CPU, {}, "", sharing=Sharing(denoisers=("transformer",))
-    )
+def model(module: nn.Module, device: torch.device = CPU) -> LoadedModel:
+    pipeline = SimpleNamespace(components={"transformer": module})
+    return LoadedModel(pipeline, device, {}, "", sharing=Sharing(denoisers=("transformer",)))
 
 
 def config() -> EngineConfig:
@@ -95,20 +95,20 @@ def state(graphs: Graphs, module: Any) -> list[int]:
 
 
 def follower(seat: Seat, told: Connection) -> None:
-    own = model()
+    own = model(Summing())
     made: list[Graphs] = []
 
-    def graphs_on(_device: Any, max_bytes: int, components: Any) -> Graphs:
+    def make(_device: Any, max_bytes: int, components: Any) -> Graphs:
         made.append(graphs_of(1, max_bytes, components))
         return made[0]
 
-    follow(seat, own, config(), graphs_on)
+    follow(seat, own, config(), make)
     told.send_bytes(json.dumps(state(made[0], own.pipeline.components["transformer"])).encode())
 
 
 def leader(seat: Seat, told: Connection) -> None:
     """Makes calls of several sizes, and tells what came of them."""
-    own = model()
+    own = model(Summing())
     module = own.pipeline.components["transformer"]
     notes: list[str] = []
     # Room for two graphs: a recording grows the pool by 100 and takes 10, and one of another form was refused.
@@ -145,16 +145,15 @@ def leader(seat: Seat, told: Connection) -> None:
     told.send_bytes(json.dumps(results).encode())
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """What rank 0 has to tell, and the state of the other rank."""
+@contextmanager
+def telling(meeting: Path, first_rank: Any, second_rank: Any) -> Iterator[tuple[Any, Any]]:
+    """What two ranks have to tell, each a process of its own."""
     context = multiprocessing.get_context("spawn")
-    meeting: Path = tmp_path_factory.mktemp("ranks") / "meeting"
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     with seats(2, str(meeting)) as (first, second):
         processes = [
             context.Process(target=target, args=(seat, pipe[1]), daemon=True)
-            for target, seat, pipe in ((leader, first, pipes[0]), (follower, second, pipes[1]))
+            for target, seat, pipe in ((first_rank, first, pipes[0]), (second_rank, second, pipes[1]))
         ]
         for process in processes:
             process.start()
@@ -166,6 +165,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, A
         for process in processes:
             process.kill()
             process.join()
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """What rank 0 has to tell, and the state of the other rank."""
+    with telling(tmp_path_factory.mktemp("ranks") / "meeting", leader, follower) as heard:
+        yield heard
 
 
 def test_all_ranks_replay_what_rank_0_says(told: tuple[dict[str, Any], list[int]]) -> None:
@@ -259,3 +265,52 @@ def test_a_follower_keeps_what_rank_0_says_whatever_its_own_graphs_need() -> Non
 )
 def test_problems_tell_what_comes_next(problem: Unfit, refusal: Refusal) -> None:
     assert refusal_of(problem) == refusal
+
+
+class Chain(nn.Module):
+    """Enough kernels that a graph pays, with what ranks send one another in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, layer in enumerate(self.layers):
+            x = x + layer(x).relu()
+            if index % 5 == 0:
+                dist.all_reduce(x)
+        return x
+
+
+def rank_with_gpu(seat: Seat, told: Connection) -> None:
+    """Rank 0 tells how many calls were replayed, and whether all were right."""
+    device = torch.device("cuda", seat.index)
+    torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    module = Chain().to(device)
+    own = model(module, device)
+    if seat.index:
+        follow(seat, own, config())
+        return
+    graphs = graphs_on(device, 2**30, own.pipeline.components)
+    eager, replayed = Runtime(), Runtime(graphs=graphs)
+    eager.ranks = replayed.ranks = lead(seat, own, config(), lambda _name, _note: None)
+    is_right = []
+    with torch.no_grad():
+        for _ in range(UNTIL_REPLAYED + 3):
+            call = Invocation(module, "forward", (torch.randn(3, 64, device=device),), fixed=())
+            is_right.append(torch.equal(replayed.run(call), eager.run(call)))
+    assert graphs is not None
+    told.send_bytes(json.dumps([graphs.num_replays, all(is_right)]).encode())
+
+
+def silent(seat: Seat, told: Connection) -> None:
+    told.send_bytes(b"null")
+    rank_with_gpu(seat, told)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+def test_on_gpus_what_ranks_send_one_another_is_in_their_graphs(tmp_path: Path) -> None:
+    with telling(tmp_path / "meeting", rank_with_gpu, silent) as (heard, _):
+        assert heard == [3, True]
