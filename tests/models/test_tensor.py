@@ -55,6 +55,20 @@ def test_parts_of_blocks_lie_beside_one_another() -> None:
     assert [Cut(0, (5,)).places(index, 2) for index in range(2)] == [[slice(0, 2)], [slice(2, 5)]]
 
 
+def test_of_a_file_only_the_parts_are_asked_for() -> None:
+    asked = []
+
+    class File:
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            asked.append(index)
+            return torch.zeros(3, 2)
+
+    Cut(0, (6,)).part(File(), 1, 2)
+    Cut(1, (4, 8)).part(File(), 0, 2)
+    everything = slice(None)
+    assert asked == [(slice(3, 6),), (everything, slice(0, 2)), (everything, slice(4, 8))]
+
+
 def test_model_of_which_nobody_knows_how_is_left_alone() -> None:
     with init_empty_weights():
         model = diffusers.SD3Transformer2DModel(num_layers=1, num_attention_heads=2, caption_projection_dim=16)
