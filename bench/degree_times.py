@@ -121,14 +121,15 @@ def spawned(args: argparse.Namespace) -> list[Row]:
     """What the ranks measured."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder, seats(args.gpus, f"{folder}/store") as every:
-        ranks = [context.Process(target=rank_main, args=(seat, args, results)) for seat in every]
+    with tempfile.TemporaryDirectory() as folder:
+        with seats(args.gpus, f"{folder}/store") as every:
+            ranks = [context.Process(target=rank_main, args=(seat, args, results)) for seat in every]
+            for rank in ranks:
+                rank.start()
         for rank in ranks:
-            rank.start()
-    for rank in ranks:
-        rank.join(args.limit_s)
-        if rank.exitcode is None:
-            rank.kill()
+            rank.join(args.limit_s)
+            if rank.exitcode is None:
+                rank.kill()
     rows: list[Row] = []
     while not results.empty():
         rows.append(results.get())

@@ -76,3 +76,20 @@ def test_too_few_heads_are_refused_with_the_numbers(tmp_path: Path) -> None:
 def test_pipelines_that_run_whole_have_one_gpu() -> None:
     with pytest.raises(ModelError, match="with --backend diffusers pipelines run their models themselves"):
         share([VAE], config(enable_cfg_parallel=True), "cpu", is_whole=True)
+
+
+def test_elastic_ranks_all_have_each_denoiser_and_share_it_as_far_as_it_has_heads(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 3}))
+    flux = Part("transformer", "FluxTransformer2DModel", ComponentSource(str(tmp_path)))
+    found = share(
+        [flux, VAE, Part("unet", "UNet2DConditionModel")], config(num_gpus=4, elastic_sp=True), "cpu", is_whole=False
+    )
+    assert found.names == {"transformer", "unet", "vae"}
+    assert found.max_degrees == {"transformer": 2, "unet": 1}
+    assert found.notes == ("4 = dp 1 x cfg 1 x sp 1 or 2 or 4 (elastic) x tp 1", "unet runs on one GPU at a time")
+
+
+def test_elastic_ranks_do_not_compile() -> None:
+    asked = EngineConfig(parallel=ParallelConfig(num_gpus=2, elastic_sp=True), enable_torch_compile=True)
+    with pytest.raises(ModelError, match="enable_torch_compile is asked for, but with --elastic-sp"):
+        share([VAE], asked, "cpu", is_whole=False)
