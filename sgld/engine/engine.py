@@ -21,9 +21,10 @@ from sgld.engine.memory import Memory
 from sgld.engine.replica import Rank, RankFactory, rank_process, refuse_unguarded_spawn
 from sgld.engine.replicas import Replica, balance, place
 from sgld.engine.requests import Requests, check_fits, output_id
+from sgld.engine.served import Served
 from sgld.engine.statistics import CostStatistics, Statistics, Tally
 from sgld.engine.trace import open_trace
-from sgld.errors import EngineClosed, ModelError, RankLost
+from sgld.errors import EngineClosed, RankLost
 from sgld.events import AnyEvent, Terminal
 from sgld.media.inputs import InputPolicy, as_files
 from sgld.messages import (
@@ -52,7 +53,6 @@ from sgld.messages import (
     TaskCancelled,
     TaskFailed,
     UnloadLora,
-    with_note,
 )
 from sgld.request import NO_LIMITS, Limits, RequestState
 from sgld.sampling_params import SamplingParams
@@ -80,10 +80,7 @@ class Engine:
         profiles = Profiles(self._cost)
         self._memory = Memory(config, self._cost, profiles)
         self._replicas = tuple(Replica(i, config, self._cost, profiles) for i in range(config.parallel.dp_size))
-        self._model: ModelInfo | None = None
-        self._load_error: ModelError | None = None
-        self._is_decided = anyio.Event()
-        """The model is loaded, or can't be."""
+        self._served = Served()
         self._is_open = False
         self._stack = AsyncExitStack()
         self._tally = Tally(None)
@@ -107,7 +104,7 @@ class Engine:
     ) -> None:
         self._is_open = False
         self._requests.cancel_all()
-        self._is_decided.set()
+        self._served.decide()
         await self._stack.aclose()
         with anyio.CancelScope(shield=True):
             await self._memory.keep()
@@ -117,7 +114,7 @@ class Engine:
     @property
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while all ranks are lost."""
-        return self._model if self._is_decided.is_set() and self._has_rank else None
+        return self._served.model if self._served.is_decided and self._has_rank else None
 
     @property
     def _has_rank(self) -> bool:
@@ -135,10 +132,7 @@ class Engine:
         :raises ModelError: it can't be.
         :raises EngineClosed: the engine was closed before.
         """
-        await self._is_decided.wait()
-        if self._model is None:
-            raise self._load_error or EngineClosed("the engine was closed")
-        return self._model
+        return await self._served.wait()
 
     def statistics(self) -> Statistics:
         """What the engine has done and knows."""
@@ -199,8 +193,8 @@ class Engine:
                 while num_open:
                     event = await stream.get()
                     if event is None:
-                        assert self._load_error is not None, "only a model that can't be served ends a stream early"
-                        raise self._load_error
+                        assert self._served.error is not None, "only a model that can't be served ends a stream early"
+                        raise self._served.error
                     num_open -= isinstance(event, Terminal)
                     yield event
             finally:
@@ -211,8 +205,7 @@ class Engine:
         """See that a request would be taken now; raises what `generate` does."""
         if not self._is_open:
             raise EngineClosed("the engine isn't open; use it in an `async with` block")
-        if self._load_error is not None:
-            raise self._load_error
+        self._served.check()
         demand = demand_of(params)
         if waited_s:
             demand = dataclasses.replace(demand, deadline_s=None)
@@ -245,7 +238,7 @@ class Engine:
 
     async def _serve(self, replica: Replica) -> None:
         """Keep the rank of a replica alive as long as the engine is open."""
-        while self._is_open and self._load_error is None:
+        while self._is_open and self._served.error is None:
             async with self._rank_factory(self._config, replica.index) as rank:
                 problem = await self._drive(replica, rank)
             if problem is not None:
@@ -263,7 +256,7 @@ class Engine:
         """Work with a rank until it is lost; returns how that came about, None if the model can't be served."""
         rank.expect_reply(self._config.load_timeout_s)
         try:
-            while self._load_error is None:
+            while self._served.error is None:
                 reply: AnyReply | None = await rank.receive()
                 while reply is not None:
                     await self._handle(replica, rank, reply)
@@ -288,7 +281,7 @@ class Engine:
         others serve, a replica that doesn't come back is no reason to end their requests.
         """
         others_serve = replica.has_served and self._has_rank
-        return self._model is not None and (others_serve or replica.num_lost_loads < MAX_LOST_LOADS)
+        return self._served.model is not None and (others_serve or replica.num_lost_loads < MAX_LOST_LOADS)
 
     def _balance(self) -> None:
         """Let replicas without work take requests that wait elsewhere."""
@@ -303,7 +296,7 @@ class Engine:
         finally:
             for replica in self._replicas:
                 replica.scheduler.is_calibrating = False
-            self._is_decided.set()
+            self._served.decide()
 
     def _code(self) -> Code:
         codes = [replica.code for replica in self._replicas]
@@ -329,7 +322,7 @@ class Engine:
             case Judged():
                 self._tally.judged(reply)
             case Noted(component=component, note=note):
-                self._model = self._model and with_note(self._model, component, note)
+                self._served.noted(component, note)
             case Compiling(is_pending=is_pending):
                 replica.code = Code(is_pending, replica.code.num_changes + 1)
             case Launched(call_ids=call_ids):
@@ -356,19 +349,20 @@ class Engine:
     async def _ready(self, replica: Replica, rank: Rank, model: ModelInfo) -> None:
         """A rank has loaded the model."""
         await self._memory.recall(model)
-        if self._model is not None and model.device != self._model.device:
+        known = self._served.model
+        if known is not None and model.device != known.device:
             where = f"replica {replica.index} is on {model.device}, but the model is served on"
-            self._cannot_load(replica, f"{where} {self._model.device}; see that each has GPUs of its own")
+            self._cannot_load(replica, f"{where} {known.device}; see that each has GPUs of its own")
             return
         # What was noted since the others were ready holds as long as one of them serves.
-        if self._model is None or not self._has_rank:
-            self._model = model
+        if known is None or not self._has_rank:
+            self._served.model = model
         self._requests.fps = model.fps
         replica.served(rank)
         if model.is_whole:
             replica.scheduler.run_singly()
-        if not self._config.calibration.calibrate or self._is_decided.is_set():
-            self._is_decided.set()
+        if not self._config.calibration.calibrate or self._served.is_decided:
+            self._served.decide()
         elif not replica.scheduler.is_calibrating and all(other.rank for other in self._replicas):
             for each in self._replicas:
                 each.scheduler.is_calibrating = True
@@ -385,7 +379,5 @@ class Engine:
 
     def _fail_load(self, message: str) -> None:
         """The model can't be served: everybody is told, and nothing is accepted any more."""
-        self._load_error = ModelError(message)
-        self._model = None
-        self._is_decided.set()
+        self._served.fail(message)
         self._requests.abandon_all()
