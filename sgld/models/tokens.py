@@ -164,12 +164,12 @@ class Tokens:
             mask = self._mask_of_keys(mask, key.shape[1], key_lengths)
         if key.shape[2] != num_heads and key.shape[2] % ranks.num_ulysses:
             key, value = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (key, value))
-        if is_alike:
-            query, key, value = self._by_heads(torch.cat((query, key, value), dim=-1), lengths).chunk(3, dim=-1)
-        else:
-            query = self._by_heads(query, lengths)
-            pairs = self._by_heads(torch.cat((key, value), dim=-1), key_lengths)
-            key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
+        if ranks.num_ulysses > 1:
+            if is_alike:
+                query, key, value = self._by_heads((query, key, value), lengths)
+            else:
+                [query] = self._by_heads((query,), lengths)
+                key, value = self._by_heads((key, value), key_lengths)
         if ranks.num_ring > 1:
             by_ring = [
                 sum(key_lengths[start : start + ranks.num_ulysses]) for start in range(0, ranks.num, ranks.num_ulysses)
@@ -198,17 +198,17 @@ class Tokens:
         start = self.ranks.index // self.ranks.num_ulysses * self.ranks.num_ulysses
         return lengths[start : start + self.ranks.num_ulysses]
 
-    def _by_heads(self, part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def _by_heads(self, parts: tuple[torch.Tensor, ...], lengths: list[int]) -> tuple[torch.Tensor, ...]:
         """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads. Heads are padded where they must be."""
         num = self.ranks.num_ulysses
-        if num == 1:
-            return part
-        if part.shape[2] % num:
-            part = functional.pad(part, (0, 0, 0, -part.shape[2] % num))
-        batch, length, heads, width = part.shape
-        sent = part.reshape(batch, length, num, heads // num, width).permute(2, 1, 0, 3, 4).flatten(0, 1).contiguous()
-        received = [length] * num if not self.is_uneven else self._of_ulysses(lengths)
-        return _exchanged(sent, received, [length] * num, self.ranks.ulysses).transpose(0, 1)
+        length, heads = parts[0].shape[1:3]
+        if heads % num:
+            parts = tuple(functional.pad(part, (0, 0, 0, -heads % num)) for part in parts)
+        # One message for all of them, which are copied once.
+        views = [part.reshape(*part.shape[:2], num, -1, part.shape[-1]).permute(2, 1, 0, 3, 4) for part in parts]
+        sent = torch.cat(views, dim=-1).contiguous().flatten(0, 1)
+        joined = _exchanged(sent, self._of_ulysses(lengths), [length] * num, self.ranks.ulysses).transpose(0, 1)
+        return torch.split(joined, [part.shape[-1] for part in parts], dim=-1)
 
     def _by_tokens(self, part: torch.Tensor, lengths: list[int], num_heads: int) -> torch.Tensor:
         """The way back."""
