@@ -7,13 +7,13 @@ too: compiled or not, as a graph or not.
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TypeVar
 
 import msgspec
 
 from sgld.config import EngineConfig, cache_root
-from sgld.engine.cost import LearnedTime
+from sgld.engine.cost import MAX_KEYS, LearnedTime
 from sgld.engine.demand import MAX_PROFILES, Profile
 from sgld.messages import ModelInfo
 from sgld.models.shared_file import change
@@ -68,11 +68,13 @@ class LearnedFile:
             profiles=tuple(profiles),
             calibrated=tuple(calibrated),
         )
-        before, self._known = self._known, learned
+        before = self._known
         try:
             change(self._path, lambda content: msgspec.json.encode(_merged(_decoded(content), learned, before)))
         except OSError as error:
             logger.warning("what was learned of times can't be kept: %s", error)
+        else:
+            self._known = learned
 
 
 def _decoded(content: bytes) -> Learned:
@@ -85,22 +87,25 @@ def _decoded(content: bytes) -> Learned:
 
 
 def _merged(there: Learned, learned: Learned, before: Learned) -> Learned:
-    """What is there, but for what is news since `before`."""
+    """What is there, but for what is news since `before`; as much of it as is known at the next start."""
     if there == Learned():
         return learned
-    times = {time[:3]: time for time in (*there.times, *_news(learned.times, before.times))}
-    profiles = {one.like: one for one in (*there.profiles, *_news(learned.profiles, before.profiles))}
+    times = _rows(there.times, learned.times, before.times, lambda time: time[:3])
+    keys = set(list(dict.fromkeys(key for key, *_ in reversed(times)))[:MAX_KEYS])
+    profiles = _rows(there.profiles, learned.profiles, before.profiles, lambda profile: profile.like)
     return msgspec.structs.replace(
         learned,
-        times=tuple(times.values()),
-        profiles=tuple(profiles.values())[-MAX_PROFILES:],
+        times=tuple(time for time in times if time[0] in keys),
+        profiles=tuple(profiles[-MAX_PROFILES:]),
         calibrated=tuple(dict.fromkeys((*there.calibrated, *learned.calibrated))),
     )
 
 
-def _news(now: Iterable[T], before: Iterable[T]) -> list[T]:
-    known = set(before)
-    return [one for one in now if one not in known]
+def _rows(there: Iterable[T], now: Iterable[T], before: Iterable[T], name_of: Callable[[T], Hashable]) -> list[T]:
+    """Those of others first: what was used last here is at the end, and is forgotten last."""
+    theirs, known = {name_of(one): one for one in there}, set(before)
+    ours = [(one, theirs.pop(name_of(one), one)) for one in now]
+    return [*theirs.values(), *(other if one in known else one for one, other in ours)]
 
 
 def _options(config: EngineConfig, device: str) -> tuple[object, ...]:

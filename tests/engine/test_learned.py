@@ -5,8 +5,8 @@ import pytest
 
 from engine.ranks import MODEL
 from sgld.config import EngineConfig, ParallelConfig
-from sgld.engine.cost import LearnedTime
-from sgld.engine.demand import Profile
+from sgld.engine.cost import MAX_KEYS, LearnedTime
+from sgld.engine.demand import MAX_PROFILES, Profile
 from sgld.engine.learned import Learned, LearnedFile
 
 TIMES: list[LearnedTime] = [
@@ -63,6 +63,29 @@ def test_what_others_wrote_meanwhile_stays_but_for_what_is_news() -> None:
     assert list(learned.times) == [faster, TIMES[1], other]
     assert [profile.like for profile in learned.profiles] == ["a", "b", "c"]
     assert learned.calibrated == ("64x64", "32x32")
+
+
+def test_what_was_used_last_is_kept_and_a_file_does_not_grow() -> None:
+    times: list[LearnedTime] = [(f"vae.decode({n}x8)", 1, "eager", 0.5) for n in range(MAX_KEYS + 8)]
+    profiles = [Profile(str(n), 1.0, ()) for n in range(MAX_PROFILES + 8)]
+    file = LearnedFile(KEPT, CONFIG)
+    file.write(times[:MAX_KEYS], profiles[:MAX_PROFILES])
+    used_again: LearnedTime = (*times[0][:3], 0.25)
+    now = [*times[9:], used_again], [*profiles[9:], Profile("0", 2.0, ())]
+    file.write(*now)
+    learned = file.read()
+    assert (list(learned.times), list(learned.profiles)) == now
+
+
+def test_what_could_not_be_written_is_written_later(folder: Path) -> None:
+    file = LearnedFile(KEPT, CONFIG)
+    file.write(TIMES[:1], [])
+    (lock := folder / ".lock").unlink()
+    lock.mkdir()
+    file.write(TIMES, PROFILES)
+    lock.rmdir()
+    file.write(TIMES, PROFILES)
+    assert (list(file.read().times), list(file.read().profiles)) == (TIMES, PROFILES)
 
 
 @pytest.mark.parametrize(
