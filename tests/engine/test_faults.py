@@ -237,7 +237,7 @@ def shared_memory() -> set[Path]:
 
 
 async def is_freed(before: set[Path]) -> None:
-    """Wait until there is no shared memory that wasn't there before; what tests beside this one have there goes, too."""
+    """Wait until what is new in shared memory is gone; tests beside this one have some there, too."""
     await until(lambda: shared_memory() <= before)
 
 
