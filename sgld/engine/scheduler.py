@@ -190,7 +190,7 @@ class Scheduler:
         if running:
             return None
         waiting = [request for request in self._running.values() if request.calls]
-        exclusive = [request for request in waiting if any(call.is_exclusive for call in request.calls.values())]
+        exclusive = [request for request in waiting if _is_exclusive(request)]
         ordered = self._ordered(exclusive or waiting, now)
         batch = self._batch(ordered)
         if self.is_calibrating:
@@ -210,9 +210,9 @@ class Scheduler:
         # The calls that follow in a standing order are its own.
         standing = {name for batch in running if batch.num_ticks > 1 for name in batch.request_ids}
         waiting = [r for r in self._running.values() if r.calls.keys() - given and r.id not in standing]
-        exclusive = [request for request in waiting if any(call.is_exclusive for call in request.calls.values())]
+        exclusive = [request for request in waiting if _is_exclusive(request)]
         ordered = self._ordered(exclusive or waiting, now)
-        if not ordered or self._is_suspect(running):
+        if not ordered or self._is_alone(running):
             return None
         if is_alone := bool(exclusive) or ordered[0][1].is_suspect:
             if running:
@@ -229,9 +229,10 @@ class Scheduler:
         chosen = placed(ordered, given, busy, num, self._degrees, self._max_batch_size)
         return self._order(chosen.calls, chosen.ranks) if chosen is not None else None
 
-    def _is_suspect(self, running: Collection[Batch]) -> bool:
+    def _is_alone(self, running: Collection[Batch]) -> bool:
+        """Whether one of those that run must have no company."""
         every = (self._running.get(name) for batch in running for name in batch.request_ids)
-        return any(request.is_suspect for request in every if request is not None)
+        return any(request.is_suspect or _is_exclusive(request) for request in every if request is not None)
 
     def _order(self, batch: Sequence[tuple[Tracked, CallInfo]], ranks: Ranks = FIRST) -> Batch:
         calls = [call for _, call in batch]
@@ -331,3 +332,7 @@ class Scheduler:
         if len(calls) < len(self._by_call):
             return 1
         return max(1, int(STANDING_ORDER_S / max(predicted_s, 1e-4)))
+
+
+def _is_exclusive(request: Tracked) -> bool:
+    return any(call.is_exclusive for call in request.calls.values())

@@ -111,8 +111,11 @@ class Session:
                 return
 
     def begin(self, call_ids: Sequence[int], ranks: Ranks) -> bool:
-        """Begin one forward on some of the ranks; `look` says when it is over. False: the calls are gone."""
-        calls = self._chosen(call_ids)
+        """Begin one forward on some of the ranks; `ended_lanes` says when it is over. False: the calls are gone.
+
+        So are those of others while a task goes on alone. Its own aren't begun in their place: they may go on already.
+        """
+        calls = [c for c in self._waiting(call_ids) if self._exclusive in (None, self._tasks[c.request_id])]
         if calls:
             assert self.lanes is not None
             self._expect()

@@ -305,6 +305,19 @@ def test_nobody_else_runs_while_one_is_exclusive() -> None:
     assert batch_of(scheduler).call_ids == (other.id,)
 
 
+def test_nobody_runs_beside_one_that_is_exclusive() -> None:
+    other, exclusive = call("a", is_bound=False), call("b", is_exclusive=True)
+    scheduler = Scheduler(LinearCost(), num_ranks=2)
+    for info in (other, exclusive):
+        scheduler.add(info.request_id, 0.0)
+    scheduler.admit(0.0)
+    for info in (other, exclusive):
+        scheduler.pending(info)
+    alone = batch_of(scheduler)
+    assert alone.call_ids == (exclusive.id,)
+    assert scheduler.next_batch(0.0, [alone]) is None
+
+
 def test_order_for_etas_is_kept_for_a_moment_only() -> None:
     scheduler = running(LinearCost(), call("a", num_steps=5), call("b", num_steps=8, merge_key="n"))
     assert scheduler.eta_s("a", 0.0) == 5.0

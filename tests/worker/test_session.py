@@ -13,8 +13,10 @@ from torch import nn
 
 from sgld.messages import Launched, Pending, Ran, Stepped
 from sgld.outcome import Outcome, Value
+from sgld.parallel import FIRST, Ranks
 from sgld.testing import run_together
 from sgld.worker.ahead import News
+from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
 from sgld.worker.job import Job
 from sgld.worker.session import Session
@@ -165,6 +167,29 @@ def test_request_that_waits_for_an_exclusive_one_can_be_cancelled(log: Log) -> N
     while "a" not in log.ends:
         log.session.run([log.waiting()["a"].call.id], num_ticks=100)
     assert isinstance(log.ends["a"], Value)
+
+
+class FakeLanes:
+    """Begins forwards, and that is all."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, Ranks]] = []
+
+    def begin(self, calls: Sequence[Call], ranks: Ranks) -> None:
+        self.begun += [(call.request_id, ranks) for call in calls]
+
+
+def test_order_that_crosses_the_news_of_an_exclusive_task_begins_nothing(log: Log) -> None:
+    pipeline, _ = build("sd_pag")
+    for request_id, arguments in zip("ab", pag_calls(), strict=False):
+        log.session.start(Job(request_id, pipeline, arguments))
+    while not (call := log.waiting()["a"].call).is_exclusive:
+        log.session.run([call.id])
+    lanes = FakeLanes()
+    log.session.lanes = lanes  # type: ignore[assignment]
+    assert not log.session.begin([log.waiting()["b"].call.id], Ranks(1, 1))
+    assert log.session.begin([call.id], FIRST)
+    assert lanes.begun == [("a", FIRST)]
 
 
 def test_exclusive_is_what_the_last_request_was(log: Log) -> None:
