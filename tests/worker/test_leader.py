@@ -1,0 +1,67 @@
+"""What rank 0 tells the others."""
+
+from collections.abc import Callable
+from multiprocessing import Pipe
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgld.ipc.seats import Seat
+from sgld.parallel import Ranks
+from sgld.worker.elastic import ElasticLeader
+from sgld.worker.graph_orders import Ordered, Refusal
+from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
+from sgld.worker.graphs import Graphs
+from sgld.worker.invocation import Invocation
+from sgld.worker.orders import Invoke, receive
+from sgld.worker.runtime import Runtime
+from worker.recordings import FakeRecorder
+
+CPU = torch.device("cpu")
+
+
+class FakeMember:
+    """Rank 0 of ranks that only listen."""
+
+    def __init__(self, module: nn.Module, seat: Seat) -> None:
+        self.seat, self.device, self.names = seat, CPU, {module: "transformer"}
+        self.slots: dict[str, Any] = {}
+        self.num_groups = 1
+        self.is_tiled: Callable[[str], bool] = lambda name: False
+        self.has_parts = self.is_tiled
+
+    def group_of(self, invoke: Invoke) -> None:
+        return None
+
+    def perform(self, invoke: Invoke, tree: Any, runtime: Runtime) -> Any:
+        [module] = self.names
+        args, kwargs = tree
+        agree: Callable[[Refusal | None], Refusal | None] = lambda refusal: refusal  # noqa: E731
+        ordered = Ordered(invoke.graph, agree, is_own=True) if invoke.graph is not None else None
+        return runtime.run_here(Invocation(module, "forward", args, kwargs, ordered=ordered))
+
+
+@torch.no_grad()
+def test_ranks_hear_of_graphs_that_they_have_and_of_no_others() -> None:
+    module = nn.Linear(2, 2)
+    pairs = [Pipe() for _ in range(3)]
+    member: Any = FakeMember(module, Seat(0, 4, "", tuple(own for own, _ in pairs)))
+    leader = ElasticLeader(member, lambda name, note: None)
+    graphs = Graphs(CPU, GraphPolicy(10_000), FakeRecorder(), {module: "transformer"})
+    runtime = Runtime(graphs=graphs)
+    runtime.ranks = leader
+
+    def gone(ranks: Ranks) -> int:
+        """How many graphs ranks are told to be gone, with one forward."""
+        with leader.on(ranks):
+            runtime.run(Invocation(module, "forward", (torch.ones(1, 2),), fixed=()))
+        told = [receive(pairs[rank - 1][1]) for rank in ranks.every if rank]
+        assert all(order.ranks == ranks for order in told)
+        [num] = {len(order.graph.gone) for order in told}
+        return num
+
+    for _ in range(CAPTURES_AFTER):
+        assert gone(Ranks(0, 4)) == 0
+    assert graphs.make_room()
+    assert (gone(Ranks(0, 2)), gone(Ranks(0, 4)), gone(Ranks(0, 4))) == (0, 1, 0)
