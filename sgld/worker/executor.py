@@ -113,10 +113,12 @@ class Executor:
         if key is None or any(self.merge_key(call) != key for call in calls[1:]):
             return None
         axes, known = self.verdicts.axes_of(calls[0]), self.verdicts.proved.recall(key)
-        if known is None or batch.differing(calls, axes, self._digests, skip=known.covers) or known.is_due():
+        if known is None or batch.differing(calls, axes, self._digests, skip=known.covers):
             return None
-        if len(self._parts(key, calls, axes)) > 1:
+        # One that is checked again is counted where that is done.
+        if known.is_next_due or len(self._parts(key, calls, axes)) > 1:
             return None
+        known.num_ticks += 1
         return axes, batch.merged_tree(calls, axes, batch.to_expand(calls[0], axes, known.covers))
 
     def _answer(self, calls: Sequence[Call]) -> tuple[list[Outcome], bool, bool, int]:

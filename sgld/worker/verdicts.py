@@ -35,8 +35,14 @@ class Proof:
 
     def is_due(self) -> bool:
         """Count one more merged forward: is it one to check again?"""
+        is_due = self.is_next_due
         self.num_ticks += 1
-        return self.num_ticks % RECHECK_EVERY == 0
+        return is_due
+
+    @property
+    def is_next_due(self) -> bool:
+        """Whether the next merged forward is one to check again."""
+        return (self.num_ticks + 1) % RECHECK_EVERY == 0
 
 
 @dataclass

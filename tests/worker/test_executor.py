@@ -91,6 +91,17 @@ def test_calls_that_were_proved_share_one_forward() -> None:
     assert tick.span.elapsed_s > 0
 
 
+def test_forwards_elsewhere_are_checked_again_here() -> None:
+    executor, model = Executor(), Model(linear)
+    proved(executor, model)
+    calls = [call_of(model, x) for x in rows(4, start=10)]
+    assert executor.proved(calls) is not None
+    [known] = executor.verdicts.proved.values()
+    known.num_ticks = RECHECK_EVERY - 1
+    assert executor.proved(calls) is None
+    assert executor.run(calls).is_proof
+
+
 def test_a_call_alone_runs_with_the_very_arguments_of_its_task() -> None:
     seen: list[Any] = []
 
