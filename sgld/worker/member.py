@@ -116,7 +116,8 @@ class Member:
             invoke.fixed,
             lends=self.seat.index > 0,
             # Of rows that are parted others wait for the result only.
-            is_shared=any(invoke.component in shared for shared in (self._sequences, self._tiled, self._teams)),
+            is_shared=ranks.num > 1
+            and any(invoke.component in shared for shared in (self._sequences, self._tiled, self._teams)),
             ordered=Ordered(invoke.graph, agree, is_own=not self.seat.index) if invoke.graph is not None else None,
         )
 

@@ -1,0 +1,73 @@
+"""One rank among others."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sgld.ipc.seats import Seat
+from sgld.models.load import LoadedModel
+from sgld.models.sharing import Sharing
+from sgld.parallel import ParallelConfig, Ranks
+from sgld.worker.calls import current_context
+from sgld.worker.member import Member
+from sgld.worker.orders import Invoke
+from sgld.worker.residency import Residency
+from sgld.worker.runtime import Runtime
+from sgld.worker.wire import packed
+
+CPU = torch.device("cpu")
+
+
+class Vae(nn.Module):
+    """Its first decode has no memory."""
+
+    num_decodes = 0
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_decodes += 1
+        if self.num_decodes == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return x
+
+
+class Roomy(Residency):
+    """Something else can always leave."""
+
+    def make_room(self, module: nn.Module) -> bool:
+        return True
+
+
+@pytest.fixture
+def second_of_two() -> Iterator[Member]:
+    """A rank whose other rank does whatever this one expects."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        pipeline: Any = SimpleNamespace(components={"vae": Vae()})
+        model = LoadedModel(pipeline, CPU, {}, "", sharing=Sharing(vaes=("vae",)))
+        yield Member(Seat(1, 2), model, ParallelConfig(num_gpus=2, elastic_sp=True))
+    finally:
+        dist.destroy_process_group()
+
+
+def decode(ranks: Ranks) -> Invoke:
+    parcel, _ = packed(((torch.ones(1),), {}), CPU)
+    return Invoke(1, "vae", "decode", parcel, current_context(), False, (), None, None, ranks=ranks)
+
+
+def test_forward_of_one_rank_is_tried_again_when_something_left(second_of_two: Member) -> None:
+    invoke, runtime = decode(Ranks(1, 1)), Runtime(Roomy())
+    assert torch.equal(second_of_two.perform(invoke, invoke.parcel.tree, runtime), torch.ones(1))
+
+
+def test_forward_of_several_ranks_is_not_as_others_are_in_the_midst_of_it(second_of_two: Member) -> None:
+    invoke, runtime = decode(Ranks(0, 2)), Runtime(Roomy())
+    vae: Any = second_of_two.components["vae"]
+    vae.decoder = nn.Identity()
+    with pytest.raises(torch.OutOfMemoryError):
+        second_of_two.perform(invoke, invoke.parcel.tree, runtime)
