@@ -22,9 +22,9 @@ async def content(request: Request, key: str, media_type: str) -> Response:
 
 
 async def upload_of(storage: Storage, *keys: str) -> Upload | None:
-    """Whether all these files are in the bucket; None where there is no bucket, or no file."""
+    """Whether all these files are in the bucket; None where one isn't meant for it, or there is no file."""
     found = {await storage.upload(key) for key in keys}
-    return "pending" if "pending" in found else next(iter(found), None)
+    return None if None in found else "pending" if "pending" in found else next(iter(found), None)
 
 
 async def url_of(request: Request, key: str, path: str) -> str:

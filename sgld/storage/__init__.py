@@ -39,7 +39,7 @@ class Storage(Protocol):
         """A local file with this content; None if there is none, or it is elsewhere."""
 
     async def upload(self, key: str) -> Upload | None:
-        """Whether a file is in the bucket; None where there is no bucket."""
+        """Whether a file is in the bucket; None: it isn't meant for one."""
 
     async def url(self, key: str) -> str | None:
         """From where clients fetch it without this server, for a while; None if they can't."""

@@ -166,10 +166,12 @@ class CloudStorage:
         """The path of a file, if it is here."""
         return await self._local.file(key)
 
-    async def upload(self, key: str) -> Upload:
-        """Whether a file is in the bucket."""
+    async def upload(self, key: str) -> Upload | None:
+        """Whether a file is in the bucket; None: it isn't meant for it, as it came when there was none."""
         entry = await self._ledger.get(key)
-        return "uploaded" if entry is not None and entry.state == "stored" else "pending"
+        if entry is None:
+            return None
+        return "uploaded" if entry.state == "stored" else "pending"
 
     async def url(self, key: str) -> str | None:
         """From where clients get a file that was uploaded; None for others."""

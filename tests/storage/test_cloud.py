@@ -13,6 +13,7 @@ import pytest
 from anyio.to_thread import run_sync
 from blockbuster import blockbuster_ctx
 
+from sgld.server.results import upload_of
 from sgld.storage import s3
 from sgld.storage.cloud import CloudStorage, open_storage
 from sgld.storage.ledger import Ledger
@@ -67,6 +68,16 @@ async def test_a_file_is_in_the_bucket_when_it_is_kept(server: S3Server, tmp_pat
     assert {name: (found.value, found.metadata["Content-Type"]) for name, found in server.objects.items()} == {
         "b/0.png": (b"one", "image/png")
     }
+
+
+async def test_of_files_that_came_without_a_bucket_no_upload_is_told(server: S3Server, tmp_path: Path) -> None:
+    await LocalStorage(tmp_path / "results").put("a/0.png", b"zero", "image/png")
+    async with storage_of(server, tmp_path) as storage:
+        await storage.put("b/0.png", b"zero", "image/png")
+        assert await storage.read("a/0.png") == b"zero"
+        assert await upload_of(storage, "a/0.png") is None
+        assert await upload_of(storage, "b/0.png") == "uploaded"
+        assert await upload_of(storage, "a/0.png", "b/0.png") is None
 
 
 async def test_the_event_loop_is_never_blocked(server: S3Server, tmp_path: Path) -> None:
