@@ -35,13 +35,21 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much may come out of one request; None: as much as it likes."""
+    """How much may come out of one request, and go into it; None: as much as it likes."""
 
     max_pixels: int | None = None
     max_frames: int | None = None
+    max_steps: int | None = None
 
-    def check(self, params: SamplingParams, *, num_frames: int = 1, size: tuple[int, int] | None = None) -> None:
-        """See that what is made of a pipeline's frames isn't too much.
+    def check(
+        self,
+        params: SamplingParams,
+        *,
+        num_frames: int = 1,
+        size: tuple[int, int] | None = None,
+        num_steps: int = 1,
+    ) -> None:
+        """See that a pipeline's steps, and what is made of its frames, aren't too much.
 
         :param size: width and height of a frame; None: not known.
         :raises InvalidRequest: names the field, its value and the limit.
@@ -51,6 +59,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         for field, counted, factor, value, limit in (
             (side, "pixels", params.size_factor, num_pixels, self.max_pixels),
             ("num_frames", "frames", params.frame_factor, params.num_frames_of(num_frames), self.max_frames),
+            ("num_inference_steps", "steps", 1, num_steps, self.max_steps),
         ):
             if limit is not None and value > limit:
                 what = f"the number of {counted}" + (", with what is made after the model's," if factor > 1 else "")

@@ -1,6 +1,6 @@
 """What a single request may ask for at most."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from anyio.to_thread import run_sync
@@ -31,27 +31,24 @@ def check_limits(params: SamplingParams, config: ServerConfig, model: ModelInfo 
     if params.image_path or any(references(params.diffusers_kwargs)):
         # Most pipelines make what is as large as their picture.
         defaults = {name: value for name, value in defaults.items() if name not in ("width", "height")}
-    for field, what, value, limit in _measured(params, config, defaults):
+    for field, what, value, limit in _measured(params, config):
         if value > limit:
             raise InvalidRequest(f"{what} is {value}; this server allows at most {limit}", field)
     # A side of which nothing is known is up to the model, and about as long.
     sides = [getattr(params, name) or defaults.get(name) for name in ("width", "height")]
     known = [side for side in sides if side]
-    num_frames = params.num_frames or defaults.get("num_frames", 1)
-    limits_of(config).check(params, num_frames=num_frames, size=(known[0], known[-1]) if known else None)
+    num_frames, num_steps = (getattr(params, n) or defaults.get(n, 1) for n in ("num_frames", "num_inference_steps"))
+    size = (known[0], known[-1]) if known else None
+    limits_of(config).check(params, num_frames=num_frames, size=size, num_steps=num_steps)
 
 
 def limits_of(config: ServerConfig) -> Limits:
-    """How much may come out of a request."""
-    return Limits(max_pixels=config.max_pixels, max_frames=config.max_frames)
+    """What a rank checks, too: while a model is loaded nobody else knows its defaults."""
+    return Limits(max_pixels=config.max_pixels, max_frames=config.max_frames, max_steps=config.max_steps)
 
 
-def _measured(
-    params: SamplingParams, config: ServerConfig, defaults: Mapping[str, int]
-) -> Iterator[tuple[str, str, int, int]]:
+def _measured(params: SamplingParams, config: ServerConfig) -> Iterator[tuple[str, str, int, int]]:
     """Field, what is measured, its value, its limit."""
-    num_steps = params.num_inference_steps or defaults.get("num_inference_steps", 1)
-    yield "num_inference_steps", "num_inference_steps", num_steps, config.max_steps
     yield "n", "the number of outputs", params.num_outputs_per_prompt, config.max_outputs
     yield "prompt", "the length of the prompt", len(params.prompt), config.max_prompt_chars
     yield "negative_prompt", "its length", len(params.negative_prompt or ""), config.max_prompt_chars

@@ -46,6 +46,7 @@ class Preparation:
         self._check_cache(params)
         pipeline, kwargs = self._bound(params)
         steps = num_steps(pipeline, kwargs)
+        asked.limits.check(params, num_steps=steps)
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self.model.is_whole else 1
         about = self.results, asked, self.model, self.previewer

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from pipelines import build
@@ -9,6 +10,7 @@ from pipelines import build
 from sgld.errors import InvalidRequest
 from sgld.messages import Start
 from sgld.models.load import LoadedModel
+from sgld.request import Limits
 from sgld.sampling_params import FirstBlockCache, SamplingParams, StepCacheParams, TaylorCache
 from sgld.worker.preparation import Preparation
 from sgld.worker.preview import Previewer
@@ -32,6 +34,12 @@ def test_job_has_what_was_chosen_and_what_the_author_recommends() -> None:
     assert (job.request_id, job.num_steps, job.is_exact, job.is_whole) == ("a", 7, True, False)
     assert (job.kwargs["prompt"], job.kwargs["height"]) == ("a cat", 8)
     assert delivery.notes == ()
+
+
+def test_steps_that_the_model_chooses_are_limited_before_anything_runs() -> None:
+    limited = msgspec.structs.replace(asked(), limits=Limits(max_steps=6))
+    with pytest.raises(InvalidRequest, match="the number of steps is 7; this server allows at most 6"):
+        preparation().job_of(limited, {}, ())
 
 
 @pytest.mark.parametrize(
