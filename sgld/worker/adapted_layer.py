@@ -30,12 +30,13 @@ class Unmixable(Exception):
 
 @dataclass(frozen=True)
 class Selection:
-    """The slots of a forward: all rows have `slot`, or each has its own in `index`."""
+    """The slots of a forward: all rows have `slot`, or each has its own in `index`, if it runs here."""
 
     slots: frozenset[int]
     slot: int
     index: torch.Tensor | None
     rows: tuple[tuple[str, int], ...]
+    is_by_row: bool
 
 
 class AdaptedLayer:

@@ -90,6 +90,10 @@ class ElasticLeader(Leader):
     def num_ranks(self) -> int:
         return self._member.seat.num_ranks
 
+    @property
+    def is_elsewhere(self) -> bool:
+        return self._on.first > 0
+
     @contextlib.contextmanager
     def on(self, ranks: Ranks) -> Iterator[None]:
         """While the block runs, these ranks run what is asked for."""

@@ -66,6 +66,11 @@ class Leader:
         """Whether groups of ranks share the rows of a forward."""
         return self._member.num_groups > 1
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether other ranks alone run what is asked for."""
+        return False
+
     def shares(self, invocation: Invocation) -> bool:
         """Whether all ranks run it."""
         name = self._names.get(invocation.module)
@@ -77,7 +82,8 @@ class Leader:
         """From now on followers have the adapters of these components."""
         self._member.slots = {name: slots[name] for name in self._member.components if name in slots}
         for name, of_component in self._member.slots.items():
-            of_component.follow(functools.partial(self._put, name), functools.partial(self._remove, name))
+            put, remove = functools.partial(self._put, name), functools.partial(self._remove, name)
+            of_component.follow(put, remove, lambda: self.is_elsewhere)
 
     def _put(self, component: str, key: str, changes: Mapping[str, Changes]) -> None:
         self._tell(PutAdapters(component, key, on_host(changes)))
@@ -124,7 +130,7 @@ class Leader:
             context=portable(current_context(dtype=invocation.dtype)),
             is_exact=invocation.is_exact,
             random=random_states(self._member.device),
-            adapters=(selection.rows, selection.index is not None) if selection is not None else None,
+            adapters=(selection.rows, selection.is_by_row) if selection is not None else None,
             rows=None,
         )
 

@@ -83,15 +83,24 @@ class Slots:
         self._keys: list[str] = [NONE]
         self._fills = [0]
         """How often each slot was filled."""
-        self._index = torch.zeros(0, dtype=torch.long, device=device)
-        self._in_index: tuple[int, ...] = ()
+        self._indices: dict[int, tuple[torch.Tensor, tuple[int, ...]]] = {}
+        """By the number of rows: where the slot of each is, and which were written there last."""
         self._selection: Selection | None = None
         self._on_put: Callable[[str, Mapping[str, Changes]], None] = lambda key, changes: None
         self._on_remove: Callable[[str], None] = lambda key: None
+        self._is_elsewhere: Callable[[], bool] = lambda: False
 
-    def follow(self, put: Callable[[str, Mapping[str, Changes]], None], remove: Callable[[str], None]) -> None:
-        """From now on somebody is told what comes into slots and leaves them."""
-        self._on_put, self._on_remove = put, remove
+    def follow(
+        self,
+        put: Callable[[str, Mapping[str, Changes]], None],
+        remove: Callable[[str], None],
+        is_elsewhere: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """From now on somebody is told what comes into slots and leaves them.
+
+        :param is_elsewhere: whether others alone run what adapters are selected for.
+        """
+        self._on_put, self._on_remove, self._is_elsewhere = put, remove, is_elsewhere
 
     @property
     def keys(self) -> list[str]:
@@ -146,10 +155,11 @@ class Slots:
         if chosen == {0}:
             yield
             return
-        index = None
-        if by_row or len(chosen) > 1:
+        index, is_by_row = None, by_row or len(chosen) > 1
+        # What others run mustn't write to what a forward reads that goes on here.
+        if is_by_row and not self._is_elsewhere():
             index = self._indexed(tuple(slot for slot, num in slots for _ in range(num)))
-        outer, self._selection = self._selection, Selection(chosen, slots[0][0], index, tuple(rows))
+        outer, self._selection = self._selection, Selection(chosen, slots[0][0], index, tuple(rows), is_by_row)
         try:
             yield
         finally:
@@ -163,15 +173,17 @@ class Slots:
         return (self.version, *sorted((slot := self._keys.index(key), self._fills[slot]) for key in keys))
 
     def _indexed(self, slots: tuple[int, ...]) -> torch.Tensor:
-        """The slot of each row, in the same memory each time."""
-        if len(self._index) < len(slots):
-            self._index = self._index.new_zeros(2 * len(slots))
-            self._in_index = ()
-            self.version += 1
-        if self._in_index != slots:
-            self._index[: len(slots)].copy_(torch.tensor(slots))
-            self._in_index = slots
-        return self._index[: len(slots)]
+        """The slot of each row; of as many rows in the same memory each time, where graphs read it.
+
+        It never moves: ranks have forwards of other numbers of rows, so nobody could tell the others that it did.
+        """
+        index, written = self._indices.get(len(slots), (None, None))
+        if index is None:
+            index = torch.zeros(len(slots), dtype=torch.long, device=self._device)
+        if written != slots:
+            index.copy_(torch.tensor(slots))
+            self._indices[len(slots)] = index, slots
+        return index
 
     @property
     def selection(self) -> "Selection | None":

@@ -257,3 +257,26 @@ def test_there_are_no_more_slots_than_are_used() -> None:
     for key in "abcd":
         slots.put(key, {"layer": [(layer(component["layer"], 8), 1.0)]})
     assert slots.size_bytes == 5 * 8 * (6 + 5) * 4
+
+
+@torch.no_grad()
+def test_slots_of_rows_stay_where_they_are_and_are_written_for_forwards_here_only() -> None:
+    """Graphs read them there, and a forward may go on here while others are sent elsewhere."""
+    component, elsewhere = nn.ModuleDict({"layer": nn.Linear(6, 5)}), [False]
+    slots = Slots(component, CPU)
+    slots.follow(lambda key, changes: None, lambda key: None, lambda: elsewhere[0])
+    slots.put("a", {"layer": [(layer(component["layer"], 2), 1.0)]})
+
+    def index(*keys: str) -> tuple[Any, bool]:
+        with slots.selected([(key, 1) for key in keys]):
+            assert slots.selection is not None
+            return slots.selection.index, slots.selection.is_by_row
+
+    (two, _), version = index("a", ""), slots.version
+    index(*["a", ""] * 50)
+    elsewhere[0] = True
+    assert index("", "a") == (None, True)
+    assert two.tolist() == [1, 0]
+    elsewhere[0] = False
+    assert index("", "a")[0] is two
+    assert (two.tolist(), slots.version) == ([0, 1], version)
