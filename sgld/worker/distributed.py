@@ -63,8 +63,9 @@ def lead(seat: Seat, model: LoadedModel, config: EngineConfig, note: Callable[[s
 def fail(seat: Seat, problem: str) -> None:
     """A follower can't load the model: rank 0 hears why, and this one waits for its end."""
     [wire] = seat.wires
-    send(wire, Failed(0, problem))
+    # Mostly rank 0 can't, either, and has said so and left.
     with contextlib.suppress(EOFError, OSError):
+        send(wire, Failed(0, problem))
         wire.recv_bytes()
 
 
@@ -77,7 +78,10 @@ def follow(
     :raises SystemExit: it can't go on.
     """
     [wire] = seat.wires
-    send(wire, Loaded())
+    try:
+        send(wire, Loaded())
+    except OSError:
+        return
     _join(seat, model.device, config.load_timeout_s)
     member = Member(seat, model, config.parallel)
     offloaded = {name: part for name, part in member.components.items() if name in model.offloaded}
