@@ -19,6 +19,7 @@ from sgld.worker.clock import PastSpan
 from sgld.worker.elastic import Away, ElasticLeader
 from sgld.worker.executor import Executor, Tick, cost_key_of
 from sgld.worker.invocation import Invocation
+from sgld.worker.trees import values
 
 
 @dataclass(eq=False)
@@ -79,6 +80,8 @@ class Lanes:
         """So many ranks may share a call, and whether rank 0 must be among them."""
         degree = 0 if isinstance(call, Stretch) else self._leader.max_degree(_invocation(call))
         is_plain = call.site is None and call.context.cache is None and call.around is contextlib.nullcontext
+        # What is drawn from one that a task gave must be drawn here.
+        is_plain &= not any(isinstance(leaf, torch.Generator) for leaf in values(call.tree))
         return max(degree, 1), not degree or not is_plain
 
     def on(self, ranks: Ranks) -> AbstractContextManager[None]:

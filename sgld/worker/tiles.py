@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sgld.worker.randomness import default_states
-from sgld.worker.trees import leaves
+from sgld.worker.trees import leaves, values
 
 Share = Callable[[torch.Tensor, int], torch.Tensor]
 """A tensor from the rank that has it to all: what this rank has in its place, and that rank."""
@@ -43,10 +43,11 @@ class _Recorder:
     a tile depend on the ones before.
     """
 
-    def __init__(self, vae: Any, latents: tuple[int, ...], rank: int, num_ranks: int, shapes: Shapes) -> None:
+    def __init__(self, vae: Any, given: Any, rank: int, num_ranks: int, shapes: Shapes) -> None:
         self.tiles: list[_Tile] = []
         self._decode = vae.decoder.forward
-        self._latents, self._rank, self._num_ranks, self._shapes = latents, rank, num_ranks, shapes
+        self._latents, self._generators = _latents(given), [x for x in values(given) if isinstance(x, torch.Generator)]
+        self._rank, self._num_ranks, self._shapes = rank, num_ranks, shapes
         self._num_units = 0
         self._in_unit = 0
         self._is_shared = False
@@ -73,15 +74,18 @@ class _Recorder:
             value = args[0].new_zeros(shape, dtype=dtype)
             self.tiles.append(_Tile(value, owner))
             return (value, _NO_CACHE) if "conv_cache" in kwargs else value
-        before = [] if key in self._shapes.known else default_states()
+        before = [] if key in self._shapes.known else self._random_states()
         result = self._decode(*args, **kwargs)
         value = result[0] if isinstance(result, tuple) else result
         if key not in self._shapes.known:
-            is_drawn = not all(map(torch.equal, before, default_states()))
+            is_drawn = not all(map(torch.equal, before, self._random_states()))
             self._shapes.known[key] = None if is_drawn else (value.shape, value.dtype)
         # The VAE blends in place.
         self.tiles.append(_Tile(value.clone(), owner if self._is_shared else None))
         return result
+
+    def _random_states(self) -> list[torch.Tensor]:
+        return [*default_states(), *(generator.get_state() for generator in self._generators)]
 
 
 @contextmanager
@@ -95,7 +99,7 @@ def shared(vae: Any, rank: int, num_ranks: int, shapes: Shapes, share: Share) ->
     def decode(*args: Any, **kwargs: Any) -> Any:
         known = dict(shapes.known)
         try:
-            recorder = _Recorder(vae, _latents(args, kwargs), rank, num_ranks, shapes)
+            recorder = _Recorder(vae, (args, kwargs), rank, num_ranks, shapes)
             return _decoded(vae, own, args, kwargs, recorder, share)
         except BaseException:
             # Others may have come further, or not as far; all know the same again.
@@ -109,8 +113,8 @@ def shared(vae: Any, rank: int, num_ranks: int, shapes: Shapes, share: Share) ->
         del vars(vae)["decode"]
 
 
-def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    return next(tuple(leaf.shape) for _, leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+def _latents(given: Any) -> tuple[int, ...]:
+    return next(tuple(leaf.shape) for _, leaf in leaves(given) if isinstance(leaf, torch.Tensor))
 
 
 def _decoded(

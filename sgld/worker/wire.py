@@ -34,6 +34,19 @@ class _Here:
 
 
 @dataclass(frozen=True)
+class _Drawing:
+    """A generator, which goes on from this state on each rank: most decoders are given one and draw nothing."""
+
+    device_type: str
+    state: torch.Tensor
+
+    def made(self, device: torch.device) -> torch.Generator:
+        generator = torch.Generator("cpu" if self.device_type == "cpu" else device)
+        generator.set_state(self.state)
+        return generator
+
+
+@dataclass(frozen=True)
 class Parcel:
     """A tree without the tensors of the device, and the size of the buffer that holds these."""
 
@@ -62,6 +75,8 @@ def packed(tree: Any, device: torch.device) -> tuple[Parcel, torch.Tensor | None
             return _Here()
         if isinstance(value, torch.Tensor):
             return _compact(value.detach())
+        if isinstance(value, torch.Generator):
+            return _Drawing(value.device.type, value.get_state())
         if not isinstance(value, dict | list | tuple | Opened | torch.Size) and not is_constant(value):
             raise Unsendable(f"argument {'.'.join(map(str, path[1:]))} is a {type(value).__name__}")
         return value
@@ -89,6 +104,8 @@ def unpacked(parcel: Parcel, buffer: torch.Tensor | None, device: torch.device) 
         if isinstance(value, Hole):
             assert buffer is not None
             return _view(buffer, value)
+        if isinstance(value, _Drawing):
+            return value.made(device)
         return device if isinstance(value, _Here) else value
 
     return closed(rebuilt(parcel.tree, unpack))

@@ -171,3 +171,27 @@ def test_decoder_that_draws_random_numbers_is_run_as_a_whole_by_all() -> None:
         for _ in range(2):
             with shared(vae, 1, NUM_RANKS, shapes, never):
                 assert torch.equal(seeded(), wanted)
+
+
+def test_decoder_that_draws_from_a_given_generator_is_run_as_a_whole_by_all() -> None:
+    torch.manual_seed(0)
+    vae, latents, shapes = picture_vae().eval(), torch.randn(1, 4, 24, 24), Shapes()
+    own, given = vae.decoder.forward, [torch.Generator()]
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = own(x) + torch.rand(1, generator=given[0])
+        return result
+
+    def never(_value: torch.Tensor, _owner: int) -> torch.Tensor:
+        raise AssertionError("nothing is shared")
+
+    def seeded() -> torch.Tensor:
+        given[0] = torch.Generator().manual_seed(1)
+        return vae.decode(latents, generator=given[0]).sample  # type: ignore[no-any-return]
+
+    vae.decoder.forward = noisy
+    with torch.no_grad():
+        wanted = seeded()
+        for _ in range(2):
+            with shared(vae, 1, NUM_RANKS, shapes, never):
+                assert torch.equal(seeded(), wanted)
