@@ -19,6 +19,7 @@ from sgld.worker.clock import PastSpan
 from sgld.worker.elastic import Away, ElasticLeader
 from sgld.worker.executor import Executor, Tick, cost_key_of
 from sgld.worker.invocation import Invocation
+from sgld.worker.orders import Failed
 from sgld.worker.trees import values
 
 
@@ -90,22 +91,33 @@ class Lanes:
 
     def begin(self, calls: Sequence[Call], ranks: Ranks) -> None:
         """Begin a forward. What isn't plain (a proof, calls that are alike no more) rank 0 runs itself."""
-        lane = self._sent(calls, ranks) if ranks.first else None
-        self._lanes.append(lane or Lane(ranks, calls, tick=self._here(calls, FIRST if ranks.first else ranks)))
+        lane = self._sent(calls, ranks) if ranks.first else Lane(ranks, calls, tick=self._here(calls, ranks))
+        self._lanes.append(lane or Lane(ranks, calls, tick=self._instead(calls)))
 
     def over(self) -> Iterator[tuple[Lane, Tick]]:
         """Forwards that are over by now, and what came of them."""
         for lane in [lane for lane in self._lanes if lane.is_over()]:
-            if lane.away is not None and (tick := self._received(lane, lane.away)) is None:
-                # It runs once more, here.
-                lane.away, lane.tick = None, replace(self._here(lane.calls, FIRST), is_timed=False)
+            tick = lane.tick if lane.away is None else self._received(lane, lane.away)
+            if tick is None:
+                tick = self._again(lane)
                 if not lane.is_over():
                     continue
-            elif lane.away is None:
-                tick = lane.tick
-            assert tick is not None or lane.tick is not None
             self._lanes.remove(lane)
-            yield lane, tick or lane.tick  # type: ignore[misc]
+            yield lane, tick
+
+    def _again(self, lane: Lane) -> Tick:
+        """Run here what failed elsewhere. What goes well so several ranks can't share."""
+        away, lane.away = lane.away, None
+        tick = lane.tick = self._instead(lane.calls)
+        assert away is not None
+        failed = away.reply if isinstance(away.reply, Failed) and not away.reply.is_out_of_memory else None
+        if failed is not None and away.ranks.num > 1 and all(isinstance(outcome, Value) for outcome in tick.outcomes):
+            self._leader.refuse(_invocation(lane.calls[0]), failed.message)
+        return tick
+
+    def _instead(self, calls: Sequence[Call]) -> Tick:
+        """Run here what is meant for other ranks; its time says nothing of these."""
+        return replace(self._here(calls, FIRST), is_timed=False)
 
     def join(self) -> None:
         """What the device is given from now on comes after forwards that go on here."""
@@ -147,8 +159,6 @@ class Lanes:
         """What came of a forward elsewhere; None: it failed, and not for its only call on a single rank."""
         outcome = outcome_of(away.result)
         if isinstance(outcome, Raised):
-            if away.ranks.num > 1 and not isinstance(outcome.error, torch.OutOfMemoryError):
-                self._leader.refuse(_invocation(lane.calls[0]), str(outcome.error))
             if len(lane.calls) > 1 or away.ranks.num > 1:
                 return None
             span = PastSpan(time.monotonic_ns(), 0.0)
