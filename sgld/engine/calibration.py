@@ -99,7 +99,7 @@ async def calibrate(
                 done += [size] if num > 1 else []
                 break
             step = profiles.step_of(demand_of(params_of(size)))
-            step_s = cost.predict(step[0], num * step[1]) if step is not None else None
+            step_s = cost.estimate(step[0], num * step[1]) if step is not None else None
             logger.info("calibration: %s, %d at a time, %s a step", size, num, _ms(step_s))
             has_gained = step_s is not None and (before_s is None or step_s <= 2 * PAYS * before_s)
             if not has_gained or 2 * num > max_rows:

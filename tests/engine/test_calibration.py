@@ -51,6 +51,18 @@ async def test_rows_are_doubled_as_long_as_that_pays() -> None:
         assert server.num == {"64x64": num}
 
 
+async def test_rows_pay_on_as_many_ranks_as_are_fastest() -> None:
+    class OnRanks(LinearCost):
+        """On several ranks all rows take as long as one."""
+
+        def estimate(self, key: str, rows: int) -> float | None:
+            return self.predict(key, 1)
+
+    server = Server(cost := OnRanks(fixed_s=0.0, row_s=1.0))
+    assert await done(server, cost, "64x64") == ["64x64"]
+    assert server.num == {"64x64": 1 + 2 + 4 + 8}
+
+
 async def test_each_replica_gets_as_many() -> None:
     cost = LinearCost(fixed_s=0.0, row_s=1.0)
     server = Server(cost)
