@@ -106,7 +106,8 @@ class Leader:
         invoke = self._invoke(invocation, parcel)
         once = functools.partial(self._run_once, buffer=buffer, invocation=invocation, runtime=runtime)
         axes = invocation.axes
-        is_whole = not self.parts_rows or invocation.is_exact
+        # The tiles that all ranks share must be of the same rows.
+        is_whole = not self.parts_rows or invocation.is_exact or self._member.is_tiled(invoke.component)
         if axes is None or is_whole or axes.parts(self._member.num_groups) is None:
             return once(invoke)
         key = (invoke.component, invoke.method, *axes.form)

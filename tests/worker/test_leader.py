@@ -9,12 +9,15 @@ from torch import nn
 
 from sgld.ipc.seats import Seat
 from sgld.parallel import Ranks
+from sgld.worker.axes import Batched
 from sgld.worker.elastic import ElasticLeader
 from sgld.worker.graph_orders import Ordered, Refusal
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
+from sgld.worker.leader import Leader
 from sgld.worker.orders import Invoke, receive
+from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
 from worker.recordings import FakeRecorder
 
@@ -65,3 +68,17 @@ def test_ranks_hear_of_graphs_that_they_have_and_of_no_others() -> None:
         assert gone(Ranks(0, 4)) == 0
     assert graphs.make_room()
     assert (gone(Ranks(0, 2)), gone(Ranks(0, 4)), gone(Ranks(0, 4))) == (0, 1, 0)
+
+
+@torch.no_grad()
+def test_rows_of_what_is_shared_by_tiles_are_not_parted() -> None:
+    module, pair = nn.Linear(2, 2), Pipe()
+    member: Any = FakeMember(module, Seat(0, 2, "", (pair[0],)))
+    member.num_groups, member.is_tiled = 2, lambda name: True
+    leader = Leader(member, lambda name, note: None)
+    runtime = Runtime()
+    runtime.ranks = leader
+    axes = RowAxes({(0, 0): Batched(0, 1)}, {}, frozenset(), rows=3, unit=1)
+    leader.run(Invocation(module, "decode", (torch.ones(3, 2),), axes=axes), runtime)
+    assert receive(pair[1]).rows is None
+    assert not pair[1].poll()
