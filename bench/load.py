@@ -1,7 +1,7 @@
 """Does everybody who watches a busy server hear all of it, in order and at once, while some don't listen?
 
 python bench/load.py [--seconds 600] [--num-subscribers 500] [--num-generations 64] [--max-p99-ms 100]
-    [--note TEXT] [--no-write]
+    [--max-growth-mib 16] [--note TEXT] [--no-write]
 
 `sgld serve` with the small model that ships, in processes of its own, and clients on loopback: a process that watches
 /v1/events on many connections (bench/watchers.py), some of which stop reading again and again, and generations that
@@ -176,14 +176,14 @@ async def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def problems(report: dict[str, Any], max_p99_ms: float) -> list[str]:
+def problems(report: dict[str, Any], max_p99_ms: float, max_growth_mib: float) -> list[str]:
     """What isn't as it should be."""
     found = [f"{name}: {count}" for name, count in report["found"].items()]
     if report["ends missed"]:
         found.append(f"{report['ends missed']} ends were missed")
     if not report["delay in ms"] or report["delay in ms"]["p99"] > max_p99_ms:
         found.append(f"p99 of the delay is above {max_p99_ms} ms: {report['delay in ms']}")
-    max_growth = max(16.0, 0.1 * report["server MiB at the beginning and the end"][0])
+    max_growth = max(max_growth_mib, 0.1 * report["server MiB at the beginning and the end"][0])
     found += [
         f"{name}: {report[name]}" for name in ("server grew by MiB", "rank grew by MiB") if report[name] > max_growth
     ]
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--num-subscribers", type=int, default=500)
     parser.add_argument("--num-generations", type=int, default=64)
     parser.add_argument("--max-p99-ms", type=float, default=100.0)
+    parser.add_argument("--max-growth-mib", type=float, default=16.0, help="of the server, and of the rank")
     parser.add_argument("--note", default="", help="what else is to be known, as what else the machine does")
     parser.add_argument("--no-write", action="store_true", help="write no results")
     options = parser.parse_args()
@@ -206,7 +207,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "note": options.note,
         **found,
-        "problems": problems(found, options.max_p99_ms),
+        "problems": problems(found, options.max_p99_ms, options.max_growth_mib),
     }
     text = "# Load\n\n" + "\n".join(f"- {name}: {value}" for name, value in report.items()) + "\n"
     print(text)
