@@ -26,15 +26,16 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 
+import msgspec
 from charts import line_chart
-from policies import MAX_BATCH_SIZE, MIXES, Class, Job
+from policies import MAX_BATCH_SIZE, MIXES, Class, Job, call_of, cost_key
 from queueing import NOISE, arrivals, p95
 
 from sgld.engine.cost import CostModel, at_degree
 from sgld.engine.demand import Demand, Profiles
 from sgld.engine.routing import Load, busiest, choose
 from sgld.engine.scheduler import Batch, Scheduler
-from sgld.messages import CallInfo, CallKind
+from sgld.messages import CallInfo
 
 TABLE = Path(__file__).with_name("flux_on_h200.json")
 LOADS = (0.3, 0.5, 0.7, 0.85)
@@ -124,7 +125,7 @@ class Copy:
         """A forward is over; the requests that are done by that."""
         ends_at, batch, jobs = self.running.pop(first)
         elapsed_s = self._seconds(batch, jobs)
-        self._cost.observe(at_degree(_cost_key(jobs[0]), batch.ranks.num), len(jobs), elapsed_s)
+        self._cost.observe(at_degree(cost_key(jobs[0], jobs[0].stage), batch.ranks.num), len(jobs), elapsed_s)
         self.scheduler.ran(batch.call_ids, elapsed_s)
         done = []
         for job in jobs:
@@ -140,27 +141,9 @@ class Copy:
         return done
 
     def _call(self, job: Job) -> CallInfo:
-        kind: CallKind = "encode" if job.stage == 0 else "denoise" if job.is_denoising else "decode"
-        return CallInfo(
-            id=next(self._ids),
-            request_id=str(job.number),
-            kind=kind,
-            component=kind,
-            merge_key=job.of.name if job.is_denoising else None,
-            cost_key=_cost_key(job),
-            rows=1,
-            step_index=max(job.stage - 1, 0),
-            num_steps=job.of.num_steps if job.stage else 0,
-            max_degree=self._num_ranks if job.stage else 1,
-            is_bound=job.stage == 0,
-        )
-
-
-def _cost_key(job: Job) -> str:
-    side = job.of.side // 8
-    if job.stage == 0:
-        return "text_encoder.forward(64)"
-    return f"transformer.forward({side * side // 4}x64)" if job.is_denoising else f"vae.decode(16x{side}x{side})"
+        call = call_of(job, next(self._ids))
+        max_degree = self._num_ranks if job.stage else 1
+        return msgspec.structs.replace(call, max_degree=max_degree, is_bound=job.stage == 0)
 
 
 def play(copies: Sequence[Copy], jobs: Sequence[Job]) -> None:

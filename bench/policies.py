@@ -242,7 +242,7 @@ class Sgld(Policy):
     def choose(self, now: float) -> list[Job]:
         start = time.thread_time()
         for name in self._scheduler.admit(now):
-            self._scheduler.pending(self._call(self._jobs[name]))
+            self._scheduler.pending(call_of(self._jobs[name], next(self._ids)))
         self._batch = self._scheduler.next_batch(now)
         self.decision_s.append(time.thread_time() - start)
         return [self._jobs[name] for name in self._batch.request_ids] if self._batch else []
@@ -259,28 +259,31 @@ class Sgld(Policy):
                 del self._jobs[name]
                 self._scheduler.remove(name, is_completed=True)
             else:
-                self._scheduler.pending(self._call(job))
+                self._scheduler.pending(call_of(job, next(self._ids)))
 
     def _learn(self, ran: Job, rows: int, elapsed_s: float) -> None:
         """From a forward of a stage that is over."""
-        self._cost.observe(_cost_key(ran, ran.stage - 1), rows, elapsed_s)
-
-    def _call(self, job: Job) -> CallInfo:
-        kind: CallKind = "encode" if job.stage == 0 else "denoise" if job.is_denoising else "decode"
-        return CallInfo(
-            id=next(self._ids),
-            request_id=str(job.number),
-            kind=kind,
-            component=kind,
-            merge_key=job.of.name if job.is_denoising else None,
-            cost_key=_cost_key(job, job.stage),
-            rows=1,
-            step_index=max(job.stage - 1, 0),
-            num_steps=job.of.num_steps if job.stage else 0,
-        )
+        self._cost.observe(cost_key(ran, ran.stage - 1), rows, elapsed_s)
 
 
-def _cost_key(job: Job, stage: int) -> str:
+def call_of(job: Job, number: int) -> CallInfo:
+    """What the scheduler is told of the next stage of a job."""
+    kind: CallKind = "encode" if job.stage == 0 else "denoise" if job.is_denoising else "decode"
+    return CallInfo(
+        id=number,
+        request_id=str(job.number),
+        kind=kind,
+        component=kind,
+        merge_key=job.of.name if job.is_denoising else None,
+        cost_key=cost_key(job, job.stage),
+        rows=1,
+        step_index=max(job.stage - 1, 0),
+        num_steps=job.of.num_steps if job.stage else 0,
+    )
+
+
+def cost_key(job: Job, stage: int) -> str:
+    """What the times of a stage of a job are learned under."""
     side = job.of.side // 8
     if stage == 0:
         return "text_encoder.forward(64)"

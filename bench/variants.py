@@ -18,7 +18,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from policies import Class, Job, Sgld, _cost_key, play
+from policies import Class, Job, Sgld, cost_key, play
 from queueing import p95
 
 import sgld.engine.curve as curve
@@ -74,7 +74,7 @@ class Pricing(Sgld):
     def _learn(self, ran: Job, rows: int, elapsed_s: float) -> None:
         if self.variant is not None:
             variant = self.variant if self._tells_variants else "eager"
-            self._cost.observe(_cost_key(ran, ran.stage - 1), rows, elapsed_s, variant)
+            self._cost.observe(cost_key(ran, ran.stage - 1), rows, elapsed_s, variant)
 
 
 def simulate(policy: Pricing, jobs: Sequence[Job]) -> Counter[int]:
