@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,11 +94,14 @@ class Lanes:
         lane = self._sent(calls, ranks) if ranks.first else Lane(ranks, calls, tick=self._here(calls, ranks))
         self._lanes.append(lane or Lane(ranks, calls, tick=self._instead(calls)))
 
-    def over(self) -> Iterator[tuple[Lane, Tick]]:
-        """Forwards that are over by now, and what came of them."""
+    def over(self, may_run: Callable[[Call], bool]) -> Iterator[tuple[Lane, Tick | None]]:
+        """Forwards that are over by now, and what came of them; None: nothing, so their calls wait as before.
+
+        :param may_run: whether a call that failed elsewhere may run here now.
+        """
         for lane in [lane for lane in self._lanes if lane.is_over()]:
             tick = lane.tick if lane.away is None else self._received(lane, lane.away)
-            if tick is None:
+            if tick is None and all(map(may_run, lane.calls)):
                 tick = self._again(lane)
                 if not lane.is_over():
                     continue

@@ -115,7 +115,7 @@ class Session:
 
         So are those of others while a task goes on alone. Its own aren't begun in their place: they may go on already.
         """
-        calls = [c for c in self._waiting(call_ids) if self._exclusive in (None, self._tasks[c.request_id])]
+        calls = [call for call in self._waiting(call_ids) if self._may_run(call)]
         if calls:
             assert self.lanes is not None
             self._expect()
@@ -126,15 +126,21 @@ class Session:
     def ended_lanes(self) -> list[Ranks]:
         """Tell what came of forwards that are over, and run their tasks on; returns the ranks that are free by that."""
         freed = []
-        for lane, tick in self.lanes.over() if self.lanes is not None else ():
+        for lane, tick in self.lanes.over(self._may_run) if self.lanes is not None else ():
+            freed.append(lane.ranks)
+            if tick is None:
+                continue
             # Of requests that were cancelled meanwhile nobody waits for it.
             waiting = [self._is_waiting(call) for call in lane.calls]
             calls = [call for call, waits in zip(lane.calls, waiting, strict=True) if waits]
             outcomes = [outcome for outcome, waits in zip(tick.outcomes, waiting, strict=True) if waits]
             self._ran(calls, replace(tick, outcomes=outcomes, is_timed=tick.is_timed and all(waiting)), lane.ranks)
             self._telling.tell()
-            freed.append(lane.ranks)
         return freed
+
+    def _may_run(self, call: Call) -> bool:
+        """Whether components are what the call's task expects."""
+        return self._exclusive in (None, self._tasks.get(call.request_id))
 
     def _is_waiting(self, call: Call) -> bool:
         task = self._tasks.get(call.request_id)

@@ -9,6 +9,7 @@ import torch
 from sgld.errors import PipelineFailed
 from sgld.outcome import Value
 from sgld.parallel import Ranks
+from sgld.worker.calls import Call
 from sgld.worker.elastic import Away
 from sgld.worker.executor import Executor
 from sgld.worker.invocation import Invocation
@@ -49,6 +50,10 @@ def test_what_a_task_draws_from_is_drawn_from_on_rank_0() -> None:
     assert lanes.degree(call_of(model, torch.ones(1), generator=torch.Generator())) == (4, True)
 
 
+def any_call(_call: Call) -> bool:
+    return True
+
+
 def fails(_x: torch.Tensor) -> torch.Tensor:
     raise ValueError("the request's own")
 
@@ -62,7 +67,8 @@ def test_only_what_one_rank_can_run_is_what_several_cannot_share(function: Any, 
     away = Away(leader, invoke, OTHERS, Failed(1, "not in two"))
     lanes._sent = lambda calls, ranks: Lane(ranks, calls, away)  # type: ignore[method-assign]
     lanes.begin([call], OTHERS)
-    [(lane, tick)] = lanes.over()
+    [(lane, tick)] = lanes.over(any_call)
+    assert tick is not None
     assert (lane.ranks, tick.is_timed, len(lanes)) == (OTHERS, False, 0)
     assert isinstance(tick.outcomes[0], Value) == bool(refused)
     assert leader.refused == refused
@@ -73,4 +79,18 @@ def test_time_on_rank_0_says_nothing_of_the_ranks_that_it_was_meant_for() -> Non
     lanes._sent = lambda calls, ranks: None  # type: ignore[method-assign]
     lanes.begin([call], OTHERS)
     lanes.begin([call], Ranks(0, 1))
-    assert [(lane.ranks.first, tick.is_timed) for lane, tick in lanes.over()] == [(2, False), (0, True)]
+    over = list(lanes.over(any_call))
+    assert [(lane.ranks.first, tick is not None and tick.is_timed) for lane, tick in over] == [(2, False), (0, True)]
+
+
+def test_what_failed_elsewhere_waits_again_where_it_may_not_run_now() -> None:
+    invoke: Any = None
+    leader: Any = FakeLeader()
+    num_runs: list[None] = []
+    call = call_of(Function(num_runs.append), None)
+    lanes = lanes_of(leader)
+    away = Away(leader, invoke, OTHERS, Failed(1, "not in two"))
+    lanes._sent = lambda calls, ranks: Lane(ranks, calls, away)  # type: ignore[method-assign]
+    lanes.begin([call], OTHERS)
+    assert [(lane.ranks, tick) for lane, tick in lanes.over(lambda call: False)] == [(OTHERS, None)]
+    assert (num_runs, leader.refused, len(lanes)) == ([], [], 0)

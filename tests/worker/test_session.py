@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sgld.worker.ahead import News
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
 from sgld.worker.job import Job
+from sgld.worker.lanes import Lane
 from sgld.worker.session import Session
 from sgld.worker.task import Task
 from worker.devices import FakeDevice
@@ -178,6 +179,22 @@ class FakeLanes:
     def begin(self, calls: Sequence[Call], ranks: Ranks) -> None:
         self.begun += [(call.request_id, ranks) for call in calls]
 
+    def degree(self, _call: Call) -> tuple[int, bool]:
+        return 1, True
+
+
+class FailingLanes(FakeLanes):
+    """What one began on other ranks fails there."""
+
+    def __init__(self, *failed: Call) -> None:
+        super().__init__()
+        self._failed = failed
+        self.may_run: list[bool] = []
+
+    def over(self, may_run: Callable[[Call], bool]) -> Iterator[tuple[Lane, None]]:
+        self.may_run = list(map(may_run, self._failed))
+        yield Lane(Ranks(1, 1), self._failed), None
+
 
 def test_order_that_crosses_the_news_of_an_exclusive_task_begins_nothing(log: Log) -> None:
     pipeline, _ = build("sd_pag")
@@ -190,6 +207,23 @@ def test_order_that_crosses_the_news_of_an_exclusive_task_begins_nothing(log: Lo
     assert not log.session.begin([log.waiting()["b"].call.id], Ranks(1, 1))
     assert log.session.begin([call.id], FIRST)
     assert lanes.begun == [("a", FIRST)]
+
+
+def test_what_failed_elsewhere_runs_here_only_when_components_are_what_it_expects(log: Log) -> None:
+    pipeline, _ = build("sd_pag")
+    for request_id, arguments in zip("ab", pag_calls(), strict=False):
+        log.session.start(Job(request_id, pipeline, arguments))
+    [other] = log.session._waiting([log.waiting()["b"].call.id])
+    log.session.lanes = lanes = FailingLanes(other)  # type: ignore[assignment]
+    assert log.session.ended_lanes() == [Ranks(1, 1)]
+    assert lanes.may_run == [True]
+    log.session.lanes = None
+    while not (call := log.waiting()["a"].call).is_exclusive:
+        log.session.run([call.id])
+    log.session.lanes = lanes = FailingLanes(other, *log.session._waiting([call.id]))  # type: ignore[assignment]
+    log.messages.clear()
+    assert log.session.ended_lanes() == [Ranks(1, 1)]
+    assert (lanes.may_run, log.replies) == ([False, True], [])
 
 
 def test_exclusive_is_what_the_last_request_was(log: Log) -> None:
