@@ -59,6 +59,7 @@ class Lanes:
         self._leader = leader
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._lanes: list[Lane] = []
+        executor.runtime.residency.join = self.join
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -123,7 +124,10 @@ class Lanes:
         return replace(self._here(calls, FIRST), is_timed=False)
 
     def join(self) -> None:
-        """What the device is given from now on comes after forwards that go on here."""
+        """What the device is given from now on comes after forwards that go on here.
+
+        Whoever runs components beside `begin` must, as graphs and what models keep are in memory that all forwards use.
+        """
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 

@@ -124,6 +124,8 @@ class Residency:
         self._weights = {name: weights for name, (_, weights) in (offloaded or {}).items()}
         self._held: OrderedDict[str, None] = OrderedDict()
         self._awaited: frozenset[str] = frozenset()
+        self.join: Callable[[], None] = lambda: None
+        """What is launched from now on comes after forwards on other streams, which use what comes and goes."""
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -142,6 +144,7 @@ class Residency:
         """A component computes next: have it on the device, and those leave that aren't needed or have no room."""
         if not self._weights:
             return
+        self.join()
         name = self._names.get(module)
         is_away = name is not None and name not in self._held
         others = [Held(n, self._weights[n].size_bytes, n in self._awaited) for n in self._held if n != name]

@@ -346,6 +346,8 @@ class Session:
             self._probed.add(name)
             executor = self.executor
             self._expect()
+            if self.lanes is not None:
+                self.lanes.join()
             executor.verdicts.axes |= probed_axes(job.pipeline, job.kwargs, executor.pulse, executor.runtime)
 
     def _expect(self) -> None:

@@ -20,6 +20,7 @@ from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
 from sgld.worker.invocation import Invocation
 from sgld.worker.job import Job
+from sgld.worker.lanes import Lanes
 from sgld.worker.residency import Held, Residency, Weights, leaving
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
@@ -245,6 +246,19 @@ def test_where_a_component_has_no_room_after_all_the_others_leave() -> None:
     assert runtime.run(Invocation(other, "forward", (torch.ones(1, 2),))).isfinite().all()
     assert (residency.held, large.num_brought) == (("other",), 2)
     assert one.weight.isnan().all()
+
+
+def test_components_come_and_go_after_forwards_on_other_streams() -> None:
+    leader: Any = None
+    pipeline, _ = build("pixart")
+    residency, weights = poisoned(pipeline, "transformer")
+    executor = running(residency)
+    lanes = Lanes(executor, leader, CPU)
+    assert residency.join == lanes.join
+    num_brought: list[int] = []
+    residency.join = lambda: num_brought.append(weights["transformer"].num_brought)
+    residency.bring(pipeline.transformer)
+    assert (num_brought, weights["transformer"].num_brought) == ([0], 1)
 
 
 def test_text_that_was_encoded_before_brings_no_encoder() -> None:

@@ -18,8 +18,10 @@ from sgld.testing import run_together
 from sgld.worker.ahead import News
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor
+from sgld.worker.invocation import Invocation
 from sgld.worker.job import Job
 from sgld.worker.lanes import Lane
+from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
 from sgld.worker.task import Task
 from worker.devices import FakeDevice
@@ -181,6 +183,32 @@ class FakeLanes:
 
     def degree(self, _call: Call) -> tuple[int, bool]:
         return 1, True
+
+
+class Watched(Runtime):
+    """Says when a component runs, as its lanes do when they are joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def run_here(self, invocation: Invocation) -> object:
+        self.events.append("forward")
+        return super().run_here(invocation)
+
+    def join(self) -> None:
+        self.events.append("join")
+
+    def degree(self, _call: Call) -> tuple[int, bool]:
+        return 1, True
+
+
+def test_probe_comes_after_forwards_that_go_on_beside_it() -> None:
+    log, runtime = Log(), Watched()
+    log.session = Session(Executor(runtime=runtime), log.messages.append, log._ended, lanes=runtime)  # type: ignore[arg-type]
+    log.start("a", "b")
+    log.session.close()
+    assert runtime.events[:2] == ["join", "forward"]
 
 
 class FailingLanes(FakeLanes):
