@@ -39,8 +39,14 @@ class Sequence:
         :param course: equal for those that go through the same layers in the same order, with tensors of the same form.
         :raises ValueError: there are fewer tokens than ranks.
         """
-        if ranks is not None:
-            self._tokens.ranks = ranks
+        outer, self._tokens.ranks = self._tokens.ranks, ranks or self._tokens.ranks
+        try:
+            return self._run(course, forward)
+        finally:
+            # What a task runs of a part of the component by itself it shares with nobody.
+            self._tokens.ranks = outer
+
+    def _run(self, course: str, forward: Callable[[], Any]) -> Any:
         uneven = self._uneven.setdefault(self._tokens.ranks.num, {})
         if course not in uneven:
             self._tokens.begin([], is_uneven=False)

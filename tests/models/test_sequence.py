@@ -13,7 +13,9 @@ from pipelines import SHARING, build
 from worker.requests import request
 
 from models.ranks import Attending, Given, Group, group
+from sgld.models.sequence import Sequence
 from sgld.models.token_plans import plan_of
+from sgld.models.tokens import Ranks
 from sgld.parallel import ParallelConfig
 from sgld.worker.invocation import Invocation
 from sgld.worker.trees import leaves, opened
@@ -222,3 +224,22 @@ def test_mask_for_each_query_is_refused(two_ranks: Group) -> None:
     calls = [Given("masked", (), inputs | {"mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)})]
     for results in two_ranks.run(Attending(), ULYSSES, calls):
         assert results == ["ValueError: Attending has a mask of (1, 1, 4, 2), which can't be shared by its tokens"]
+
+
+def test_ranks_that_a_forward_names_share_no_other_one() -> None:
+    pipeline, _ = build("wan")
+    sequence = Sequence(pipeline.transformer, Ranks.alone())
+    shares = pipeline.transformer._parallel_config
+
+    def forward() -> int:
+        return int(shares.ranks.num)
+
+    def fails() -> None:
+        raise ValueError("the model's own")
+
+    two = Ranks(None, None, None, 1, 2, 0)
+    assert sequence.run("a course", forward, two) == 2
+    assert shares.ranks.num == 1
+    with pytest.raises(ValueError, match="own"):
+        sequence.run("a course", fails, two)
+    assert shares.ranks.num == 1
