@@ -33,7 +33,8 @@ from sgld.worker.wire import Parcel, Unsendable, packed, space_for, unpacked
 class Done:
     """A forward of other ranks is over: what came of it, when it began, what it took, and how it ran.
 
-    `random`: the states of the default generators, if something was drawn.
+    `random`: the states of the default generators, if something was drawn. `has_lost_graphs`: among these may be some
+    that rank 0 would have it replay.
     """
 
     seq: int
@@ -43,6 +44,7 @@ class Done:
     variant: Variant
     is_timed: bool
     random: tuple[bytes, ...] | None
+    has_lost_graphs: bool = False
 
 
 @dataclass(eq=False)
@@ -83,6 +85,8 @@ class ElasticLeader(Leader):
         self._on = FIRST
         self._away: dict[int, Away] = {}
         """By the rank that answers."""
+        self._has_lost = False
+        """One of the ranks has lost graphs of what ranks share."""
         self._unshared: set[tuple[object, ...]] = set()
         """Calls that several ranks can't share: the component, and shapes without the batch axis."""
 
@@ -122,12 +126,22 @@ class ElasticLeader(Leader):
             return self._member.run_alone(invocation, runtime)
         if self._on.first:
             return self._sent(invocation)
+        self._see_what_is_lost(runtime)
         shared = outcome_of(functools.partial(super().run, invocation, runtime), passes=(torch.OutOfMemoryError,))
         if not isinstance(shared, Raised):
             return shared.value
         result = self._member.run_alone(invocation, runtime)
         self.refuse(invocation, f"{type(shared.error).__name__}: {shared.error}")
         return result
+
+    def _see_what_is_lost(self, runtime: Runtime) -> None:
+        """Before ranks are told to replay a graph: hear of each whether it still has its own."""
+        for rank in self._followers(self._on):
+            if rank in self._away:
+                self._listen(self._away[rank])
+        if self._has_lost and runtime.graphs is not None:
+            runtime.graphs.lose_shared()
+        self._has_lost = False
 
     def refuse(self, invocation: Invocation, problem: str) -> None:
         """Several ranks can't share such invocations."""
@@ -195,6 +209,7 @@ class ElasticLeader(Leader):
         if away.reply is None:
             away.reply = self._heard(first)
         del self._away[first]
+        self._has_lost |= away.reply.has_lost_graphs
         if isinstance(away.reply, Failed):
             self._see_that_all_failed(away)
 
@@ -222,10 +237,11 @@ def serve(member: Member, invoke: Invoke, runtime: Runtime) -> None:
     outcome = outcome_of(functools.partial(_served, member, invoke, runtime))
     if isinstance(outcome, Raised):
         problem = f"{type(outcome.error).__name__}: {outcome.error}"[:2000]
-        send(wire, Failed(invoke.seq, problem, isinstance(outcome.error, torch.OutOfMemoryError)))
+        is_out_of_memory = isinstance(outcome.error, torch.OutOfMemoryError)
+        send(wire, Failed(invoke.seq, problem, is_out_of_memory, _has_lost_graphs(runtime)))
     elif outcome.value is not None:
         done, buffer = outcome.value
-        send(wire, done)
+        send(wire, replace(done, has_lost_graphs=_has_lost_graphs(runtime)))
         if buffer is not None:
             dist.send(buffer, dst=0)
 
@@ -252,6 +268,10 @@ def _served(member: Member, invoke: Invoke, runtime: Runtime) -> tuple[Done, tor
     states, is_timed = random_states(device), runtime.num_irregular == num_irregular
     random = states if states != invoke.random else None
     return Done(invoke.seq, parcel, started_ns, elapsed_s, runtime.variant, is_timed, random), buffer
+
+
+def _has_lost_graphs(runtime: Runtime) -> bool:
+    return runtime.graphs is not None and runtime.graphs.take_loss()
 
 
 def settle(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """What ranks say to one another of graphs: rank 0 decides, and what one of them refuses none of them replays."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +53,12 @@ class Ordered:
     order: Order
     agree: Agree
     is_own: bool
+
+
+def strongest(said: Iterable[Refusal | None]) -> Refusal | None:
+    """What all ranks act on of what each of them has against a graph: on a leak first, as it concerns other graphs."""
+    refusals = [refusal for refusal in said if refusal is not None]
+    return min(refusals, key=lambda refusal: not refusal.is_leaking, default=None)
 
 
 def refusal_of(problem: Unfit) -> Refusal:

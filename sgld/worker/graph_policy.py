@@ -131,9 +131,9 @@ class GraphPolicy(Generic[K]):
             del self._seen[key]
         return gone
 
-    def evict_all(self) -> list[K]:
-        """Memory is short: all graphs go."""
-        gone = list(self._graphs)
+    def evict(self, which: Callable[[K], bool] = lambda key: True) -> list[K]:
+        """Memory is short, or another rank has lost them: these graphs go."""
+        gone = [key for key in self._graphs if which(key)]
         for key in gone:
             self._drop(key)
         return gone

@@ -77,6 +77,7 @@ class Graphs:
         self._uploads: dict[Key, Uploads] = {}
         self._uploading: set[tuple[nn.Module, str]] = set()
         """Methods whose forwards take tensors of the host to the device."""
+        self._has_lost = False
         self._gone: list[Key] = []
         """Graphs of what ranks share that the others don't know to be gone."""
         self._num_broken: Counter[tuple[nn.Module, str]] = Counter()
@@ -170,7 +171,16 @@ class Graphs:
 
     def make_room(self) -> bool:
         """Free what graphs take, as memory is short; false if there were none."""
-        return self._remove(self._policy.evict_all())
+        return self._remove(self._policy.evict())
+
+    def lose_shared(self) -> None:
+        """Another rank has lost graphs of what ranks share: they go here, and with the next orders everywhere."""
+        self._remove(self._policy.evict(_is_shared))
+
+    def take_loss(self) -> bool:
+        """Whether graphs went since it was asked last that another rank may order to be replayed."""
+        had, self._has_lost = self._has_lost, False
+        return had
 
     def _capture(self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agree) -> Any:
         """Run eagerly, and make a graph of the same if that promises to be faster.
@@ -267,7 +277,7 @@ class Graphs:
 
     def _policy_of(self, key: Key) -> GraphPolicy[Key]:
         """That of who decides about a graph."""
-        return self._ordered if self._is_led and isinstance(key.fixed[1], Shared) else self._policy
+        return self._ordered if self._is_led and _is_shared(key) else self._policy
 
     def _refuse(self, key: Key, refusal: Refusal) -> None:
         if refusal.is_passing:
@@ -277,7 +287,10 @@ class Graphs:
         self._remove([key])
         if refusal.is_leaking:
             # Other graphs write to what it keeps.
-            self._remove([*self._policy.evict_all(), *self._ordered.evict_all()])
+            lost = self._ordered.evict()
+            # What leaks on one of those that share it all of them hear of.
+            self._has_lost |= bool(lost) and self._policy_of(key) is self._policy
+            self._remove([*self._policy.evict(), *lost])
             self._recorder.renew()
         if refusal.said:
             self._tell(key.module, key.method, refusal.said)
@@ -296,7 +309,7 @@ class Graphs:
         had = [self._recordings.pop(key, None) for key in keys]
         for key in keys:
             self._uploads.pop(key, None)
-        self._gone += [key for key in keys if isinstance(key.fixed[1], Shared)]
+        self._gone += [key for key in keys if _is_shared(key)]
         if any(had) and not self._recordings:
             self._recorder.renew()
         return any(had)
@@ -313,6 +326,10 @@ def graphs_on(
         return None
     names = {part: name for name, part in components.items() if isinstance(part, nn.Module)}
     return Graphs(device, GraphPolicy(max_bytes), CudaRecorder(device), names, note)
+
+
+def _is_shared(key: Key) -> bool:
+    return isinstance(key.fixed[1], Shared)
 
 
 def _told(key: Key) -> Hashable:

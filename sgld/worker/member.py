@@ -20,7 +20,7 @@ from sgld.models.tokens import Ranks as TokenRanks
 from sgld.parallel import ParallelConfig, Ranks
 from sgld.worker import rows, subsets, tiles
 from sgld.worker.calls import entered
-from sgld.worker.graph_orders import Ordered, Refusal
+from sgld.worker.graph_orders import Ordered, Refusal, strongest
 from sgld.worker.invocation import Invocation
 from sgld.worker.orders import AdaptersOfRows, Invoke, RowsOfAdapters, set_random_states
 from sgld.worker.runtime import Runtime
@@ -166,7 +166,7 @@ def _agreed(group: Any, refusal: Refusal | None) -> Refusal | None:
     """What any rank of a group has against a graph."""
     said: list[Refusal | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(said, refusal, group=group)
-    return next((one for one in said if one is not None), None)
+    return strongest(said)
 
 
 def _met(component: nn.Module, mesh: DeviceMesh) -> Team:

@@ -85,6 +85,8 @@ class Failed:
     seq: int
     message: str
     is_out_of_memory: bool = False
+    has_lost_graphs: bool = False
+    """As in `Done`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sgld.models.load import LoadedModel
 from sgld.models.sharing import Sharing
 from sgld.parallel import ParallelConfig
 from sgld.worker.distributed import follow, lead
-from sgld.worker.graph_orders import Order, Ordered, Refusal, refusal_of
+from sgld.worker.graph_orders import Order, Ordered, Refusal, refusal_of, strongest
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs, graphs_on
 from sgld.worker.invocation import Invocation
@@ -265,6 +265,13 @@ def test_a_follower_keeps_what_rank_0_says_whatever_its_own_graphs_need() -> Non
 )
 def test_problems_tell_what_comes_next(problem: Unfit, refusal: Refusal) -> None:
     assert refusal_of(problem) == refusal
+
+
+def test_a_leak_on_one_rank_is_what_all_act_on() -> None:
+    said = [None, Refusal("a", may_upload=True), Refusal("b", is_leaking=True)]
+    assert strongest(said) == said[2]
+    assert strongest(said[:2]) == said[1]
+    assert strongest([None, None]) is None
 
 
 class Chain(nn.Module):

@@ -102,8 +102,8 @@ def test_what_is_outdated_is_forgotten_and_may_come_again() -> None:
 
 def test_all_graphs_can_go_at_once() -> None:
     policy = with_graphs(GraphPolicy[str](1000), "a", "b", growth=5)
-    assert policy.evict_all() == ["a", "b"]
-    assert (policy.size_bytes, policy.evict_all()) == (0, [])
+    assert policy.evict() == ["a", "b"]
+    assert (policy.size_bytes, policy.evict()) == (0, [])
 
 
 def test_keys_that_never_come_again_are_not_remembered_for_ever() -> None:

@@ -10,13 +10,15 @@ from torch import nn
 from sgld.ipc.seats import Seat
 from sgld.parallel import Ranks
 from sgld.worker.axes import Batched
-from sgld.worker.elastic import ElasticLeader
+from sgld.worker.elastic import ElasticLeader, serve
 from sgld.worker.graph_orders import Ordered, Refusal
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
 from sgld.worker.leader import Leader
+from sgld.worker.member import performed
 from sgld.worker.orders import Invoke, receive
+from sgld.worker.recorder import Leaking
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
 from worker.recordings import FakeRecorder
@@ -30,7 +32,7 @@ class FakeMember:
     def __init__(self, module: nn.Module, seat: Seat) -> None:
         self.seat, self.device, self.names = seat, CPU, {module: "transformer"}
         self.slots: dict[str, Any] = {}
-        self.num_groups = 1
+        self.components, self.num_groups = {"transformer": module}, 1
         self.is_tiled: Callable[[str], bool] = lambda name: False
         self.has_parts = self.is_tiled
 
@@ -41,8 +43,8 @@ class FakeMember:
         [module] = self.names
         args, kwargs = tree
         agree: Callable[[Refusal | None], Refusal | None] = lambda refusal: refusal  # noqa: E731
-        ordered = Ordered(invoke.graph, agree, is_own=True) if invoke.graph is not None else None
-        return runtime.run_here(Invocation(module, "forward", args, kwargs, ordered=ordered))
+        ordered = Ordered(invoke.graph, agree, is_own=not self.seat.index) if invoke.graph is not None else None
+        return runtime.run_here(Invocation(module, "forward", args, kwargs, fixed=invoke.fixed, ordered=ordered))
 
 
 @torch.no_grad()
@@ -68,6 +70,42 @@ def test_ranks_hear_of_graphs_that_they_have_and_of_no_others() -> None:
         assert gone(Ranks(0, 4)) == 0
     assert graphs.make_room()
     assert (gone(Ranks(0, 2)), gone(Ranks(0, 4)), gone(Ranks(0, 4))) == (0, 1, 0)
+
+
+@torch.no_grad()
+def test_graphs_that_one_rank_loses_by_a_call_of_its_own_no_rank_replays() -> None:
+    module, (wire, its_wire) = nn.Linear(2, 2), Pipe()
+    recorders = [FakeRecorder(), FakeRecorder()]
+    here, there = (
+        Runtime(graphs=Graphs(CPU, GraphPolicy(10_000), recorder, {module: "transformer"})) for recorder in recorders
+    )
+    leading: Any = FakeMember(module, Seat(0, 2, "", (wire,)))
+    following: Any = FakeMember(module, Seat(1, 2, "", (its_wire,)))
+    here.ranks = leader = ElasticLeader(leading, lambda name, note: None)
+
+    def together() -> bool:
+        with leader.on(Ranks(0, 2)):
+            here.run(Invocation(module, "forward", (torch.ones(1, 2),), fixed=()))
+        performed(following, receive(its_wire), None, there)
+        replayed = {runtime.graphs is not None and runtime.graphs.has_replayed for runtime in (here, there)}
+        assert len(replayed) == 1
+        return replayed.pop()
+
+    def alone() -> None:
+        with leader.on(Ranks(1, 1)):
+            away = here.run(Invocation(module, "forward", (torch.ones(3, 2),), fixed=()))
+        serve(following, receive(its_wire), there)
+        torch.testing.assert_close(away.result(), module(torch.ones(3, 2)))
+
+    assert [together() for _ in range(CAPTURES_AFTER + 2)] == [False] * (CAPTURES_AFTER + 1) + [True]
+    recorders[1].problem = Leaking("it keeps tensors")
+    for _ in range(CAPTURES_AFTER):
+        alone()
+    recorders[1].problem = None
+    again = [together() for _ in range(2 * CAPTURES_AFTER + 2)]
+    assert again == [False] * (2 * CAPTURES_AFTER + 1) + [True]
+    alone()
+    assert together()
 
 
 @torch.no_grad()
