@@ -34,7 +34,7 @@ from compared import PAIRS, text
 from real_models import MODELS
 from rows import CHOSEN, ROWS, Row
 from served import CACHES
-from sides import SIDES
+from sides import EARLY, SIDES
 from stuck import show_stacks
 
 HERE = Path(__file__).parent
@@ -107,7 +107,7 @@ class Comparison:
         chosen = [row.name for row in rows if (row.kind == "http") == (side == "http")]
         if not chosen or (side == "max-autotune" and name != "sdxl"):
             return []
-        names = ("repeats", "settle_s", "ready_s", "options")
+        names = ("repeats", "early", "settle_s", "ready_s", "options")
         settings = {name.replace("_", "-"): getattr(self._args, name) for name in names}
         return [*chosen, *(part for key, value in settings.items() for part in (f"--{key}", str(value)))]
 
@@ -241,6 +241,12 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["eager", "compiled", "sgld", "http"])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--early",
+        default="all",
+        choices=EARLY,
+        help="rows that sgld measures before things are compiled, too; of others it runs a first request then",
+    )
     parser.add_argument(
         "--settle-s", type=float, default=100.0, help="of sgld, at most, for what is compiled and captured"
     )

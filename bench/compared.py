@@ -6,6 +6,7 @@ from typing import Any
 
 from rows import NUM_STAGGERED, ROWS, Row
 
+_UNSETTLED = " †"
 # Pairs whose pictures are compared: what is measured, and what it is measured against.
 PAIRS = (("compiled", "eager"), ("sgld-exact", "eager"), ("sgld", "eager"), ("sgld", "sgld-exact"))
 
@@ -17,6 +18,10 @@ def text(report: dict[str, Any]) -> str:
     lines += [f"{report['machine']}; {versions}. Options of sgld: {report['options'] or 'none'}."]
     lines += ["Medians of whole requests after the first, in seconds; ratios are how many times faster sgld is.", ""]
     lines += [*_table(report), ""]
+    if any(map(_mark, report["measured"])):
+        lines += [f"{_UNSETTLED.strip()}: measured while code was still on its way; no figure of sgld to quote.", ""]
+    if usual := _usual_table(report):
+        lines += ["## With as many steps as usual, computed", "", *usual, ""]
     if any("step_tflop" in m["notes"] for m in report["measured"]):
         lines += ["## How much of the device's arithmetic a step reaches", "", *_roofline(report), ""]
     if any(m["side"].startswith("http") for m in report["measured"]):
@@ -43,6 +48,11 @@ def _found(report: dict[str, Any], row: str) -> dict[str, dict[str, Any]]:
     return {m["side"]: m for m in report["measured"] if m["row"] == row}
 
 
+def _mark(measured: dict[str, Any] | None) -> str:
+    """Stands beside what was measured while sgld hadn't settled."""
+    return _UNSETTLED if measured and measured["notes"].get("unsettled") else ""
+
+
 def _table(report: dict[str, Any]) -> list[str]:
     head = ["work", "launch, µs", "eager", "compiled", "sgld", "sgld, first", "before it compiled"]
     head += ["against eager", "wanted"]
@@ -54,11 +64,12 @@ def _table(report: dict[str, Any]) -> list[str]:
             continue
         eager, compiled, early = (sides.get(side) for side in ("eager", "compiled", "sgld-early"))
         ours = sides.get("sgld") or early
-        cells = [_work(row), _number(eager, "launch_us", 1), _seconds(eager), _seconds(compiled), _seconds(ours)]
+        mark = _mark(ours)
+        cells = [_work(row), _number(eager, "launch_us", 1), _seconds(eager), _seconds(compiled), _seconds(ours) + mark]
         cells += [_number(ours, "first_s", 2), _seconds(early)]
-        cells += [_ratio(eager, ours, "warm_s"), _wanted(row.least)]
-        cells += [_ratio(eager, ours, "step_ms"), _wanted(row.least_denoise)]
-        cells += [_ratio(compiled, ours, "warm_s"), _wanted(row.least_compiled)]
+        cells += [_ratio(eager, ours, "warm_s", mark), _wanted(row.least)]
+        cells += [_ratio(eager, ours, "step_ms", mark), _wanted(row.least_denoise)]
+        cells += [_ratio(compiled, ours, "warm_s", mark), _wanted(row.least_compiled)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -85,13 +96,44 @@ def ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -
     return float(statistics.median(base[name]) / statistics.median(ours[name]))
 
 
-def _ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str) -> str:
+def _ratio(base: dict[str, Any] | None, ours: dict[str, Any] | None, name: str, mark: str = "") -> str:
     value = ratio(base, ours, name)
-    return "" if math.isnan(value) else f"{value:.2f}x"
+    return "" if math.isnan(value) else f"{value:.2f}x{mark}"
 
 
 def _wanted(least: float | None) -> str:
     return f"{least:g}x" if least else ""
+
+
+def usual_s(measured: dict[str, Any] | None, row: Row) -> float:
+    """Seconds of a request with as many steps as usual: what isn't a step stays. NaN where that isn't known."""
+    if measured is None or row.usual_steps is None or not measured["step_ms"]:
+        return math.nan
+    more = row.usual_steps - row.num_steps
+    return statistics.median(
+        warm_s + more * step_ms / 1e3 for warm_s, step_ms in zip(measured["warm_s"], measured["step_ms"], strict=True)
+    )
+
+
+def _usual_table(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in ROWS.values():
+        sides = _found(report, row.name)
+        ours = sides.get("sgld") or sides.get("sgld-early")
+        eager_s, compiled_s, ours_s = (usual_s(each, row) for each in (sides.get("eager"), sides.get("compiled"), ours))
+        if math.isnan(ours_s):
+            continue
+        cells = [
+            _work(row),
+            str(row.usual_steps),
+            *("" if math.isnan(s) else f"{s:.2f}" for s in (eager_s, compiled_s)),
+        ]
+        cells += [f"{ours_s:.2f}{_mark(ours)}"]
+        cells += ["" if math.isnan(eager_s) else f"{eager_s / ours_s:.2f}x{_mark(ours)}", _wanted(row.least)]
+        lines.append("| " + " | ".join(cells) + " |")
+    head = ["| measured | steps | eager, s | compiled, s | sgld, s | against eager | wanted |", "|---" * 7 + "|"]
+    said = "Not measured: the time of a request as it was, and of a measured step for each further one."
+    return [said, "", *head, *lines] if lines else []
 
 
 def _http_table(report: dict[str, Any]) -> list[str]:
@@ -100,7 +142,7 @@ def _http_table(report: dict[str, Any]) -> list[str]:
         sides = _found(report, row.name)
         ours = sides.get("http") or sides.get("http-early")
         if ours:
-            cells = (_work(row), _seconds(ours), _seconds(sides.get("http-early")), f"{row.within_s}")
+            cells = (_work(row), _seconds(ours) + _mark(ours), _seconds(sides.get("http-early")), f"{row.within_s}")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -111,14 +153,16 @@ def _roofline(report: dict[str, Any]) -> list[str]:
         f"Of an 8192³ product in bf16, {statistics.median(roofs):.0f} TFLOP/s: whole steps, denoiser and all else.",
         "",
     ]
-    lines += ["| work | TFLOP of a step | eager | compiled | sgld | of it outside of forwards | these ran |"]
-    lines += ["|---" * 7 + "|"]
+    lines += ["| work | TFLOP of a step | eager | compiled | sgld | wanted | of it outside of forwards | these ran |"]
+    lines += ["|---" * 8 + "|"]
     for row in ROWS.values():
         found = _found(report, row.name)
         sides = {"sgld": found["sgld-early"]} | found if "sgld-early" in found else found
         tflop = sides.get("eager", {}).get("notes", {}).get("step_tflop")
         if tflop:
             cells = [_share(sides.get(side), tflop, statistics.median(roofs)) for side in ("eager", "compiled", "sgld")]
+            cells[-1] += _mark(sides.get("sgld"))
+            cells.append(f"{row.least_roof:.0%}" if row.least_roof else "")
             cells += next((_ran(ticks) for ticks in report["ticks"] if ticks["row"] == row.name), ["", ""])
             lines.append(f"| {_work(row)} | {tflop:.1f} | " + " | ".join(cells) + " |")
     return lines

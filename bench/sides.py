@@ -5,11 +5,10 @@ The sides: `eager` and `compiled` are plain diffusers, the latter by its documen
 (`torch.compile(mode="max-autotune", fullgraph=True)` in the channels-last format); `sgld` is an Engine with its rank
 process; `http` is `sgld serve` and a client. It begins when it reads a line on stdin: the seconds that it has, or
 nothing. What is worth most comes first, and each row is said as soon as it is known: `sgld-early` is sgld before
-anything is compiled.
+anything is compiled. What is measured while code is still on its way says so.
 """
 
 import argparse
-import io
 import json
 import logging
 import os
@@ -18,8 +17,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -44,6 +43,7 @@ from roofline import ROOF_SIDE, moment, roof_tflops, step_tflop
 from rows import NUM_STAGGERED, ROWS, STAGGER_S, Measured, Row, tiny
 from served import CACHES, Server, picture, ready_s, serving
 
+EARLY = ("all", "first", "none")
 SIDES = ("eager", "compiled", "max-autotune", "sgld", "http")
 # Of the staggered requests a plain pipeline runs so many, which have as many steps in the mean as all.
 _SOME_STAGGERED = (0, 5, 10, 15)
@@ -52,7 +52,7 @@ _SOME_STAGGERED = (0, 5, 10, 15)
 _LATER, _STAGGERED, _SETTLING = 40, 100, 500
 _FEW_STEPS = {"num_inference_steps": 6}
 # Rounds that took as long as one another, within so much.
-_NUM_STEADY, _STEADY = 3, 1.05
+_NUM_STEADY, _STEADY = 3, 1.1
 
 
 class Plain:
@@ -179,10 +179,9 @@ class Ours:
                     return elapsed_s, between, frames
         raise RuntimeError("the request ended without a result")
 
-    @property
-    def decisions(self) -> dict[str, str]:
-        """What the engine says of its components by now."""
-        return dict(self._engine.model.decisions)
+    async def known(self) -> "Known":
+        """What the engine says of its components and their code by now."""
+        return known_of(self._engine.model.decisions, msgspec.to_builtins(self._engine.statistics().replicas))
 
     async def staggered(self, row: Row, call: Any, first: int) -> float:
         """Seconds of a request, from the first one's arrival to the last one's end; `first` is its index."""
@@ -235,24 +234,31 @@ class OurRows:
         self._notes: dict[str, Any] = {"load_s": load_s}
         self._first_s: dict[str, float] = {}
         self._measured: dict[str, Measured] = {}
+        self._settled = True
 
     async def measure(self) -> None:
         """Measure; what fits into the budget."""
-        say("decisions", self._ours.decisions)
-        start = time.perf_counter()
+        say("decisions", (await self._ours.known()).decisions)
+        start, early = time.perf_counter(), early_rows(self._rows, self._args.early)
         for row in self._rows:
-            await self._row(row, "sgld-early")
+            if row in early:
+                await self._row(row, "sgld-early")
+            elif row.kind == "single":
+                await self._first(row)
         once_s = time.perf_counter() - start
 
         async def one(request: dict[str, Any]) -> float:
             return (await self._ours.run(request))[1]
 
-        async def said() -> dict[str, str]:
-            return self._ours.decisions
+        async def together(first: int) -> None:
+            for row in self._rows:
+                if row.kind == "staggered":
+                    await self._ours.staggered(row, self._call, first)
 
         limit_s = min(self._args.settle_s, self._budget.left_s - once_s)
-        await Settling(self._rows, self._call, limit_s).run(one, said)
-        say("decisions", self._ours.decisions)
+        settling = Settling(self._rows, self._call, limit_s, is_first=early != self._rows)
+        self._settled = await settling.run(one, self._ours.known, together)
+        say("decisions", (await self._ours.known()).decisions)
         for row in self._rows:
             await self._row(row, "sgld")
         for row in self._rows:
@@ -263,26 +269,38 @@ class OurRows:
         if not fits(row, self._budget):
             return
         measured = Measured(row.name, side, notes=dict(self._notes))
+        if row.kind == "single":
+            measured.first_s = await self._first(row)
+        before = await self._ours.known()
         if row.kind == "staggered":
-            turns = self._budget.as_many(range(3))
-            begin = _STAGGERED + _LATER * 2 * (side == "sgld")
-            taken = [await self._ours.staggered(row, self._call, begin + NUM_STAGGERED * turn) for turn in turns]
-            measured.first_s, measured.warm_s = taken[0], taken[1:] or taken
-            say("measured", asdict(measured))
-            return
+            await self._staggered(row, measured)
+        else:
+            await self._singles(row, measured)
+        measured.notes |= unsettled(before, await self._ours.known(), is_settled=self._settled)
+        self._measured[row.name] = measured
+        say("measured", asdict(measured))
+
+    async def _first(self, row: Row) -> float:
+        """Seconds of the first request of a row, which is sent once."""
         if row.name not in self._first_s:
             self._first_s[row.name], _, frames = await self._ours.run(row.request(0, self._call))
             keep(self._args, row, "sgld-first", frames)
-        measured.first_s, ids = self._first_s[row.name], []
-        begin = 1 + _LATER * (side == "sgld")
+        return self._first_s[row.name]
+
+    async def _staggered(self, row: Row, measured: Measured) -> None:
+        begin = _STAGGERED + _LATER * 2 * (measured.side == "sgld")
+        turns = self._budget.as_many(range(3))
+        taken = [await self._ours.staggered(row, self._call, begin + NUM_STAGGERED * turn) for turn in turns]
+        measured.first_s, measured.warm_s = taken[0], taken[1:] or taken
+
+    async def _singles(self, row: Row, measured: Measured) -> None:
+        begin, ids = 1 + _LATER * (measured.side == "sgld"), []
         for index in self._budget.as_many(range(begin, begin + self._args.repeats)):
             elapsed_s, step_ms, _ = await self._ours.run(row.request(index, self._call))
             measured.warm_s.append(elapsed_s)
             measured.step_ms.append(step_ms)
             ids.append(self._ours.last_id)
         self.ids[row.name] = ids
-        self._measured[row.name] = measured
-        say("measured", asdict(measured))
 
     async def _pictures(self, row: Row) -> None:
         """What it draws now, and what an exact request draws and takes."""
@@ -316,33 +334,83 @@ def busy(ticks: Sequence[dict[str, Any]], ids: Sequence[str], denoiser: str) -> 
     return {"lost": statistics.median(shares), "variants": dict(ran)}
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is said of components, by name, and of their code: whether some is on its way, how often that changed."""
+
+    decisions: dict[str, str]
+    is_compiling: bool = False
+    num_changes: int = 0
+
+
+def known_of(decisions: Mapping[str, str], replicas: Sequence[Mapping[str, Any]]) -> Known:
+    """Of what the engine says of its model, and the statistics of its replicas."""
+    is_compiling = any(replica["is_compiling"] for replica in replicas)
+    return Known(dict(decisions), is_compiling, sum(replica["num_code_changes"] for replica in replicas))
+
+
+def unsettled(before: Known, after: Known, *, is_settled: bool) -> dict[str, str]:
+    """A note for what was measured meanwhile, where it isn't what is measured once all is compiled."""
+    if before != after or after.is_compiling:
+        return {"unsettled": "code was being compiled"}
+    return {} if is_settled else {"unsettled": "times weren't steady before"}
+
+
+def early_rows(rows: Sequence[Row], which: str) -> Sequence[Row]:
+    """Those that are measured before things are compiled."""
+    return {"all": rows, "first": rows[:1], "none": []}[which]
+
+
+async def _nothing(_first: int) -> None:
+    """No requests are staggered."""
+
+
 class Settling:
     """Requests that aren't measured, while things are compiled and captured in the background.
 
-    It ends when the last rounds took as long as one another and what is to be compiled is, or when its time is up.
+    It ends when the last rounds took as long as one another, what is to be compiled is, and no code came in a last one
+    that has staggered requests, too; or when its time is up.
+
+    :param is_first: not all rows have run before. Then the first round has all of them, so that what is to be compiled
+        is compiled together.
     """
 
-    def __init__(self, rows: Sequence[Row], call: Any, limit_s: float) -> None:
+    def __init__(self, rows: Sequence[Row], call: Any, limit_s: float, *, is_first: bool = False) -> None:
         self._rows = [row for row in rows if row.kind != "staggered"]
         self._call = call
         self._limit_s = limit_s
+        self._is_first = is_first
 
     async def run(
-        self, one: Callable[[dict[str, Any]], Awaitable[float]], said: Callable[[], Awaitable[dict[str, str]]]
-    ) -> None:
-        """Send them.
+        self,
+        one: Callable[[dict[str, Any]], Awaitable[float]],
+        known: Callable[[], Awaitable[Known]],
+        together: Callable[[int], Awaitable[None]] = _nothing,
+    ) -> bool:
+        """Send them; whether all is settled.
 
         :param one: runs a request; :return: what it took, in any unit.
-        :param said: what the engine says of its components.
+        :param known: what the engine says.
+        :param together: runs those that are staggered, the first of which has this index.
         """
         until, indices = time.perf_counter() + self._limit_s, count(_SETTLING)
         rounds: list[list[float]] = []
         while time.perf_counter() < until:
+            before = await known()
             requests = [row.request(next(indices), self._call) | _FEW_STEPS for row in self._rows]
             rounds.append([await one(request) for request in requests])
-            say("settling", {"took": [round(value, 3) for value in rounds[-1]]})
-            if is_steady(rounds) and is_compiled(await said()):
-                return
+            say("settling", {"took": [round(value, 3) for value in rounds[-1]], "is_compiling": before.is_compiling})
+            is_steady_now = is_steady(rounds) and is_done(before, await known())
+            if is_steady_now or (self._is_first and len(rounds) == 1):
+                await together(_SETTLING * (1 + len(rounds)))
+            if is_steady_now and is_done(before, await known()):
+                return True
+        return False
+
+
+def is_done(before: Known, after: Known) -> bool:
+    """Whether all that is to be compiled is, and was meanwhile."""
+    return before == after and not after.is_compiling and is_compiled(after.decisions)
 
 
 def is_steady(rounds: Sequence[Sequence[float]]) -> bool:
@@ -404,23 +472,25 @@ async def _measure_http(
         await picture(http, request)
         return time.perf_counter() - begin
 
-    async def said() -> dict[str, str]:
-        return dict((await http.get("/server_info")).json()["model"]["decisions"])
+    async def known() -> Known:
+        said = (await http.get("/server_info")).json()
+        return known_of(said["model"]["decisions"], said["replicas"])
 
-    for side in ("http-early", "http"):
+    is_settled = True
+    for side, measured_rows in (("http-early", early_rows(rows, args.early)), ("http", rows)):
         start = time.perf_counter()
-        for row in rows:
+        for row in measured_rows:
             if fits(row, budget):
+                before = await known()
                 measured = Measured(row.name, side, first_s[row], notes={"load_s": load_s})
                 begin = 1 + _LATER * (side == "http")
                 indices = budget.as_many(range(begin, begin + args.repeats))
                 measured.warm_s = [await one(row.request(index, call)) for index in indices]
+                measured.notes |= unsettled(before, await known(), is_settled=is_settled)
                 say("measured", asdict(measured))
         if side == "http-early":
             limit_s = min(args.settle_s, budget.left_s - (time.perf_counter() - start))
-            await Settling(rows, call, limit_s).run(one, said)
-    for row in rows:
-        keep(args, row, "http", _as_frames([_decoded(await picture(http, row.request(0, call)))]))
+            is_settled = await Settling(rows, call, limit_s).run(one, known)
 
 
 def engine_config(args: argparse.Namespace) -> Any:
@@ -454,12 +524,6 @@ def _as_frames(output: Any) -> NDArray[np.uint8]:
     return np.stack([np.asarray(picture) for picture in output])
 
 
-def _decoded(content: bytes) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(content)).convert("RGB")
-
-
 class _Said(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say("log", record.getMessage())
@@ -486,6 +550,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", choices=list(ROWS))
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--early", default="all", choices=EARLY, help="rows measured before things are compiled, too")
     parser.add_argument("--settle-s", type=float, default=0.0)
     parser.add_argument("--ready-s", type=float, default=120.0, help="seconds until sgld must be ready")
     parser.add_argument("--options", default="{}", help="JSON: options of sgld")

@@ -156,6 +156,8 @@ class Replica:
             tensor_queue=tensor_queue,
             channel=channel,
             adapters=adapters,
+            is_compiling=self.code.is_pending,
+            num_code_changes=self.code.num_changes,
         )
 
 

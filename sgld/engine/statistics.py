@@ -62,6 +62,10 @@ class ReplicaStatistics(msgspec.Struct, frozen=True, kw_only=True):
     channel: ChannelStatistics | None = None
     adapters: LorasHeld = LorasHeld()
     """LoRA adapters that its rank holds."""
+    is_compiling: bool = False
+    """Code is on its way that later forwards will run."""
+    num_code_changes: int = 0
+    """How often that has changed."""
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):

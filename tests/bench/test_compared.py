@@ -3,9 +3,9 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import relative_error
-from compared import ratio, text
+from compared import ratio, text, usual_s
 from rows import CHOSEN, NUM_STAGGERED, ROWS
-from sides import busy, is_compiled, is_steady
+from sides import Known, Settling, busy, is_compiled, is_done, is_steady, known_of, unsettled
 
 
 def measured(row: str, side: str, warm_s: list[float], step_ms: list[float]) -> dict[str, Any]:
@@ -53,7 +53,9 @@ def test_ratios_are_of_medians_and_stand_beside_what_was_wanted() -> None:
 
 
 def test_shares_of_the_roof_are_those_of_steps() -> None:
-    assert "| flux 1024x1024, 28 steps | 60.0 | 150.0 ms, 50% |  | 75.0 ms, 100% | 2.0% | graph 84 |" in text(report())
+    assert "| flux 1024x1024, 28 steps | 60.0 | 150.0 ms, 50% |  | 75.0 ms, 100% | 72% | 2.0% | graph 84 |" in text(
+        report()
+    )
 
 
 def test_time_outside_of_forwards_is_that_between_the_first_and_the_last() -> None:
@@ -67,7 +69,7 @@ def test_time_outside_of_forwards_is_that_between_the_first_and_the_last() -> No
 
 def test_rounds_are_steady_when_three_took_as_long_as_one_another() -> None:
     assert is_steady([[9.0, 9.0], [1.0, 2.0], [1.02, 2.0], [1.0, 2.05]])
-    assert not is_steady([[1.0, 2.0], [1.0, 2.0], [1.0, 1.8]])
+    assert not is_steady([[1.0, 2.0], [1.0, 2.0], [1.0, 1.7]])
     assert not is_steady([[1.0, 2.0], [1.0, 2.0]])
 
 
@@ -85,6 +87,68 @@ def test_denoisers_are_compiled_when_they_say_so_not_when_they_are_going_to_be()
     assert is_compiled({"transformer": f"{aside}; compiled"})
     assert is_compiled({"transformer": f"{aside}; some calls run without compilation: x"})
     assert is_compiled({"unet": "fp32; not compiled: few weights"})
+
+
+def test_code_is_all_there_when_none_is_on_its_way_and_none_came_meanwhile() -> None:
+    said = {"transformer": "bf16; compiled by a process of its own; compiled"}
+
+    assert is_done(Known(said, num_changes=2), Known(said, num_changes=2))
+    assert not is_done(Known(said, num_changes=2), Known(said, num_changes=4))
+    assert not is_done(Known(said, is_compiling=True), Known(said, is_compiling=True))
+    assert known_of(
+        said, [{"is_compiling": False, "num_code_changes": 2}, {"is_compiling": True, "num_code_changes": 1}]
+    ) == (Known(said, is_compiling=True, num_changes=3))
+
+
+async def test_all_is_settled_once_a_round_with_staggered_requests_brings_no_code() -> None:
+    ran: list[str] = []
+    known = [Known({})]
+
+    async def one(request: dict[str, Any]) -> float:
+        ran.append("one")
+        return 1.0
+
+    async def together(first: int) -> None:
+        ran.append("together")
+        if ran.count("together") < 3:
+            known.append(Known({}, num_changes=len(known)))
+
+    async def now() -> Known:
+        return known[-1]
+
+    rows = [ROWS["flux-256"], ROWS["flux-256-staggered"]]
+    assert await Settling(rows, {}, 60.0, is_first=True).run(one, now, together)
+    assert ran == ["one", "together", "one", "one", "together", "one", "together"]
+
+
+async def test_what_has_no_time_to_settle_says_so() -> None:
+    assert not await Settling([ROWS["flux-256"]], {}, 0.0).run(
+        lambda request: pytest.fail("there is no time"), lambda: pytest.fail("there is no time")
+    )
+
+
+def test_what_was_measured_while_code_came_is_marked() -> None:
+    compiling = Known({}, is_compiling=True)
+    note = unsettled(Known({}), compiling, is_settled=True)
+    assert note == unsettled(compiling, compiling, is_settled=True) == {"unsettled": "code was being compiled"}
+    assert unsettled(Known({}), Known({}), is_settled=True) == {}
+    assert unsettled(Known({}), Known({}), is_settled=False)
+
+    found = report()
+    found["measured"][2]["notes"] = note
+    line = next(line for line in text(found).splitlines() if line.startswith("| flux 1024x1024, 28 steps | 10.0"))
+    assert "| 2.500 † |" in line
+    assert "| 2.00x † |" in line
+    assert "†" not in text(report())
+
+
+def test_a_request_of_usual_length_is_computed_of_steps_and_of_what_is_no_step() -> None:
+    row = ROWS["wan-81f-480p"]
+    assert usual_s(measured(row.name, "sgld", [7.4], [1000.0]), row) == pytest.approx(7.4 + 44)
+
+    found = report() | {"measured": [measured(row.name, side, [9.0], [1000.0]) for side in ("eager", "sgld")]}
+    assert "| wan 81x480x832, 6 steps | 50 | 53.00 |  | 53.00 | 1.00x | 1.35x |" in text(found)
+    assert "computed" not in text(report())
 
 
 def test_problems_are_told_by_their_last_line() -> None:
