@@ -110,9 +110,8 @@ def usual_s(measured: dict[str, Any] | None, row: Row) -> float:
     if measured is None or row.usual_steps is None or not measured["step_ms"]:
         return math.nan
     more = row.usual_steps - row.num_steps
-    return statistics.median(
-        warm_s + more * step_ms / 1e3 for warm_s, step_ms in zip(measured["warm_s"], measured["step_ms"], strict=True)
-    )
+    runs = zip(measured["warm_s"], measured["step_ms"], strict=True)
+    return float(statistics.median(warm_s + more * step_ms / 1e3 for warm_s, step_ms in runs))
 
 
 def _usual_table(report: dict[str, Any]) -> list[str]:

@@ -1,20 +1,22 @@
 """What does the engine add to a bare pipeline, per denoising step and per picture?
 
-The same model, sizes and seeds run as plain `pipeline(...)` in this process and through an engine whose rank is a
-process of its own, in turns; and that in several fresh processes, as the same loop takes 40 to 60 ms in different ones.
-A step is the time from one forward of the denoiser to the next on the device's clock, by a hook here and by the trace
-there; the lower quartile of all of them counts, as noise only ever adds time. Further models have as many layers as
-make a step take about `--step-ms`: small ones, whose launches take all the time on a GPU, and large ones. What is
-lost of the device is the part of a request's denoising in which no forward ran. CPU time, that of the front and the
-rank together, is what holds on a machine that others use, too. Graphs are off, so that forwards are the same in both;
-with `--graphs` the engine runs as users have it, and small steps become shorter than `--step-ms`. The report is written
-after each model of each process; with `--seconds` processes that no longer fit are left out.
+The same model, sizes and seeds run as plain `pipeline(...)` in one process and through an engine whose rank is a
+process of its own, in turns; and that in several fresh processes. A step is the time from one forward of the denoiser
+to the next on the device's clock, by a hook here and by the trace there; what is lost of the device is the part of a
+request's denoising in which no forward ran. Beside the model that ships with sgld there are two whose forwards take at
+least `--step-ms`: `wide` is large enough for the device to need that long, which a CUDA graph of its forward tells;
+`deep` has small layers, whose launches take all the time on a GPU. On the device there runs the next forward while the
+host is between two, so `wide` tells what is lost then; with `deep` each thing that the host does is seen. Graphs are
+off, so that forwards are the same in both; with `--graphs` a second engine runs as users have it. CPU time, that of
+the front and the rank together, is what holds on a machine that others use, too. The report is written after each
+process; with `--seconds` rounds and processes that no longer fit are left out.
 
-    python bench/overhead.py --repeats 5 [--device cuda --processes 3] [--out bench/results/overhead_cpu]
+    python bench/overhead.py --repeats 5 [--device cuda --graphs --processes 3] [--out bench/results/overhead_cpu]
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import AsyncExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,12 @@ import anyio
 import msgspec
 import reports
 import torch
+from added import Row, Way, text
+from anyio import to_thread
 from budget import Budget
 from diffusers import DiffusionPipeline
+from roofline import first_call, graph_of
+from roofline import seconds as graph_s
 
 from sgld.config import EngineConfig, GraphConfig, MemoryConfig
 from sgld.engine.engine import Engine
@@ -48,66 +54,23 @@ from sgld.testing import InlineReplica
 from sgld.worker.clock import Span, device_clock
 
 PROMPT = "a red circle on the left of a blue square"
+SMALL = EMBEDDED["sgld/tiny-image"]
+# What the model that ships with sgld draws; other sizes are scaled, which takes no steps.
+SMALL_SIZE = 256
+# Few layers: launching them takes a fraction of what they compute.
+WIDE = {"num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 2}
+# A device that is cooler, or another one, is faster than the one that chose the layers.
+MARGIN = 1.1
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """A model and a size."""
+    """A model and a size; what its forward takes is that of `Row`."""
 
     name: str
     model_path: str
     size: int
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of the bare pipeline and of the engine; a step is its forward and what is outside of it."""
-
-    name: str
-    bare_step_ms: float
-    bare_forward_ms: float
-    engine_step_ms: float
-    engine_forward_ms: float
-    bare_picture_ms: float
-    engine_picture_ms: float
-    added_cpu_ms: float
-    """CPU time per step, everything that is done per picture included."""
-    lost: float
-    """The share of denoising in the engine in which no forward ran."""
-
-    @property
-    def added_step_ms(self) -> float:
-        return self.engine_step_ms - self.bare_step_ms
-
-    @property
-    def added_outside_ms(self) -> float:
-        """Without what noise does to the forwards themselves."""
-        return self.added_step_ms - (self.engine_forward_ms - self.bare_forward_ms)
-
-    @property
-    def added(self) -> float:
-        """The share of a bare step that the engine adds."""
-        return self.added_step_ms / self.bare_step_ms
-
-
-class Result(msgspec.Struct, frozen=True):
-    """One process: a row for each model."""
-
-    rows: list[Row]
-
-
-def medians(results: list[Result]) -> list[Row]:
-    """Of each model and number."""
-    columns = [[result.rows[index] for result in results] for index in range(len(results[0].rows))]
-    names = [name for name in Row.__struct_fields__ if name != "name"]
-    return [
-        Row(name=rows[0].name, **{name: statistics.median(getattr(row, name) for row in rows) for name in names})
-        for rows in columns
-    ]
-
-
-def spread(results: list[Result], index: int, value: str, factor: float = 1.0) -> str:
-    """From the least to the most over processes."""
-    numbers = sorted(factor * getattr(result.rows[index], value) for result in results)
-    return f"{numbers[0]:.1f} to {numbers[-1]:.1f}"
+    device_ms: float | None = None
+    launch_ms: float | None = None
 
 
 class Halving(torch.nn.Module):
@@ -187,6 +150,27 @@ class Bare:
         self.pipeline.transformer = made.to(self._device, _dtype(self._device)).eval()
         self._watch()
 
+    def alone_ms(self) -> tuple[float | None, float | None]:
+        """What a forward takes the device by itself, and the host to launch; None: the host is the device."""
+        if self._device != "cuda":
+            return None, None
+        args, kwargs = first_call(self.pipeline, self.pipeline.transformer, self._request)
+        # Without the clock, which can't be captured.
+        forward = self.pipeline.transformer.forward
+        launches = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            forward(*args, **kwargs)
+            launches.append(1e3 * (time.perf_counter() - start))
+            torch.cuda.synchronize()
+        device_s = graph_s(graph_of(lambda: forward(*args, **kwargs)), self._device)
+        return 1e3 * device_s, statistics.median(launches)
+
+    @property
+    def _request(self) -> dict[str, Any]:
+        return {"prompt": PROMPT, "height": self._case.size, "width": self._case.size, **_recommended()}
+
     def _watch(self) -> None:
         denoiser = self.pipeline.transformer
         denoiser.register_forward_pre_hook(lambda *_: self._forwards.append(self._clock.begin()))
@@ -197,18 +181,19 @@ class Bare:
         """The forwards of the last picture, on the device."""
         return [(forward.started_ns / 1e6, 1e3 * forward.elapsed_s) for forward in self._forwards]
 
+    def step_ms(self) -> float:
+        """Of a step that isn't the first."""
+        self.run(4)
+        self.run(12)
+        return way_of([self.spans], []).step_ms[0]
+
     def run(self, num_steps: int) -> float:
         """Milliseconds of a picture, to pixels on the host."""
         self._forwards.clear()
         start = time.perf_counter()
+        generator = torch.Generator().manual_seed(42)
         images = self.pipeline(
-            PROMPT,
-            height=self._case.size,
-            width=self._case.size,
-            num_inference_steps=num_steps,
-            generator=torch.Generator().manual_seed(42),
-            output_type="pt",
-            **_recommended(),
+            **self._request, num_inference_steps=num_steps, generator=generator, output_type="pt"
         ).images
         (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
         return 1e3 * (time.perf_counter() - start)
@@ -216,7 +201,7 @@ class Bare:
 
 def _recommended() -> dict[str, Any]:
     """What the author of the model recommends, which the engine passes on by itself."""
-    recommended = json.loads((EMBEDDED["sgld/tiny-image"] / "sgld_defaults.json").read_text())
+    recommended = json.loads((SMALL / "sgld_defaults.json").read_text())
     return {n: v for n, v in recommended.items() if n not in ("height", "width", "num_inference_steps", "fps")}
 
 
@@ -248,52 +233,15 @@ def cpu_ms() -> float:
     return 1e3 * (time.process_time() + ticks / os.sysconf("SC_CLK_TCK"))
 
 
-def quartile(values: list[float]) -> float:
-    return sorted(values)[len(values) // 4]
-
-
-def steps_of(runs: list[Spans]) -> list[float]:
-    """From each forward to the next."""
-    return [after - before for spans in runs for (before, _), (after, _) in pairwise(spans)]
-
-
-async def measured(case: Case, args: argparse.Namespace, trace: Path) -> Row:
-    """Run both in turns; the first round isn't counted."""
-    bare = Bare(case, args.device)
-    bare_runs: list[Spans] = []
-    pictures: list[tuple[float, float]] = []
-    cpu: list[float] = []
-    config = EngineConfig(
-        model_path=case.model_path,
-        device=args.device,
-        num_cpu_threads=args.threads,
-        trace=str(trace),
-        # The same forwards in both.
-        graphs=GraphConfig() if args.graphs else GraphConfig(graph_memory=0),
-        memory=MemoryConfig(performance_mode="manual"),
-    )
-    async with Engine(config) as engine:
-        await engine.ready()
-        for _ in range(args.repeats + 1):
-            clocks = [cpu_ms()]
-            bare_ms = bare.run(args.steps)
-            clocks.append(cpu_ms())
-            pictures.append((bare_ms, await request_ms(engine, case, args.steps)))
-            clocks.append(cpu_ms())
-            cpu.append(clocks[2] - 2 * clocks[1] + clocks[0])
-            bare_runs.append(bare.spans)
-    engine_runs = spans_of(trace)[1:]
-    lengths = [[length for spans in runs for _, length in spans] for runs in (bare_runs[1:], engine_runs)]
-    return Row(
-        name=case.name,
-        bare_step_ms=quartile(steps_of(bare_runs[1:])),
-        bare_forward_ms=quartile(lengths[0]),
-        engine_step_ms=quartile(steps_of(engine_runs)),
-        engine_forward_ms=quartile(lengths[1]),
-        bare_picture_ms=min(ms for ms, _ in pictures[1:]),
-        engine_picture_ms=min(ms for _, ms in pictures[1:]),
-        added_cpu_ms=statistics.median(cpu[1:]) / args.steps,
-        lost=statistics.median(lost_of(spans) for spans in engine_runs),
+def way_of(runs: list[Spans], picture_ms: list[float]) -> Way:
+    """The numbers of runs."""
+    pairs = [list(pairwise(spans)) for spans in runs]
+    return Way(
+        step_ms=[statistics.median(after - before for (before, _), (after, _) in run) for run in pairs],
+        forward_ms=[statistics.median(length for _, length in spans) for spans in runs],
+        outside_ms=[statistics.median(after - start - length for (start, length), (after, _) in run) for run in pairs],
+        lost=[lost_of(spans) for spans in runs],
+        picture_ms=picture_ms,
     )
 
 
@@ -303,104 +251,149 @@ def lost_of(spans: Spans) -> float:
     return 1 - sum(length for _, length in spans) / (last_ms + length_ms - first_ms)
 
 
-def heavier(folder: Path, case: Case, device: str, step_ms: float, **width: int) -> Case:
-    """A copy of a model with so many layers that a step takes about `step_ms`, with random weights.
+class Trial:
+    """A case: the pipeline, and engines with and without graphs, run in turns."""
 
-    :param width: of its layers.
+    def __init__(self, case: Case, args: argparse.Namespace, folder: Path) -> None:
+        self._case, self._args = case, args
+        self._engines: dict[str, Engine] = {}
+        self._traces: dict[str, Path] = {}
+        self._bare_runs: list[Spans] = []
+        self._pictures: dict[str, list[float]] = {"bare": []}
+        self._cpu: list[float] = []
+        for index, way in enumerate(("engine", "graphs") if args.graphs else ("engine",)):
+            trace = self._traces[way] = Path(tempfile.mkdtemp(dir=folder)) / "trace.json"
+            config = EngineConfig(
+                model_path=case.model_path,
+                device=args.device,
+                num_cpu_threads=args.threads,
+                trace=str(trace),
+                # The same forwards in both.
+                graphs=GraphConfig() if index else GraphConfig(graph_memory=0),
+                memory=MemoryConfig(performance_mode="manual"),
+            )
+            self._engines[way], self._pictures[way] = Engine(config), []
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        """Start the engines, and load the pipeline while they load theirs."""
+        for engine in self._engines.values():
+            await stack.enter_async_context(engine)
+        self._bare = await to_thread.run_sync(Bare, self._case, self._args.device)
+
+    async def run(self, budget: Budget) -> None:
+        """Run all ways in turns, as often as there is time for; the first round isn't counted."""
+        for engine in self._engines.values():
+            await engine.ready()
+        await self._round()
+        for _ in budget.as_many(range(self._args.repeats)):
+            await self._round()
+
+    async def _round(self) -> None:
+        clocks = [cpu_ms()]
+        self._pictures["bare"].append(self._bare.run(self._args.steps))
+        clocks.append(cpu_ms())
+        self._bare_runs.append(self._bare.spans)
+        for way, engine in self._engines.items():
+            self._pictures[way].append(await request_ms(engine, self._case, self._args.steps))
+            clocks.append(cpu_ms())
+        self._cpu.append((clocks[2] - 2 * clocks[1] + clocks[0]) / self._args.steps)
+
+    def row(self) -> Row:
+        """What was measured; once the engines are closed, as they write their traces then."""
+        runs = {"bare": self._bare_runs, **{way: spans_of(trace) for way, trace in self._traces.items()}}
+        ways = {way: way_of(runs[way][1:], self._pictures[way][1:]) for way in runs}
+        case = self._case
+        times = {"device_ms": case.device_ms, "launch_ms": case.launch_ms, "added_cpu_ms": self._cpu[1:]}
+        return Row(name=case.name, **times, **ways)  # type: ignore[arg-type]
+
+
+async def measured(cases: list[Case], args: argparse.Namespace, folder: Path, budget: Budget) -> list[Row]:
+    """All models are loaded at the same time, and run one after the other."""
+    trials = [Trial(case, args, folder) for case in cases]
+    async with AsyncExitStack() as stack:
+        for trial in trials:
+            await trial.open(stack)
+        for index, trial in enumerate(trials):
+            await trial.run(Budget(budget.share(1, len(trials) - index)))
+    return [trial.row() for trial in trials]
+
+
+def made(folder: Path, args: argparse.Namespace, size: int, **config: Any) -> Case:
+    """The small model with other layers, which have random weights: as many as make a forward take `--step-ms`.
+
+    :param config: of its denoiser, where that is another one; then it is the device that is to need so long.
     """
-    bare = Bare(case, device)
-    config = {**bare.pipeline.transformer.config, **width}
+    case = Case(name="", model_path=str(SMALL), size=size)
+    bare = Bare(case, args.device)
+    config = {**bare.pipeline.transformer.config, **config}
+    is_wide = size != SMALL_SIZE
     for _ in range(2):
         torch.manual_seed(0)
         bare.replace_denoiser(config)
-        bare.run(4)
-        bare.run(12)
-        config["num_layers"] = max(1, round(config["num_layers"] * step_ms / quartile(steps_of([bare.spans]))))
+        step_ms = (bare.alone_ms()[0] if is_wide else None) or bare.step_ms()
+        num = config["num_layers"] * args.step_ms / step_ms
+        config["num_layers"] = max(1, math.ceil(MARGIN * num) if is_wide else round(num))
     bare.replace_denoiser(config)
     bare.pipeline.save_pretrained(folder)
-    (folder / "sgld_defaults.json").write_text((EMBEDDED["sgld/tiny-image"] / "sgld_defaults.json").read_text())
-    size = f", {config['num_attention_heads'] * config['attention_head_dim']} wide" if width else ""
-    return Case(name=f"{config['num_layers']} layers{size}, {case.size}", model_path=str(folder), size=case.size)
+    (folder / "sgld_defaults.json").write_text((SMALL / "sgld_defaults.json").read_text())
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    device_ms, launch_ms = bare.alone_ms()
+    name = f"{config['num_layers']} layers, {width} wide, {size}x{size}"
+    return Case(name=name, model_path=str(folder), size=size, device_ms=device_ms, launch_ms=launch_ms)
+
+
+def small(args: argparse.Namespace) -> Case:
+    """The model that ships with sgld."""
+    case = Case(name=f"tiny-image, {SMALL_SIZE}x{SMALL_SIZE}", model_path=str(SMALL), size=SMALL_SIZE)
+    device_ms, launch_ms = Bare(case, args.device).alone_ms()
+    return msgspec.structs.replace(case, device_ms=device_ms, launch_ms=launch_ms)
+
+
+def cases_of(args: argparse.Namespace, folder: Path) -> list[Case]:
+    """The models that are asked for."""
+    cases = []
+    if "wide" in args.models and args.device == "cuda":
+        # Of the size that it is made for: others are scaled, and their positions are computed anew in each forward.
+        cases.append(made(folder / "wide", args, args.size, sample_size=args.size // 8, **WIDE))
+    if "deep" in args.models:
+        cases.append(made(folder / "deep", args, SMALL_SIZE))
+    if "small" in args.models:
+        cases.append(small(args))
+    return cases
 
 
 def _dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def table(results: list[Result], report: dict[str, Any]) -> str:
-    """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines = [
-        "# What does the engine add to a bare pipeline?",
-        "",
-        f"`{report['command']}`",
-        "",
-        f"{report['machine']}; {versions}. Load of the machine: {report['load']}. Milliseconds; steps are lower"
-        " quartiles, pictures the fastest; of several processes the median, and from the least to the most.",
-        "",
-        f"A tick whose forward takes no time adds {report['tick_cpu_ms']:.2f} ms of CPU time, front and rank together.",
-    ]
-    if not results or not results[0].rows:
-        return "\n".join(lines) + "\n"
-    lines += [
-        "",
-        "| model and size | step, bare | its forward | step, engine | added | of a step "
-        "| lost of the device | picture, bare | picture, engine | CPU time added per step |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for index, row in enumerate(medians(results)):
-        added = f"{100 * row.added:.1f} % ({spread(results, index, 'added', 100)})"
-        lost = f"{100 * row.lost:.1f} % ({spread(results, index, 'lost', 100)})"
-        lines.append(
-            f"| {row.name} | {row.bare_step_ms:.2f} | {row.bare_forward_ms:.2f} | {row.engine_step_ms:.2f} "
-            f"| {row.added_step_ms:.2f} | {added} | {lost} | {row.bare_picture_ms:.0f} | {row.engine_picture_ms:.0f} "
-            f"| {row.added_cpu_ms:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+class Measuring:
+    """A fresh process that measures; it imports what it needs until it is told of the models."""
 
+    def __init__(self) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--measure"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
 
-def cases_of(args: argparse.Namespace, folder: Path) -> list[Case]:
-    """The models: a wide one on a GPU, a deep one, and the small one."""
-    if not args.sizes:
-        return []
-    model_path, cases = str(EMBEDDED["sgld/tiny-image"]), []
-    small = Case(name="", model_path=model_path, size=max(args.sizes))
-    if "wide" in args.models and args.device == "cuda":
-        width = {"num_attention_heads": 16, "attention_head_dim": 128, "cross_attention_dim": 2048}
-        cases.append(heavier(folder / "wide", small, args.device, args.step_ms, num_layers=8, **width))
-    if "deep" in args.models:
-        cases.append(heavier(folder / "deep", small, args.device, args.step_ms))
-    if "small" in args.models:
-        cases += [Case(name=f"tiny-image, {size}", model_path=model_path, size=size) for size in args.sizes]
-    return cases
+    def rows(self, cases: list[Case], folder: Path, seconds: float) -> list[Row]:
+        """Wait for what it measures.
 
+        :param seconds: that it has for rounds.
 
-def in_fresh_processes(
-    args: argparse.Namespace, cases: list[Case], folder: Path, budget: Budget, known: Callable[[list[Result]], None]
-) -> None:
-    """Each measures all cases.
-
-    :param known: told what is measured, whenever it is more.
-    """
-    results: list[Result] = []
-    given, out = folder / "cases.json", folder / "result.json"
-    for _ in budget.as_many(range(args.processes)):
-        results.append(Result([]))
-        for case in cases:
-            given.write_bytes(msgspec.json.encode([case]))
-            command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--measure", str(given), str(out)]
-            subprocess.run(command, check=True)
-            results[-1].rows.extend(msgspec.json.decode(out.read_bytes(), type=Result).rows)
-            print(results[-1].rows[-1], flush=True)
-            known([each for each in results if len(each.rows) == len(cases)] or [results[0]])
+        :raises RuntimeError: it failed, and said why.
+        """
+        given, out = folder / "cases.json", folder / "rows.json"
+        given.write_bytes(msgspec.json.encode(cases))
+        self._process.communicate(f"{given}\n{out}\n{seconds}\n")
+        if self._process.returncode:
+            raise RuntimeError(f"the process that measures ended with code {self._process.returncode}")
+        return msgspec.json.decode(out.read_bytes(), type=list[Row])
 
 
 def measure(args: argparse.Namespace) -> None:
     """In such a process."""
-    given, out = args.measure
-    cases = msgspec.json.decode(Path(given).read_bytes(), type=list[Case])
-    rows = [anyio.run(measured, case, args, Path(given).parent / "trace.json") for case in cases]
-    Path(out).write_bytes(msgspec.json.encode(Result(rows)))
+    given, out = (Path(sys.stdin.readline().strip()) for _ in range(2))
+    budget = Budget(float(sys.stdin.readline()))
+    cases = msgspec.json.decode(given.read_bytes(), type=list[Case])
+    out.write_bytes(msgspec.json.encode(anyio.run(measured, cases, args, given.parent, budget)))
 
 
 def main() -> None:
@@ -411,15 +404,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward, in both")
     parser.add_argument("--step-ms", type=float, default=40.0)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--sizes", type=int, nargs="*", default=[64, 128], help="sizes of pictures of the small model; none: ticks only"
-    )
     parser.add_argument("--models", nargs="*", choices=["wide", "deep", "small"], default=["wide", "deep", "small"])
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs in the engine, as users have them")
-    parser.add_argument("--seconds", type=float, help="processes that no longer fit are left out")
+    parser.add_argument("--size", type=int, default=1024, choices=[512, 1024, 2048], help="of pictures of the wide one")
+    parser.add_argument("--graphs", action="store_true", help="an engine with CUDA graphs, too, as users have it")
+    parser.add_argument("--seconds", type=float, help="rounds and processes that no longer fit are left out")
     parser.add_argument("--folder", type=Path, help="where models are made; by default that of temporary files")
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.set_num_threads(args.threads)
@@ -433,28 +424,35 @@ def main() -> None:
         **reports.where(args.device),
         "tick_cpu_ms": round(anyio.run(tick_cpu_ms, args.device), 3),
     }
+    processes: list[list[Row]] = []
 
-    def known(results: list[Result]) -> None:
+    def write() -> str:
         report["load"] = f"{load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
-        report["processes"] = [
-            [{n: round(v, 4) if isinstance(v, float) else v for n, v in msgspec.to_builtins(r).items()} for r in x.rows]
-            for x in results
-        ]
+        report["processes"] = [[rounded(msgspec.to_builtins(row)) for row in rows] for rows in processes]
+        said = text(processes, report)
         if args.out:
-            reports.write(args.out, report, table(results, report))
+            reports.write(args.out, report, said)
+        return said
 
-    last: list[Result] = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        cases = cases_of(args, Path(temporary))
-        known(last)
-        in_fresh_processes(args, cases, Path(temporary), budget, lambda results: known(keep(last, results)))
-    print(table(last, report))
+    write()
+    if args.models:
+        with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+            first = Measuring()
+            cases = cases_of(args, Path(temporary))
+            for index in budget.as_many(range(args.processes)):
+                process = Measuring() if index else first
+                processes.append(process.rows(cases, Path(temporary), budget.left_s))
+                write()
+    print(write())
 
 
-def keep(last: list[Result], results: list[Result]) -> list[Result]:
-    """The results, which are the last ones now."""
-    last[:] = results
-    return last
+def rounded(value: Any) -> Any:
+    """The same with four digits."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
