@@ -51,6 +51,21 @@ def test_later_frames_replace_earlier_ones(max_in_memory: int) -> None:
     assert shown(store.joined()) == [7]
 
 
+def test_joining_copies_nothing() -> None:
+    store = FrameStore()
+    views = [store.put(3 * index, frames(3 * index, 3 * index + 3)) for index in range(4)]
+    assert all(np.shares_memory(store.joined(), view) for view in views)
+
+
+def test_frames_that_there_is_no_room_for_are_joined_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgld.engine.frames.MAX_IN_MEMORY", 4 * FRAME_BYTES)
+    store = FrameStore(10**6)
+    for index in range(4):
+        store.put(3 * index, frames(3 * index, 3 * index + 3))
+    store.put(7, frames(20, 22))
+    assert shown(store.joined()) == [*range(7), 20, 21]
+
+
 def test_what_was_put_may_change_afterwards() -> None:
     for store in (FrameStore(), FrameStore(0)):
         given = frames(1, 3).copy()
