@@ -47,7 +47,9 @@ def test_what_is_added_is_told_of_runs_that_came_after_one_another() -> None:
     whole = next(line for line in lines if line.startswith("| 7 layers"))
     assert "| device | 45.00 | 9.00 | 50.00 (50.00 to 50.00) |" in whole
     assert "| 3.0 % (2.0 to 4.0) | 3.0 % (2.0 to 4.0) |" in whole
-    assert "| 1.00 (1.00 to 1.00) | 2.0 % (2.0 to 2.0) |" in [line for line in lines if line.startswith("| 7 layers")][1]
+    assert (
+        "| 1.00 (1.00 to 1.00) | 2.0 % (2.0 to 2.0) |" in [line for line in lines if line.startswith("| 7 layers")][1]
+    )
 
 
 def test_a_model_whose_launches_take_longer_than_its_kernels_is_bound_by_the_host() -> None:
