@@ -100,11 +100,12 @@ def check_sequences(
     from sgld.models.token_plans import plan_of, why_not
 
     parts = list(parts)
-    instead = f"sp_degree is {parallel.sp}; use --enable-cfg-parallel or --dp-size {parallel.total} instead"
     shared = [part for part in parts if (cls := _class(part.class_name)) is not None and plan_of(cls)]
     if parts and not shared:
         part = parts[0]
-        raise ModelError(f"{part.name} ({part.class_name}) {why_not(part.class_name)}: {instead}")
+        problem = f"{part.name} ({part.class_name}) {why_not(part.class_name)}"
+        instead = f"use --enable-cfg-parallel or --dp-size {parallel.total}"
+        raise ModelError(f"sp_degree is {parallel.sp}, but {problem}; {instead} instead")
     for part in shared:
         heads = _num_heads(part)
         each = parallel.tp_size if part.name in divided else 1

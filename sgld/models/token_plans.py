@@ -98,7 +98,7 @@ def plan_of(cls: type) -> TokenPlan | None:
 def why_not(class_name: str) -> str:
     """Why the tokens of such models aren't shared."""
     problem = next((why for pattern, why in _REASONS if re.search(pattern, class_name)), None)
-    return f"can't share its tokens: {problem}" if problem else "has no plan of how to split its tokens"
+    return f"can't share its tokens, as {problem}" if problem else "has no plan of how to split its tokens"
 
 
 def _step(entry: Any) -> Step:

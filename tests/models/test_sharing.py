@@ -45,12 +45,12 @@ def test_denoisers_and_vaes_are_shared() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("UNet2DConditionModel", "can't share its tokens: its convolutions see the pixels around each one"),
+        ("UNet2DConditionModel", "can't share its tokens, as its convolutions see the pixels around each one"),
         ("NoSuchModel", "has no plan of how to split its tokens"),
     ],
 )
 def test_model_without_a_plan_is_refused_by_name(name: str, why: str) -> None:
-    with pytest.raises(ModelError, match=rf"{name}\) {why}: sp_degree is 2; use --enable-cfg-parallel"):
+    with pytest.raises(ModelError, match=rf"^sp_degree is 2, but unet \({name}\) {why}; use --enable-cfg-parallel"):
         share([Part("unet", name)], config(num_gpus=2), "cpu", is_whole=False)
     assert share([Part("unet", name)], config(enable_cfg_parallel=True), "cpu", is_whole=False).denoisers == ("unet",)
 
