@@ -73,6 +73,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Which of `image` and `mask_image` it takes."""
     call_defaults: dict[str, int] = {}
     """Width, height, frames and steps of requests that leave them open, as far as they are known."""
+    makes_videos: bool = True
+    """False: it makes pictures only, as far as its pipeline tells."""
 
 
 def with_note(model: ModelInfo, component: str, note: str) -> ModelInfo:

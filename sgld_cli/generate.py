@@ -17,6 +17,7 @@ from av import FFmpegError
 from sgld.config import CalibrationConfig, EngineConfig
 from sgld.errors import ModelError, SgldError, StorageError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
+from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
 from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code
 from sgld_cli.progress import Display, Output, duration, open_display, print_result
@@ -31,7 +32,7 @@ UPLOAD_FAILED = "upload_failed"
 class Generates(Protocol):
     """What this command needs of an engine."""
 
-    def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
+    def generate(self, params: SamplingParams, *, limits: Limits) -> AsyncGenerator[AnyEvent, None]:
         """Stream the events of all outputs of a request."""
 
     def record(self, event: AnyEvent, label: str, start_s: float, end_s: float) -> None:
@@ -143,7 +144,7 @@ class Job:
         self, engine: Generates, params: SamplingParams, states: list[_State], writers: TaskGroup
     ) -> None:
         try:
-            async with aclosing(engine.generate(params)) as events:
+            async with aclosing(engine.generate(params, limits=self._files.limits)) as events:
                 async for event in events:
                     state = states[event.output_index]
                     if isinstance(event, Completed):

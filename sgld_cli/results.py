@@ -10,7 +10,7 @@ import msgspec
 from sgld import __version__
 from sgld.config import EngineConfig
 from sgld.events import Completed
-from sgld.media.animations import check_rate, write_animation
+from sgld.media.animations import MAX_GIF_PIXELS, check_rate, write_animation
 from sgld.media.audio import write_audio
 from sgld.media.files import (
     Content,
@@ -25,7 +25,9 @@ from sgld.media.files import (
 )
 from sgld.media.hook import hooked, load_hook
 from sgld.media.images import check_format, encode_image
+from sgld.media.inputs import has_pictures
 from sgld.media.videos import check_encoder, write_video
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 from sgld_cli.options import UsageError
 from sgld_cli.progress import Output
@@ -131,6 +133,12 @@ class Files:
         if not os.access(self._folder, os.W_OK | os.X_OK):
             raise UsageError(f"the output folder {self._folder} can't be written to")
 
+    @property
+    def limits(self) -> Limits:
+        """What the file that is named can take."""
+        name = self._config.output_file_name
+        return Limits(max_film_pixels=MAX_GIF_PIXELS) if name and format_of(name) == "gif" else NO_LIMITS
+
     def write(self, output: Output, params: SamplingParams, completed: Completed) -> Written:
         """Encode and write an output; takes long, so call it in a thread.
 
@@ -162,6 +170,7 @@ class Files:
             raise UsageError(f"{name} would have 8 bits for each channel, and bit_depth is 16: a name ends in .png")
         if num_frames > 1 and params.fps and (media_format == "gif" or media_format == "webp"):
             check_rate(media_format, params.fps * params.frame_factor)
+        self.limits.check_asked(params, {}, has_pictures=has_pictures(params))
         if media_format == "avif":
             check_format(media_format)
 

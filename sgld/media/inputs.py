@@ -89,6 +89,11 @@ def references(value: Any) -> Iterator[Reference]:
     yield from found
 
 
+def has_pictures(params: SamplingParams) -> bool:
+    """Whether a request refers to some; raises as `references`."""
+    return bool(params.image_path) or any(references(params.diffusers_kwargs))
+
+
 def replaced(value: Any, replace: Callable[[Reference], Any]) -> Any:
     """Nested values with something else in the place of each reference.
 

@@ -71,15 +71,26 @@ class LoadedModel:
 
         :raises InvalidRequest: there is none.
         """
-        # A modular pipeline's __call__ takes anything; its blocks say what they use.
-        of_blocks = getattr(self.pipeline, "default_call_parameters", None)
-        accepted = inspect.signature(self.pipeline.__call__).parameters if of_blocks is None else of_blocks
+        accepted = self._accepted
         needed = next((name for name in _SIBLINGS if name in given), None)
         if needed is None or needed in accepted:
             return self.pipeline
         if needed not in self._siblings:
             self._siblings[needed] = _sibling(self.pipeline, needed)
         return self._siblings[needed]
+
+    @property
+    def _accepted(self) -> Collection[str]:
+        """What the pipeline takes. A modular one's __call__ takes anything; its blocks say what they use."""
+        of_blocks: Collection[str] | None = getattr(self.pipeline, "default_call_parameters", None)
+        return inspect.signature(self.pipeline.__call__).parameters if of_blocks is None else of_blocks
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether it may: what only makes pictures of its frames doesn't, unless it is asked how many there are."""
+        has_processor = {kind: hasattr(self.pipeline, f"{kind}_processor") for kind in ("image", "video")}
+        is_of_pictures = has_processor["image"] and not has_processor["video"]
+        return not is_of_pictures or any(name in self._accepted for name in ("num_frames", "video_length"))
 
     def takes(self, name: str) -> bool:
         """Whether there is a pipeline with this argument."""
@@ -107,6 +118,7 @@ class LoadedModel:
             decisions=self.decisions,
             is_whole=self.is_whole,
             call_defaults=self.call_defaults,
+            makes_videos=self.makes_videos,
         )
 
 

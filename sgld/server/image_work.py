@@ -16,6 +16,7 @@ from sgld.events import Cancelled, Completed, Failed, Frames, Preview, Progress,
 from sgld.media.files import extension_of, media_type_of
 from sgld.media.hook import hooked_bytes, load_hook
 from sgld.media.images import encode_image, has_alpha
+from sgld.request import NO_LIMITS
 from sgld.server import results
 from sgld.server.errors import ApiError, from_code, from_event, not_found, shutting_down
 from sgld.server.job_store import Job, StoredFile
@@ -72,6 +73,8 @@ class ImageWork:
 
     :param is_job: it goes on when nobody reads them.
     """
+
+    limits = NO_LIMITS
 
     def __init__(self, services: Services, options: ImageOptions, *, is_job: bool = False) -> None:
         self._services = services

@@ -23,6 +23,7 @@ from sgld.config import ServerConfig
 from sgld.errors import EngineClosed, ModelError, QueueFull, SgldError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Started
 from sgld.media.inputs import InputPolicy, kept_in, references
+from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
 from sgld.server.job_store import UNSTORED, Asked, Job, JobError, JobStore, StoredFile
 from sgld.server.requests import LiveRequest, Requests, new_id
@@ -41,6 +42,10 @@ _NOT_ITS_FAULT = {EngineClosed.code, ModelError.code}
 
 class Work(Protocol):
     """What is done with the outputs of one job."""
+
+    @property
+    def limits(self) -> Limits:
+        """How much it can take, beside what the operator allows."""
 
     async def finish(self, live: LiveRequest, completed: Completed) -> None:
         """Take an output; with the last one, store all files and `keep` them."""
@@ -239,6 +244,7 @@ class Jobs:
             finish=work.finish,
             request_id=job.id,
             waited_s=waited_s,
+            limits=work.limits,
         )
         self._running[job.id] = running = RunningJob(live, work)
         self._tasks.start_soon(self._follow, running)

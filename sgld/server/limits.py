@@ -9,10 +9,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
-from sgld.media.inputs import InputPolicy, references, scheme_of, shown
+from sgld.media.inputs import InputPolicy, has_pictures, references, scheme_of, shown
 from sgld.messages import ModelInfo
 from sgld.models.lora_files import is_hub_id, place
-from sgld.request import Limits
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import LANCZOS, OPTICAL_FLOW, RIFE_REPO, UPSCALING_REPO, LoraChoice, SamplingParams
 from sgld.server.errors import ApiError
 
@@ -21,25 +21,24 @@ _SCHEDULES = ("timesteps", "sigmas")
 _DEFAULT_REPOS = (RIFE_REPO, UPSCALING_REPO)
 
 
-def check_limits(params: SamplingParams, config: ServerConfig, model: ModelInfo | None = None) -> None:
+def check_limits(
+    params: SamplingParams, config: ServerConfig, model: ModelInfo | None = None, limits: Limits = NO_LIMITS
+) -> None:
     """Refuse what is larger than the operator allows, as far as that can be told before it is made.
 
     :param model: its defaults count where nothing is chosen.
+    :param limits: those of what is asked for, beside the operator's.
     :raises InvalidRequest: names the field, its value and the limit.
     """
-    defaults = dict(model.call_defaults) if model is not None else {}
-    if params.image_path or any(references(params.diffusers_kwargs)):
-        # Most pipelines make what is as large as their picture.
-        defaults = {name: value for name, value in defaults.items() if name not in ("width", "height")}
     for field, what, value, limit in _measured(params, config):
         if value > limit:
             raise InvalidRequest(f"{what} is {value}; this server allows at most {limit}", field)
-    # A side of which nothing is known is up to the model, and about as long.
-    sides = [getattr(params, name) or defaults.get(name) for name in ("width", "height")]
-    known = [side for side in sides if side]
-    num_frames, num_steps = (getattr(params, n) or defaults.get(n, 1) for n in ("num_frames", "num_inference_steps"))
-    size = (known[0], known[-1]) if known else None
-    limits_of(config).check(params, num_frames=num_frames, size=size, num_steps=num_steps)
+    limits_of(config).also(limits).check_asked(
+        params,
+        model.call_defaults if model is not None else {},
+        has_pictures=has_pictures(params),
+        makes_videos=model is None or model.makes_videos,
+    )
 
 
 def limits_of(config: ServerConfig) -> Limits:

@@ -64,6 +64,7 @@ class LiveRequest:
     :param finish: called with each output before its `Completed` is told, to encode and store it. An SgldError or
         OSError of it makes the output a failed one.
     :param waited_s: how long ago an earlier server accepted it.
+    :param limits: how much may come out of it.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LiveRequest:
         finish: "Finish",
         *,
         waited_s: float = 0.0,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self.id = request_id
         self.kind = kind
@@ -85,7 +87,7 @@ class LiveRequest:
         self.epoch = secrets.token_hex(4)
         """What numbers of its events are worth anything with: a job that runs again has others."""
         self._finish = finish
-        self._waited_s = waited_s
+        self._waited_s, self._limits = waited_s, limits
         self._scope = anyio.CancelScope()
         self._open = set(range(params.num_outputs_per_prompt))
         self._history: list[tuple[int, AnyEvent]] = []
@@ -126,19 +128,19 @@ class LiveRequest:
         if self._refusal is not None:
             raise self._refusal
 
-    async def run(self, engine: Generates, inputs: InputPolicy, limits: Limits) -> None:
+    async def run(self, engine: Generates, inputs: InputPolicy) -> None:
         """Run it to its end, whatever that is."""
         try:
             with self._scope:
                 async with anyio.create_task_group() as finishing:
-                    await self._relay(engine, inputs, limits, finishing)
+                    await self._relay(engine, inputs, finishing)
         finally:
             for index in sorted(self._open):
                 self._publish(Cancelled(request_id=self.id, output_index=index))
             self._decide(EngineClosed("the request was cancelled"))
 
-    async def _relay(self, engine: Generates, inputs: InputPolicy, limits: Limits, finishing: TaskGroup) -> None:
-        stream = engine.generate(self.params, inputs=inputs, waited_s=self._waited_s, limits=limits)
+    async def _relay(self, engine: Generates, inputs: InputPolicy, finishing: TaskGroup) -> None:
+        stream = engine.generate(self.params, inputs=inputs, waited_s=self._waited_s, limits=self._limits)
         with _failing(f"request {self.id}", self._fail):
             async with aclosing(stream) as events:
                 async for event in events:
@@ -252,17 +254,20 @@ class Requests:
         finish: Finish,
         request_id: str | None = None,
         waited_s: float = 0.0,
+        limits: Limits = NO_LIMITS,
     ) -> LiveRequest:
         """Start a request and wait until it is queued; cancelled meanwhile, it is cancelled, too.
 
         :param kind: what its id begins with, `img` or `video`.
         :param request_id: its id, where it has one already.
         :param waited_s: how long ago an earlier server accepted it.
+        :param limits: those of what is made of its outputs, beside the operator's.
         :raises SgldError: it is refused.
         """
         if not self._is_open:
             raise EngineClosed("the server is shutting down")
-        live = LiveRequest(request_id or new_id(kind), kind, owner, params, finish, waited_s=waited_s)
+        limits = self._limits.also(limits)
+        live = LiveRequest(request_id or new_id(kind), kind, owner, params, finish, waited_s=waited_s, limits=limits)
         live.observers = self.observers
         self._live[live.id] = live
         self._tasks.start_soon(self._run, live)
@@ -309,7 +314,7 @@ class Requests:
 
     async def _run(self, live: LiveRequest) -> None:
         try:
-            await live.run(self._engine, self._inputs, self._limits)
+            await live.run(self._engine, self._inputs)
         finally:
             del self._live[live.id]
             if not self._live:

@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from sgld.errors import InvalidRequest, PipelineFailed
 from sgld.events import Completed
-from sgld.media.animations import write_animation
+from sgld.media.animations import MAX_GIF_PIXELS, write_animation
 from sgld.media.files import extension_of, media_type_of
 from sgld.media.hook import hooked, load_hook
 from sgld.media.thumbnails import small, spritesheet
 from sgld.media.videos import video_writer
+from sgld.request import Limits
 from sgld.sampling_params import DEFAULT_FPS
 from sgld.server import images, results
 from sgld.server.auth import owner_of
@@ -60,7 +61,7 @@ async def create(request: Request) -> Response:
     options = msgspec.to_builtins(msgspec.structs.replace(asked.options, input_reference=None, reference_url=None))
     model_path = services.engine_config.model_path
     with in_words(asked.words):
-        check_limits(params, services.config, served)
+        check_limits(params, services.config, served, limits_of_film(asked.options))
         await check_sources(params, services.config)
         return await _accept(request, Asked(params=params, options=options, model_path=model_path))
 
@@ -76,7 +77,8 @@ async def remix(request: Request) -> Response:
         raise ApiError(400, f"a remix has a prompt only, not {name!r}", "unknown_parameter", param=name)
     params = msgspec.structs.replace(job.asked.params, prompt=prompt)
     services = services_of(request)
-    check_limits(params, services.config, services.engine.model)
+    limits = limits_of_film(msgspec.convert(job.asked.options, VideoOptions))
+    check_limits(params, services.config, services.engine.model, limits)
     model_path = services.engine_config.model_path
     return await _accept(
         request, msgspec.structs.replace(job.asked, params=params, model_path=model_path, remixed_from=job.id)
@@ -199,6 +201,11 @@ async def video_of(request: Request, job: Job) -> Video:
     )
 
 
+def limits_of_film(options: VideoOptions) -> Limits:
+    """What can be made a file of the format that is asked for."""
+    return Limits(only_videos=True, max_film_pixels=MAX_GIF_PIXELS if options.output_format == "gif" else None)
+
+
 def video_work(services: Services, job: Job) -> "VideoWork":
     """What is done with the outputs of a job for videos."""
     return VideoWork(services, msgspec.convert(job.asked.options, VideoOptions))
@@ -209,6 +216,7 @@ class VideoWork:
 
     def __init__(self, services: Services, options: VideoOptions) -> None:
         self.options = options
+        self.limits = limits_of_film(options)
         self._services = services
         self._files: dict[int, StoredFile] = {}
 

@@ -10,6 +10,7 @@ import torch
 
 from sgld.errors import InvalidRequest
 from sgld.media.images import load_image
+from sgld.media.inputs import has_pictures
 from sgld.messages import Start
 from sgld.models.filters import Filter
 from sgld.sampling_params import FirstBlockCache, SamplingParams
@@ -46,7 +47,13 @@ class Preparation:
         self._check_cache(params)
         pipeline, kwargs = self._bound(params)
         steps = num_steps(pipeline, kwargs)
-        asked.limits.check(params, num_steps=steps)
+        asked.limits.check_asked(
+            params,
+            self.model.call_defaults,
+            has_pictures=has_pictures(params),
+            makes_videos=self.model.makes_videos,
+            num_steps=steps,
+        )
         # A task that runs its models itself has the cores.
         num_threads = torch.get_num_threads() if self.model.is_whole else 1
         about = self.results, asked, self.model, self.previewer

@@ -13,6 +13,7 @@ import pytest
 from sgld import errors
 from sgld.config import EngineConfig
 from sgld.events import AnyEvent, Completed, Failed, Progress, Queued, Started
+from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld_cli.main import main
 
@@ -50,9 +51,10 @@ class FakeEngine:
         assert start_s <= end_s
         self.recorded.append(f"{event.request_id} {event.output_index} {label}")
 
-    async def generate(self, params: SamplingParams) -> AsyncGenerator[AnyEvent, None]:
+    async def generate(self, params: SamplingParams, *, limits: Limits = NO_LIMITS) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request, as sgld.engine.engine.Engine.generate gives them."""
         self.params.append(params)
+        self.limits = limits
         verb, _, code = params.prompt.partition(" ")
         if verb == "refuse":
             raise REFUSALS[code]("it was refused")

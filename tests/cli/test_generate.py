@@ -93,6 +93,15 @@ def test_short_videos_may_be_animated_pictures(ending: str, sgld: Sgld) -> None:
     assert (params["num_frames"], params["fps"], params["seed"]) == (3, 8, 7)
 
 
+def test_what_a_file_can_not_hold_is_refused_before_it_is_made(sgld: Sgld, engines: Engines) -> None:
+    size = ("--width", "2048", "--height", "2048")
+    film = ("generate", "--prompt", "a", "--output-file-name", "v.gif", "--num-frames")
+    assert "such a file has at most 256 of them" in sgld(*film, "400", *size).err[0]
+    assert engines.made == []
+    sgld(*film, "3")
+    assert engines.made[0].limits.max_film_pixels == 2**30
+
+
 def test_the_encoder_of_videos_can_be_chosen(sgld: Sgld) -> None:
     encoder = ("--video-codec", "hevc", "--video-crf", "40", "--x264-preset", "fast", "--output-quality", "high")
     done = sgld("generate", "--prompt", "a", "--num-frames", "3", "--output-file-name", "v.mp4", *encoder)

@@ -183,6 +183,11 @@ def test_pipeline_that_takes_pictures_itself_has_no_sibling() -> None:
     assert model.pipeline_for(["image"]) is model.pipeline
 
 
+@pytest.mark.parametrize(("name", "makes_videos"), [("pixart", False), ("wan", True), ("cogvideox", True)])
+def test_who_makes_pictures_only_is_known(name: str, makes_videos: bool) -> None:
+    assert inline(name).makes_videos == makes_videos
+
+
 def test_pipeline_without_a_sibling_refuses_pictures() -> None:
     with pytest.raises(InvalidRequest, match="takes no input image, and has no image-to-image sibling") as caught:
         inline("cogvideox").pipeline_for(["image"])

@@ -26,5 +26,7 @@ def test_models_without_one_have_ours(name: str) -> None:
 
 def test_models_that_have_none_are_told_why() -> None:
     assert plan_of(diffusers.UNet2DConditionModel) is None
-    assert why_not("UNet2DConditionModel") == "can't share its tokens, as its convolutions see the pixels around each one"
+    assert (
+        why_not("UNet2DConditionModel") == "can't share its tokens, as its convolutions see the pixels around each one"
+    )
     assert why_not("Unheard") == "has no plan of how to split its tokens"

@@ -57,6 +57,7 @@ class FakeEngine:
         self.params: list[SamplingParams] = []
         self.waited_s: list[float] = []
         self.ended: list[str] = []
+        self.limits: list[Limits] = []
         self.hanging = anyio.Event()
         self.go = anyio.Event()
         self.has_ended = anyio.Event()
@@ -97,6 +98,7 @@ class FakeEngine:
     ) -> AsyncGenerator[AnyEvent, None]:
         """The events of a request, as sgld.engine.engine.Engine.generate gives them."""
         self.params.append(params)
+        self.limits.append(limits)
         self.waited_s.append(waited_s)
         verb, _, rest = params.prompt.partition(" ")
         if verb == "refuse":

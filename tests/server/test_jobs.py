@@ -34,6 +34,7 @@ class Writes:
 
     jobs: Jobs
     files: dict[int, StoredFile]
+    limits: Limits = NO_LIMITS
 
     async def finish(self, live: LiveRequest, completed: Completed) -> None:
         key = f"{live.id}/{completed.output_index}"

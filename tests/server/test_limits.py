@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
 from sgld.messages import ModelInfo
+from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
 from sgld.server.limits import check_limits, check_sources
 
@@ -65,6 +67,26 @@ def test_the_models_defaults_count_where_nothing_is_named(fields: dict[str, Any]
     except InvalidRequest as error:
         problem = error.param
     assert problem == param
+
+
+FILM = Limits(max_film_pixels=200, only_videos=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "makes_videos", "problem"),
+    [
+        ({}, True, None),
+        ({"num_frames": 5}, True, "5 frames of 48 pixels each, and such a file has at most 4"),
+        ({"num_frames": 5, "width": 10, "height": 4}, True, None),
+        ({}, False, "makes no videos"),
+        ({"num_frames": 1}, False, None),
+    ],
+)
+def test_what_the_file_can_not_hold_is_refused(fields: dict[str, Any], makes_videos: bool, problem: str | None) -> None:
+    model = msgspec.structs.replace(MODEL, makes_videos=makes_videos)
+    refused = pytest.raises(InvalidRequest, match=problem) if problem else nullcontext()
+    with refused:
+        check_limits(SamplingParams(**fields), CONFIG, model, FILM)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from openai import AsyncOpenAI
 from PIL import Image
 from pipelines import build
 
+from sgld.config import ServerConfig
+from sgld.media.animations import MAX_GIF_PIXELS
 from sgld.media.metadata import read_metadata
 from sgld.server.bodies import data_url
 
@@ -140,6 +142,22 @@ async def test_a_model_of_pictures_makes_no_video(tmp_path: Path) -> None:
 
     assert video["error"]["code"] == "pipeline_failed"
     assert "/v1/images" in video["error"]["message"]
+
+
+async def test_what_no_file_of_the_format_holds_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    large = {"prompt": "hang", "num_frames": 400, "size": "2048x2048"}
+    async with running(tmp_path) as server:
+        answers = [await server.http.post("/v1/videos", json=large | {"output_format": f}) for f in ("gif", "mp4")]
+        assert [answer.status_code for answer in answers] == [400, 200]
+        assert answers[0].json()["error"]["param"] == "output_format"
+
+
+async def test_limits_of_a_file_reach_the_rank_that_knows_what_the_model_chooses(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        await server.http.post("/v1/videos", json={"prompt": "a cat", "output_format": "gif", "num_frames": 2})
+        [limits] = server.engine.limits
+        assert (limits.only_videos, limits.max_film_pixels) == (True, MAX_GIF_PIXELS)
+        assert limits.max_steps == ServerConfig().max_steps
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From a request to the job of its task."""
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -40,6 +41,23 @@ def test_steps_that_the_model_chooses_are_limited_before_anything_runs() -> None
     limited = msgspec.structs.replace(asked(), limits=Limits(max_steps=6))
     with pytest.raises(InvalidRequest, match="the number of steps is 7; this server allows at most 6"):
         preparation().job_of(limited, {}, ())
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        (Limits(max_pixels=63), "the number of pixels is 64"),
+        (Limits(max_frames=2), "the number of frames is 3"),
+        (Limits(max_film_pixels=100), "3 frames of 64 pixels each, and such a file has at most 1"),
+        (Limits(only_videos=True), "makes no videos"),
+    ],
+)
+def test_what_the_model_chooses_is_limited_before_anything_runs(limits: Limits, problem: str) -> None:
+    prepared = preparation()
+    model = replace(prepared.model, call_defaults={"width": 8, "height": 8, "num_frames": 3})
+    limited = msgspec.structs.replace(asked(), limits=limits)
+    with pytest.raises(InvalidRequest, match=problem):
+        replace(prepared, model=model).job_of(limited, {}, ())
 
 
 @pytest.mark.parametrize(
