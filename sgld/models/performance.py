@@ -44,7 +44,8 @@ def choose(config: EngineConfig, device_type: str, *, is_whole: bool) -> Compila
 
     1. Asked for by name: in any case. Where models run themselves, or on several GPUs, their calls compile them.
     2. For speed: by a process of its own, at once, where that can be.
-    3. By itself: on a GPU, those that are large and repeat their layers, as that takes a minute or two.
+    3. By itself: on a GPU, those that are large and repeat their layers, as that takes a minute or two; where times
+       are calibrated at once, or they would be those of forwards that nobody runs for long.
     """
     can_be_aside = not is_whole and config.parallel.num_ranks == 1
     mode = config.memory.performance_mode
@@ -53,7 +54,8 @@ def choose(config: EngineConfig, device_type: str, *, is_whole: bool) -> Compila
     if mode == "speed" and can_be_aside:
         return Compilation(is_aside=True)
     if mode == "auto" and can_be_aside and device_type == "cuda":
-        return Compilation(is_aside=True, after_s=_AUTO_AFTER_S, checks_size=True)
+        after_s = 0.0 if config.calibration.calibrate else _AUTO_AFTER_S
+        return Compilation(is_aside=True, after_s=after_s, checks_size=True)
     return None
 
 

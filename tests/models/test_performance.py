@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgld.config import EngineConfig, MemoryConfig
+from sgld.config import CalibrationConfig, EngineConfig, MemoryConfig
 from sgld.models import performance
 from sgld.models.performance import Compilation
 from sgld.models.roles import places
@@ -33,6 +33,12 @@ def test_on_a_gpu_large_denoisers_that_repeat_layers_are_compiled_when_it_pays()
     assert names == ("large",)
     assert notes["small"] == "not compiled: 0 MiB of weights are few"
     assert notes["whole"] == "not compiled: Linear names no layers that it repeats"
+
+
+def test_who_calibrates_measures_what_will_run() -> None:
+    compilation = chosen(calibration=CalibrationConfig(calibrate=True))
+    assert compilation == Compilation(is_aside=True, checks_size=True)
+    assert compilation.components({"large": Layers(20_000)})[1] == {"large": "compiled by a process of its own"}
 
 
 @pytest.mark.parametrize(("mode", "device"), [("auto", "cpu"), ("memory", "cuda"), ("manual", "cuda")])
