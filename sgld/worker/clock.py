@@ -3,6 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
@@ -50,43 +51,21 @@ class Clock(Protocol):
         """
 
 
+@dataclass
 class HostSpan:
-    """Work of the calling thread, which waits for what it started elsewhere."""
+    """Work of the calling thread, which waits for what it started elsewhere; or of another rank, which is over."""
 
-    def __init__(self, settle: Callable[[], None]) -> None:
-        self._settle = settle
-        self.started_ns = time.monotonic_ns()
-        self.elapsed_s = 0.0
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    elapsed_s: float = 0.0
+    settle: Callable[[], None] = lambda: None
 
     def end(self) -> None:
-        self._settle()
+        self.settle()
         self.elapsed_s = (time.monotonic_ns() - self.started_ns) / 1e9
 
     @property
     def launch_s(self) -> float:
         return self.elapsed_s
-
-    def has_begun(self) -> bool:
-        return True
-
-    def is_over(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-
-class PastSpan:
-    """Work that is over, elsewhere."""
-
-    launch_s = 0.0
-
-    def __init__(self, started_ns: int, elapsed_s: float) -> None:
-        self.started_ns = started_ns
-        self.elapsed_s = elapsed_s
-
-    def end(self) -> None:
-        pass
 
     def has_begun(self) -> bool:
         return True
@@ -111,7 +90,7 @@ class HostClock:
         return time.monotonic_ns()
 
     def begin(self) -> HostSpan:
-        return HostSpan(self._settle)
+        return HostSpan(settle=self._settle)
 
     def settle(self) -> None:
         self._settle()

@@ -26,7 +26,7 @@ from sgld.worker.member import Member, performed
 from sgld.worker.orders import (
     AGREE_S,
     Agree,
-    Failed,
+    FollowerFailed,
     Invoke,
     Loaded,
     Order,
@@ -50,10 +50,10 @@ def lead(seat: Seat, model: LoadedModel, config: EngineConfig, note: Callable[[s
     timeout_s = config.load_timeout_s
     for rank, wire in enumerate(seat.wires, 1):
         try:
-            reply = receive(wire) if wire.poll(timeout_s) else Failed(0, f"it was silent for {timeout_s:.0f} s")
+            reply = receive(wire) if wire.poll(timeout_s) else FollowerFailed(0, f"it was silent for {timeout_s:.0f} s")
         except (EOFError, OSError):
-            reply = Failed(0, "its process died")
-        if isinstance(reply, Failed):
+            reply = FollowerFailed(0, "its process died")
+        if isinstance(reply, FollowerFailed):
             raise ModelError(f"rank {rank} can't load the model: {reply.message}")
     _join(seat, model.device, timeout_s)
     member = Member(seat, model, config.parallel)
@@ -65,7 +65,7 @@ def fail(seat: Seat, problem: str) -> None:
     [wire] = seat.wires
     # Mostly rank 0 can't, either, and has said so and left.
     with contextlib.suppress(EOFError, OSError):
-        send(wire, Failed(0, problem))
+        send(wire, FollowerFailed(0, problem))
         wire.recv_bytes()
 
 
@@ -121,7 +121,7 @@ def _obey(member: Member, invoke: Invoke, runtime: Runtime) -> None:
     if not isinstance(obeyed, Raised):
         return
     error = obeyed.error
-    send(wire, Failed(invoke.seq, f"{type(error).__name__}: {error}"[:2000]))
+    send(wire, FollowerFailed(invoke.seq, f"{type(error).__name__}: {error}"[:2000]))
     if not wire.poll(AGREE_S) or receive(wire) != Agree(invoke.seq):
         raise SystemExit(f"rank {member.seat.index} failed, and rank 0 didn't: {error!r}")
 

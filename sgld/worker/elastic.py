@@ -22,7 +22,7 @@ from sgld.parallel import FIRST, Ranks
 from sgld.worker.invocation import Invocation
 from sgld.worker.leader import Leader
 from sgld.worker.member import Member, performed
-from sgld.worker.orders import AGREE_S, Failed, Invoke, Order, random_states, send, set_random_states
+from sgld.worker.orders import AGREE_S, FollowerFailed, Invoke, Order, random_states, send, set_random_states
 from sgld.worker.randomness import OwnRandom
 from sgld.worker.runtime import Runtime
 from sgld.worker.trees import leaves
@@ -57,7 +57,7 @@ class Away:
     leader: "ElasticLeader"
     invoke: Invoke
     ranks: Ranks
-    reply: Done | Failed | None = None
+    reply: Done | FollowerFailed | None = None
 
     def is_over(self) -> bool:
         """Whether an answer is there; never waits."""
@@ -185,7 +185,7 @@ class ElasticLeader(Leader):
     def result(self, away: Away) -> Any:
         """The result of a forward of other ranks; as `Away.result`."""
         self._listen(away)
-        if isinstance(away.reply, Failed):
+        if isinstance(away.reply, FollowerFailed):
             if away.reply.is_out_of_memory:
                 raise torch.OutOfMemoryError(away.reply.message)
             raise PipelineFailed(away.reply.message)
@@ -210,12 +210,12 @@ class ElasticLeader(Leader):
             away.reply = self._heard(first)
         del self._away[first]
         self._has_lost |= away.reply.has_lost_graphs
-        if isinstance(away.reply, Failed):
+        if isinstance(away.reply, FollowerFailed):
             self._see_that_all_failed(away)
 
     def _see_that_all_failed(self, away: Away) -> None:
         for rank in away.ranks.every:
-            if rank != away.ranks.first and not isinstance(self._heard(rank, AGREE_S), Failed):
+            if rank != away.ranks.first and not isinstance(self._heard(rank, AGREE_S), FollowerFailed):
                 self._give_up(f"rank {away.ranks.first} failed, and rank {rank} didn't")
 
     def _tell(self, order: Order, ranks: Ranks | None = None) -> None:
@@ -238,7 +238,7 @@ def serve(member: Member, invoke: Invoke, runtime: Runtime) -> None:
     if isinstance(outcome, Raised):
         problem = f"{type(outcome.error).__name__}: {outcome.error}"[:2000]
         is_out_of_memory = isinstance(outcome.error, torch.OutOfMemoryError)
-        send(wire, Failed(invoke.seq, problem, is_out_of_memory, _has_lost_graphs(runtime)))
+        send(wire, FollowerFailed(invoke.seq, problem, is_out_of_memory, _has_lost_graphs(runtime)))
     elif outcome.value is not None:
         done, buffer = outcome.value
         send(wire, replace(done, has_lost_graphs=_has_lost_graphs(runtime)))

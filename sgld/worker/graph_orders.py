@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sgld.worker.graph_policy import Decision
-from sgld.worker.recorder import Failed, Full, Leaking, Slow, Unfit
+from sgld.worker.recorder import CaptureFailed, Full, Leaking, Slow, Unfit
 
 Rest = tuple[Any, ...]
 """The end of a key; its beginning is the component, which each rank has for itself."""
@@ -20,7 +20,7 @@ class Shared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Order:
+class GraphOrder:
     """How ranks run a forward. `rest`: of its key; `gone`: keys of graphs that rank 0 has no more, by names."""
 
     decision: Decision
@@ -42,7 +42,7 @@ class Refusal:
     is_leaking: bool = False
 
 
-Agree = Callable[[Refusal | None], Refusal | None]
+Agreement = Callable[[Refusal | None], Refusal | None]
 """From what this rank has against a graph to what any of them has; all are asked at the same places."""
 
 
@@ -50,8 +50,8 @@ Agree = Callable[[Refusal | None], Refusal | None]
 class Ordered:
     """An order as a rank gets it. `is_own`: it gave that itself."""
 
-    order: Order
-    agree: Agree
+    order: GraphOrder
+    agree: Agreement
     is_own: bool
 
 
@@ -67,6 +67,6 @@ def refusal_of(problem: Unfit) -> Refusal:
     return Refusal(
         said,
         is_passing=isinstance(problem, Full),
-        may_upload=isinstance(problem, Failed),
+        may_upload=isinstance(problem, CaptureFailed),
         is_leaking=isinstance(problem, Leaking),
     )

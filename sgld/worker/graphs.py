@@ -19,13 +19,13 @@ from sgld.messages import Variant
 from sgld.worker.comparison import relative_error
 from sgld.worker.effects import Effects
 from sgld.worker.graph_keys import Key, flattened, key_of, unfit
-from sgld.worker.graph_orders import Agree, Order, Ordered, Refusal, Shared, refusal_of
+from sgld.worker.graph_orders import Agreement, GraphOrder, Ordered, Refusal, Shared, refusal_of
 from sgld.worker.graph_policy import Decision, GraphPolicy, is_worth_capturing, pays
 from sgld.worker.invocation import Invocation, Tree
 from sgld.worker.recorder import (
     Broken,
+    CaptureFailed,
     CudaRecorder,
-    Failed,
     Forward,
     Recorder,
     Recording,
@@ -96,7 +96,9 @@ class Graphs:
             return invocation.plain()
         return self.perform(self.decide(key), key, invocation, tensors)
 
-    def order(self, invocation: Invocation, variant: Variant, part: Hashable, ranks: Hashable = None) -> Order | None:
+    def order(
+        self, invocation: Invocation, variant: Variant, part: Hashable, ranks: Hashable = None
+    ) -> GraphOrder | None:
         """Decide for several ranks how they run an invocation; None: eagerly.
 
         :param part: what of it each rank runs.
@@ -110,7 +112,7 @@ class Graphs:
             return None
         decision, gone = self.decide(key), [key for key in self._gone if _told(key) == ranks]
         self._gone = [key for key in self._gone if _told(key) != ranks]
-        return Order(decision, key[2:], tuple((self._name(key.module), *key[1:]) for key in gone))
+        return GraphOrder(decision, key[2:], tuple((self._name(key.module), *key[1:]) for key in gone))
 
     def obey(self, invocation: Invocation, ordered: Ordered) -> Any:
         """Run this rank's share as rank 0 decided: what ranks send one another all of them replay, or none."""
@@ -142,7 +144,7 @@ class Graphs:
         key: Key,
         invocation: Invocation,
         tensors: Sequence[torch.Tensor],
-        agree: Agree = lambda refusal: refusal,
+        agree: Agreement = lambda refusal: refusal,
     ) -> Any:
         """Run what was decided.
 
@@ -182,7 +184,9 @@ class Graphs:
         had, self._has_lost = self._has_lost, False
         return had
 
-    def _capture(self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agree) -> Any:
+    def _capture(
+        self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agreement
+    ) -> Any:
         """Run eagerly, and make a graph of the same if that promises to be faster.
 
         Where that fails, the forward may need tensors of the host: it is watched once, and captured with these.
@@ -222,7 +226,7 @@ class Graphs:
             effects.check()
             check_result(warmed.result, self._device_type)
             if (key.module, key.method) in self._uploading:
-                raise Failed("it takes tensors of the host to the device")
+                raise CaptureFailed("it takes tensors of the host to the device")
         except Unfit as problem:
             return refusal_of(problem)
         return None
@@ -241,7 +245,9 @@ class Graphs:
             return refusal_of(problem)
         return None
 
-    def _compare(self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agree) -> Any:
+    def _compare(
+        self, key: Key, forward: Forward, tree: Tree, tensors: Sequence[torch.Tensor], agree: Agreement
+    ) -> Any:
         """Run eagerly and as a graph, for arguments that it wasn't captured with: which is faster, and is it right?
 
         Twice each, as the first eager forward after a capture takes memory from the device again, and the first replay

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -15,11 +14,11 @@ from sgld.parallel import FIRST, Ranks
 from sgld.worker import batch, proof
 from sgld.worker.axes import CallAxes
 from sgld.worker.calls import Call, Stretch
-from sgld.worker.clock import PastSpan
+from sgld.worker.clock import HostSpan
 from sgld.worker.elastic import Away, ElasticLeader
 from sgld.worker.executor import Executor, Tick, cost_key_of
 from sgld.worker.invocation import Invocation
-from sgld.worker.orders import Failed
+from sgld.worker.orders import FollowerFailed
 from sgld.worker.trees import values
 
 
@@ -114,7 +113,7 @@ class Lanes:
         away, lane.away = lane.away, None
         tick = lane.tick = self._instead(lane.calls)
         assert away is not None
-        failed = away.reply if isinstance(away.reply, Failed) and not away.reply.is_out_of_memory else None
+        failed = away.reply if isinstance(away.reply, FollowerFailed) and not away.reply.is_out_of_memory else None
         if failed is not None and away.ranks.num > 1 and all(isinstance(outcome, Value) for outcome in tick.outcomes):
             self._leader.refuse(_invocation(lane.calls[0]), failed.message)
         return tick
@@ -168,7 +167,7 @@ class Lanes:
         if isinstance(outcome, Raised):
             if len(lane.calls) > 1 or away.ranks.num > 1:
                 return None
-            span = PastSpan(time.monotonic_ns(), 0.0)
+            span = HostSpan()
             return Tick([outcome], span, is_merged=False, is_timed=False, cost_key=lane.calls[0].cost_key)
         done = away.done
         assert done is not None
@@ -182,7 +181,7 @@ class Lanes:
             values = split.value
         return Tick(
             [Value(value) for value in values],
-            PastSpan(done.started_ns, done.elapsed_s),
+            HostSpan(done.started_ns, done.elapsed_s),
             is_merged=len(lane.calls) > 1,
             is_timed=done.is_timed,
             cost_key=cost_key_of(lane.calls),

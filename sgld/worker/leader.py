@@ -24,7 +24,7 @@ from sgld.worker.member import Member
 from sgld.worker.orders import (
     AGREE_S,
     Agree,
-    Failed,
+    FollowerFailed,
     Invoke,
     Order,
     PutAdapters,
@@ -177,7 +177,7 @@ class Leader:
         size = self._member.seat.num_ranks // self._member.num_groups
         for rank in range(size, self._member.seat.num_ranks, size):
             reply = self._heard(rank)
-            if isinstance(reply, Failed):
+            if isinstance(reply, FollowerFailed):
                 self._give_up(f"rank {rank} failed, and rank 0 didn't: {reply.message}")
             buffer = space_for(reply.parcel, self._member.device)
             if buffer is not None:
@@ -207,7 +207,7 @@ class Leader:
             with contextlib.suppress(OSError):
                 send(self._wires[rank - 1], Agree(self._seq))
         for rank in self._followers(ranks):
-            if not isinstance(self._heard(rank, AGREE_S), Failed):
+            if not isinstance(self._heard(rank, AGREE_S), FollowerFailed):
                 self._give_up(f"rank 0 failed, and rank {rank} didn't: {type(error).__name__}: {error}")
 
     def _heard(self, rank: int, timeout_s: float | None = None) -> Any:

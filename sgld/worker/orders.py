@@ -12,7 +12,7 @@ from sgld.models.lora import LoraLayer
 from sgld.parallel import Ranks
 from sgld.worker.adapted_layer import Changes
 from sgld.worker.calls import CallContext
-from sgld.worker.graph_orders import Order as GraphOrder
+from sgld.worker.graph_orders import GraphOrder
 from sgld.worker.rows import RowAxes
 from sgld.worker.wire import Parcel
 
@@ -79,7 +79,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FollowerFailed:
     """A follower failed, in which message and how; the first is 0 for loading."""
 
     seq: int

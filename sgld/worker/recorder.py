@@ -23,11 +23,11 @@ class Unfit(Exception):
     """A forward that can't be a graph; the message says why."""
 
 
-class Failed(Unfit):
+class CaptureFailed(Unfit):
     """A capture failed where an eager forward doesn't."""
 
 
-class Broken(Failed):
+class Broken(CaptureFailed):
     """The device cut a capture off; later ones share no memory with those before."""
 
 
@@ -167,7 +167,7 @@ class CudaRecorder:
 
     def _capture(self, graph: torch.cuda.CUDAGraph, forward: Forward, tree: Any) -> Any:
         problem = ""
-        kind: type[Unfit] = Failed
+        kind: type[Unfit] = CaptureFailed
         had_gc = gc.isenabled()
         gc.disable()  # what it frees may need calls that a capture forbids
         torch.clear_autocast_cache()
@@ -184,7 +184,7 @@ class CudaRecorder:
                 try:
                     graph.capture_end()
                 except Exception as error:  # noqa: BLE001 - of the device, or of torch
-                    problem, kind = problem or _in_short(error), Broken if kind is Failed else kind
+                    problem, kind = problem or _in_short(error), Broken if kind is CaptureFailed else kind
                     self._clean_up(graph)
         finally:
             if had_gc:
@@ -265,7 +265,7 @@ def check_result(result: Any, device_type: str) -> None:
 def _kind(error: Exception) -> type[Unfit]:
     if isinstance(error, Unfit):
         return type(error)
-    return Full if isinstance(error, torch.OutOfMemoryError) else Failed
+    return Full if isinstance(error, torch.OutOfMemoryError) else CaptureFailed
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

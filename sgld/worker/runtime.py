@@ -18,7 +18,7 @@ from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
 from sgld.models.placement import compile_components, decompile, dtype_of
 from sgld.outcome import message_of
-from sgld.worker.graph_orders import Order
+from sgld.worker.graph_orders import GraphOrder
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
 from sgld.worker.precision import cast, computing_in, differs
@@ -223,7 +223,7 @@ class Runtime:
             self.variant = "compiled graph" if self.variant == "compiled" else "graph"
         return result
 
-    def order(self, invocation: Invocation, part: Hashable, ranks: Hashable = None) -> Order | None:
+    def order(self, invocation: Invocation, part: Hashable, ranks: Hashable = None) -> GraphOrder | None:
         """How ranks run what they share; None: eagerly.
 
         :param part: what of it each rank runs.

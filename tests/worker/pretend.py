@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sgld.worker.recorder import Failed, Forward, Unfit, Warmed
+from sgld.worker.recorder import CaptureFailed, Forward, Unfit, Warmed
 from sgld.worker.trees import opened, rebuilt
 
 DEVICE = torch.device("meta")
@@ -211,7 +211,7 @@ class DeviceRecorder:
         except Unfit:
             raise
         except RuntimeError as error:
-            raise Failed(str(error)) from None
+            raise CaptureFailed(str(error)) from None
         return DeviceRecording(inputs, tape, outputs)
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float]:

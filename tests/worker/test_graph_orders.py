@@ -20,11 +20,11 @@ from sgld.models.load import LoadedModel
 from sgld.models.sharing import Sharing
 from sgld.parallel import ParallelConfig
 from sgld.worker.distributed import follow, lead
-from sgld.worker.graph_orders import Order, Ordered, Refusal, refusal_of, strongest
+from sgld.worker.graph_orders import GraphOrder, Ordered, Refusal, refusal_of, strongest
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs, graphs_on
 from sgld.worker.invocation import Invocation
-from sgld.worker.recorder import Broken, Failed, Full, Leaking, Slow, Unfit
+from sgld.worker.recorder import Broken, CaptureFailed, Full, Leaking, Slow, Unfit
 from sgld.worker.runtime import Runtime
 from worker.recordings import FakeRecorder, FakeRecording
 
@@ -214,7 +214,7 @@ def test_only_ranks_that_have_a_graph_hear_that_it_is_gone() -> None:
     graphs = graphs_of(0, 1000, {"transformer": module})
     invocation = Invocation(module, "forward", (torch.ones(1, 2),), fixed=())
 
-    def order(ranks: str) -> Order:
+    def order(ranks: str) -> GraphOrder:
         made = graphs.order(invocation, "eager", None, ranks)
         assert made is not None
         return made
@@ -258,7 +258,7 @@ def test_a_follower_keeps_what_rank_0_says_whatever_its_own_graphs_need() -> Non
         (Unfit("a"), Refusal("a")),
         (Slow("a"), Refusal()),
         (Full("a"), Refusal("a", is_passing=True)),
-        (Failed("a"), Refusal("a", may_upload=True)),
+        (CaptureFailed("a"), Refusal("a", may_upload=True)),
         (Broken("a"), Refusal("a", may_upload=True)),
         (Leaking("a"), Refusal("a", is_leaking=True)),
     ],

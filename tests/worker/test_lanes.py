@@ -14,7 +14,7 @@ from sgld.worker.elastic import Away
 from sgld.worker.executor import Executor
 from sgld.worker.invocation import Invocation
 from sgld.worker.lanes import Lane, Lanes
-from sgld.worker.orders import Failed
+from sgld.worker.orders import FollowerFailed
 from worker.requests import Function, call_of
 
 OTHERS = Ranks(2, 2)
@@ -36,7 +36,7 @@ class FakeLeader:
         self.refused.append(problem)
 
     def result(self, away: Away) -> Any:
-        assert isinstance(away.reply, Failed)
+        assert isinstance(away.reply, FollowerFailed)
         raise PipelineFailed(away.reply.message)
 
 
@@ -64,7 +64,7 @@ def test_only_what_one_rank_can_run_is_what_several_cannot_share(function: Any, 
     leader: Any = FakeLeader()
     call = call_of(Function(function), torch.ones(1))
     lanes = lanes_of(leader)
-    away = Away(leader, invoke, OTHERS, Failed(1, "not in two"))
+    away = Away(leader, invoke, OTHERS, FollowerFailed(1, "not in two"))
     lanes._sent = lambda calls, ranks: Lane(ranks, calls, away)  # type: ignore[method-assign]
     lanes.begin([call], OTHERS)
     [(lane, tick)] = lanes.over(any_call)
@@ -89,7 +89,7 @@ def test_what_failed_elsewhere_waits_again_where_it_may_not_run_now() -> None:
     num_runs: list[None] = []
     call = call_of(Function(num_runs.append), None)
     lanes = lanes_of(leader)
-    away = Away(leader, invoke, OTHERS, Failed(1, "not in two"))
+    away = Away(leader, invoke, OTHERS, FollowerFailed(1, "not in two"))
     lanes._sent = lambda calls, ranks: Lane(ranks, calls, away)  # type: ignore[method-assign]
     lanes.begin([call], OTHERS)
     assert [(lane.ranks, tick) for lane, tick in lanes.over(lambda call: False)] == [(OTHERS, None)]
