@@ -11,7 +11,7 @@ from typing import Any, assert_never
 import av
 import numpy as np
 from av.container import OutputContainer
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -89,7 +89,7 @@ class GrowingVideo:
     """
 
     def __init__(self, size: tuple[int, int], *, fps: float, quality: int = 90) -> None:
-        self._sink = _Sink()
+        self._sink, self._converter = _Sink(), VideoReformatter()
         flags = f"{_FRAGMENTED}+frag_every_frame"
         self._container = av.open(self._sink, "w", format="mp4", options={"movflags": flags})
         # Without zerolatency the encoder keeps dozens of frames back.
@@ -100,7 +100,7 @@ class GrowingVideo:
     def add(self, frames: NDArray[np.uint8]) -> bytes:
         """Encode frames, (F, H, W, 3 or 4), uint8; what there is of the file since the last call."""
         for frame in frames:
-            self._container.mux(self._stream.encode(_to_yuv(frame[..., :3])))
+            self._container.mux(self._stream.encode(_to_yuv(frame[..., :3], self._converter)))
         return self._sink.take()
 
     def close(self) -> bytes:
@@ -204,8 +204,9 @@ def _encode(
     if sound is not None:
         # All of it first: it is small, and the muxer puts packets into the order of their times.
         encode_track(container, add_track(container, *sound), *sound)
+    converter = VideoReformatter()
     for frame in frames:
-        container.mux(stream.encode(_to_yuv(frame)))
+        container.mux(stream.encode(_to_yuv(frame, converter)))
     container.mux(stream.encode(None))
 
 
@@ -220,11 +221,17 @@ def _describe(stream: VideoStream, *, height: int, width: int) -> None:
     stream.codec_context.color_range = ColorRange.MPEG
 
 
-def _to_yuv(frame: NDArray[np.uint8]) -> av.VideoFrame:
-    """One RGB frame (H, W, 3) as yuv420p of even size, BT.709, limited range."""
+def _to_yuv(frame: NDArray[np.uint8], converter: VideoReformatter) -> av.VideoFrame:
+    """One RGB frame (H, W, 3) as yuv420p of even size, BT.709, limited range.
+
+    :param converter: one for all frames of a video: it has threads, which would be started anew for each.
+    """
     height, width, _ = frame.shape
     if height % 2 or width % 2:
         frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    return converter.reformat(
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
     )

@@ -172,7 +172,7 @@ def test_other_arrays_and_rates_are_refused(tmp_path: Path) -> None:
 
 
 def test_failed_encoding_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(frame: object) -> None:
+    def fail(frame: object, converter: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("sgld.media.videos._to_yuv", fail)
