@@ -1,6 +1,7 @@
 """Components go where the plan has them, and denoisers are compiled where that is asked for."""
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,7 +92,28 @@ def compile_module(module: nn.Module) -> None:
     # nor on lengths that happen to be equal, as two rows and two heads: three rows would be compiled once more.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch.fx.experimental._config.use_duck_shape = False
+    # Of sizes only: an epsilon that is a variable has every trace done twice, and nothing of it is found in the cache.
+    torch._dynamo.config.specialize_float = True
     module.compile(dynamic=True)
+    module._compiled_call_impl = functools.partial(_called, module._compiled_call_impl)
+
+
+def _called(compiled: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    assert compiled is not None
+    return compiled(*plain(args), **plain(kwargs))
+
+
+def plain(value: Any) -> Any:
+    """The same values in tensors that aren't views of others and have no strides that mean nothing.
+
+    Torch compiles once more where an argument is a view: FLUX's first block is given none, and the next ones are.
+    """
+    if isinstance(value, torch.Tensor):
+        is_view = type(value) is torch.Tensor and value._base is not None and not value.requires_grad
+        return value.view(value.shape).detach() if is_view else value
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    return {key: plain(part) for key, part in value.items()} if type(value) is dict else value
 
 
 def decompile(parts: Iterable[nn.Module]) -> None:

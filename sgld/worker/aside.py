@@ -5,6 +5,7 @@ The process is told all at once and ends with its work; nothing here waits for i
 
 import fcntl
 import hashlib
+import inspect
 import pickle
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import msgspec
 import torch
 from torch import nn
 
-from sgld.models import attention
+from sgld.models import attention, placement
+from sgld.models.placement import plain
 from sgld.worker.compiler import CompileJob, CompileResult, TorchState
 from sgld.worker.sketch import CannotSketch, sketched
 
@@ -51,7 +53,7 @@ class Watch:
         if self._problem is not None:
             return
         try:
-            self._seen.setdefault((module, sketched((args, kwargs))), TorchState.now())
+            self._seen.setdefault((module, sketched(plain((args, kwargs)))), TorchState.now())
         except CannotSketch as error:
             self._problem = error
 
@@ -159,4 +161,5 @@ def _name(job: CompileJob) -> str:
     is_on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     gpu = torch.cuda.get_device_name() if is_on_gpu else "none"
     versions = (*map(version, ("torch", "diffusers", "transformers")), gpu)
-    return hashlib.sha256(pickle.dumps((job, versions))).hexdigest()
+    # Compiled in another way it is something else.
+    return hashlib.sha256(pickle.dumps((job, versions, inspect.getsource(placement)))).hexdigest()

@@ -10,8 +10,9 @@ from worker.requests import picture, request
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
 from sgld.models.load import load
-from sgld.models.placement import dtype_of, place
+from sgld.models.placement import compile_module, dtype_of, place, plain
 from sgld.testing import run_together
+from sgld.worker.compilation import watched_compilations
 
 CPU = torch.device("cpu")
 
@@ -63,3 +64,35 @@ def test_denoisers_are_compiled_when_asked(sdxl_folder: Path) -> None:
     assert num_compiled(model.pipeline.unet) > 1
     assert num_compiled(model.pipeline.vae) == num_compiled(model.pipeline.text_encoder) == 0
     assert num_compiled(loaded().pipeline.unet) == 0
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, text: torch.Tensor, image: torch.Tensor, rotary: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([text, image], dim=1) * rotary[0] + self.eps
+
+
+@torch.no_grad()
+def test_layer_is_compiled_once_whether_it_is_given_views_or_not() -> None:
+    layer, num = Layer(), 0
+    compile_module(layer)
+
+    def started() -> None:
+        nonlocal num
+        num += 1
+
+    with torch.compiler.set_stance("default", force_backend="eager"), watched_compilations(started, lambda: None):
+        for num_tokens in (4, 6):
+            both, rotary = torch.randn(1, num_tokens + 3, 8), torch.randn(num_tokens + 3, 8)
+            for text, image in ((both[:, :3].clone(), both[:, 3:].clone()), (both[:, :3], both[:, 3:])):
+                assert torch.equal(layer(text, image, (rotary,)), both * rotary + layer.eps)
+    torch._dynamo.reset()
+    assert num == 1
+
+
+def test_what_is_trained_keeps_its_history() -> None:
+    base = torch.ones(2, 3, requires_grad=True)
+    assert plain({"x": [base[:1]]})["x"][0].grad_fn is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from sgld.worker.aside import CompilerProcess, Known, Watch
 from sgld.worker.compiler import CompileJob, CompileResult, TorchState, graphs_of_cache, run_job
@@ -19,6 +20,17 @@ from worker.layered import Block, Denoiser
 from worker.requests import Doubling
 
 pytestmark = pytest.mark.long
+
+
+class Shifting(nn.Module):
+    """Its epsilon is a float, which no variable may be made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.eps
 
 
 def waited(process: CompilerProcess) -> CompileResult:
@@ -40,14 +52,17 @@ def test_what_the_process_compiled_is_found_in_the_cache(tmp_path: Path, monkeyp
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     # Headers that are compiled in advance take longer than one small graph.
     monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-    jobs = jobs_of(Doubling(), torch.ones(2, 8))
+    jobs = jobs_of(Shifting(), torch.ones(2, 8))
     with CompilerProcess(jobs) as process:
         result = waited(process)
     assert (result.problem, result.num_compiled) == (None, 1)
     num_found, num_missed = graphs_of_cache()
+    num_lowered = counters["aot_autograd"]["autograd_cache_hit"]
     with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
         run_job(jobs[0])
     assert graphs_of_cache() == (num_found + 1, num_missed)
+    # Nor is it lowered again, which takes as long as the trace itself.
+    assert counters["aot_autograd"]["autograd_cache_hit"] == num_lowered + 1
     torch._dynamo.reset()
 
 
