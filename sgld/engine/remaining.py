@@ -26,6 +26,8 @@ class Tracked:
     _made: Counter[CallClass] = field(default_factory=Counter)
     _num_steps: int = 0
     _num_steps_done: int = 0
+    _num_steps_behind: int = 0
+    """Those before its latest call: done, or such as the device has."""
     _num_calls_left: int | None = None
     """Of those that follow the pipeline; None while that goes on."""
     _followed: Counter[CallClass] = field(default_factory=Counter)
@@ -51,6 +53,7 @@ class Tracked:
     def pending(self, call: CallInfo) -> None:
         """A call waits; with a known id it replaces what was said before."""
         self.calls[call.id] = call
+        self._num_steps_behind = call.step_index
         if call.kind == "denoise":
             self._num_steps = call.num_steps
         self._version = -1
@@ -75,7 +78,7 @@ class Tracked:
     def restart(self) -> None:
         """It begins again."""
         self.calls, self._made = {}, Counter()
-        self._num_steps = self._num_steps_done = 0
+        self._num_steps = self._num_steps_done = self._num_steps_behind = 0
         self._num_calls_left, self._followed = None, Counter()
         self._version = -1
 
@@ -90,8 +93,9 @@ class Tracked:
     def _remaining_s(self, cost: Cost, profiles: Profiles) -> float | None:
         """Before denoising, and where the number of steps isn't known: what such requests take, less what was done.
 
-        From there on: the steps left at the cost of its own steps, and decoding. After the pipeline: the calls left, at
-        the mean cost of those that were made.
+        From there on: the steps left at the cost of its own steps, and decoding. A step that the device has counts as
+        done, as its calls count as made: else who has just run would seem to have more left than before, and two
+        requests would take turns. After the pipeline: the calls left, at the mean cost of those that were made.
         """
         waiting = [(call_class(call), 1) for call in self.calls.values()]
         if self._num_calls_left is not None:
@@ -107,8 +111,9 @@ class Tracked:
         if steps_s is None:
             return None
         has_begun = any(made[0] == "denoise" for made, _ in waiting)
-        step_s = steps_s / max(self._num_steps_done + has_begun, 1)
-        num_steps_left = max(self._num_steps - self._num_steps_done, 0)
+        num_steps_done = max(self._num_steps_done, self._num_steps_behind)
+        step_s = steps_s / max(num_steps_done + has_begun, 1)
+        num_steps_left = max(self._num_steps - num_steps_done, 0)
         decoded = [(made, number) for made, number in self._made.items() if made[0] == "decode"]
         tail_s = profiles.tail_s(self.demand) - (seconds_of(cost, decoded) or 0.0)
         return num_steps_left * step_s + max(tail_s, 0.0)

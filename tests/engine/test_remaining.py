@@ -30,8 +30,8 @@ def encode() -> CallInfo:
     return call("a", kind="encode", cost_key="encode", num_steps=0)
 
 
-def step_call(cost_key: str = "step", num_steps: int = 10) -> CallInfo:
-    return call("a", cost_key=cost_key, num_steps=num_steps)
+def step_call(cost_key: str = "step", num_steps: int = 10, step: int = 0) -> CallInfo:
+    return call("a", cost_key=cost_key, num_steps=num_steps, step=step)
 
 
 def decode() -> CallInfo:
@@ -78,6 +78,17 @@ def test_steps_of_a_request_count_more_than_those_of_others() -> None:
     profiles, second = learned(), request()
     second.pending(step_call(num_steps=4))
     assert remaining(second, profiles=profiles) == 4.0 + 5.0
+
+
+def test_step_that_a_device_has_is_behind_its_request() -> None:
+    """What is told of steps comes later than the calls that follow them."""
+    ahead = request()
+    for step in range(10):
+        ahead.pending(waiting := step_call(step=step))
+        assert remaining(ahead) == pytest.approx(10 - step)
+        ahead.ran(waiting.id)
+        if step:
+            ahead.stepped(step)
 
 
 def test_several_calls_in_a_step_are_added_up() -> None:

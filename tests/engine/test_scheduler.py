@@ -134,6 +134,16 @@ def test_request_near_its_end_goes_before_a_shorter_one() -> None:
     assert batch_of(scheduler).call_ids == (long.id,)
 
 
+def test_request_whose_step_the_device_has_goes_on() -> None:
+    """Two that have as much left would take turns, and both be done late, if it counted as left."""
+    scheduler = running(LinearCost(), call("a", merge_key=None), call("b", merge_key=None))
+    for step in range(1, 4):
+        batch = batch_of(scheduler)
+        assert batch.request_ids == ("a",)
+        scheduler.launched(batch.call_ids)
+        scheduler.pending(call("a", merge_key=None, step=step))
+
+
 def test_priority_goes_before_a_shorter_request() -> None:
     scheduler = Scheduler(LinearCost())
     scheduler.add("short", 0.0)
