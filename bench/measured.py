@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 from policies import Class
 
-from sgld.engine.cost import CostModel
+from sgld.engine.cost import CostModel, LearnedTime
 from sgld.engine.demand import Profile
 from sgld.engine.learned import Learned
 from sgld.messages import CallKind
@@ -16,11 +16,12 @@ from sgld.messages import CallKind
 
 @dataclass(frozen=True)
 class Measured(Class):
-    """A class whose times were measured: seconds to encode, of a step by requests in it, and to decode."""
+    """A class with measured times: seconds to encode, of a step by the requests in it, to decode, and of all else."""
 
     steps_s: tuple[float, ...] = ()
     text_s: float = 0.0
     pixels_s: float = 0.0
+    way_s: float = 0.0
 
     def step_s(self, rows: int) -> float:
         """Beyond what was measured each request costs as much as the last one did."""
@@ -34,6 +35,10 @@ class Measured(Class):
     @property
     def decode_s(self) -> float:
         return self.pixels_s
+
+    @property
+    def rest_s(self) -> float:
+        return self.way_s
 
 
 def read(cache: Path) -> Learned:
@@ -49,14 +54,28 @@ def read(cache: Path) -> Learned:
     return msgspec.json.decode(files[-1].read_bytes(), type=Learned)
 
 
-def classes(learned: Learned, mix: Sequence[Class], max_rows: int) -> list[Measured]:
+def with_forwards(learned: Learned, forwards: Sequence[LearnedTime]) -> Learned:
+    """What the server learned, with these times of forwards in the place of its own; none says how it ran."""
+    cost = CostModel()
+    cost.recall(learned.times)
+    taken = {(key, rows): cost.estimate(key, rows) for key, rows, *_ in learned.times}
+    taken |= {(key, rows): elapsed_s for key, rows, _, elapsed_s in forwards}
+    times: list[LearnedTime] = [(*call, "eager", elapsed_s) for call, elapsed_s in taken.items() if elapsed_s]
+    return msgspec.structs.replace(learned, times=tuple(times))
+
+
+def classes(
+    learned: Learned, mix: Sequence[Class], max_rows: int, alone_s: Mapping[str, float] | None = None
+) -> list[Measured]:
     """The mix with these times.
 
+    :param alone_s: what a lone request of each class takes; beyond its forwards that is the rest.
     :raises LookupError: a request of some class never ended, or a call of it was never timed.
     """
     cost = CostModel()
     cost.recall(learned.times)
-    return [_measured(of, *_profile(of, learned.profiles), cost, max_rows) for of in mix]
+    found = [_measured(of, *_profile(of, learned.profiles), cost, max_rows) for of in mix]
+    return [replace(of, way_s=max((alone_s or {}).get(of.name, 0.0) - of.alone_s, 0.0)) for of in found]
 
 
 def _measured(of: Class, profile: Profile, num_steps: int, cost: CostModel, max_rows: int) -> Measured:
@@ -91,6 +110,7 @@ def as_rows(mix: Sequence[Measured]) -> list[Mapping[str, object]]:
             "class": of.name,
             "encode_ms": round(1e3 * of.encode_s, 2),
             "decode_ms": round(1e3 * of.decode_s, 2),
+            "rest_ms": round(1e3 * of.rest_s, 2),
             "step_ms": [round(1e3 * s, 2) for s in of.steps_s],
         }
         for of in mix

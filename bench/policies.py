@@ -10,7 +10,7 @@ from itertools import count
 from typing import Protocol
 
 from sgld.engine.cost import CostModel
-from sgld.engine.demand import Demand
+from sgld.engine.demand import CallClass, Demand, Profile, Profiles
 from sgld.engine.scheduler import Batch, Scheduler
 from sgld.messages import CallInfo, CallKind
 
@@ -40,13 +40,24 @@ class Class:
 
     @property
     def alone_s(self) -> float:
-        return sum(self.tick_s(stage, 1) for stage in range(self.num_steps + 2))
+        """Seconds of a request, from when it is sent to its answer, when there is no other."""
+        return sum(self.tick_s(stage, 1) for stage in range(self.num_steps + 2)) + self.rest_s
 
     def tick_s(self, stage: int, rows: int) -> float:
         """Seconds of a forward. Stage 0 encodes, the last one decodes, each other one is a step."""
         if stage == 0:
             return self.encode_s
         return self.step_s(rows) if stage <= self.num_steps else self.decode_s
+
+    @property
+    def rest_s(self) -> float:
+        """Of these, the seconds in which it needs no device: on its way there and back, and while a file is written."""
+        return 0.0
+
+    @property
+    def work(self) -> float:
+        """Pixels times steps."""
+        return self.side**2 * float(self.num_steps)
 
     def step_s(self, rows: int) -> float:
         """Seconds of a step of so many requests."""
@@ -108,7 +119,11 @@ class Job:
 
     @property
     def latency_s(self) -> float:
-        return self.ends_at - self.arrives_at
+        return self.ends_at - self.arrives_at + self.of.rest_s
+
+    @property
+    def is_in_time(self) -> bool:
+        return self.latency_s <= SLO_SCALE * self.of.alone_s
 
 
 class Policy(Protocol):
@@ -221,14 +236,21 @@ def can_share(head: Job, job: Job) -> bool:
 
 
 class Sgld(Policy):
-    """The real scheduler and cost model, told what a rank tells them."""
+    """The real scheduler and cost model, told what a rank tells them.
 
-    def __init__(self, max_running_requests: int = 32) -> None:
+    :param known: what it has served before.
+    """
+
+    def __init__(self, max_running_requests: int = 32, known: Sequence[Class] = ()) -> None:
         self.decision_s: list[float] = []
         self._cost = CostModel()
+        profiles = Profiles(self._cost)
         self._scheduler = Scheduler(
-            self._cost, max_running_requests=max_running_requests, max_batch_size=MAX_BATCH_SIZE
+            self._cost, profiles, max_running_requests=max_running_requests, max_batch_size=MAX_BATCH_SIZE
         )
+        for of in known:
+            self._cost.recall((key, rows, "eager", of.tick_s(at, rows)) for (_, key, rows), at in _forwards(of))
+        profiles.recall(_profile(of) for of in known)
         self._jobs: dict[str, Job] = {}
         self._ids = count(1)
         self._batch: Batch | None = None
@@ -236,8 +258,7 @@ class Sgld(Policy):
     def add(self, job: Job) -> None:
         name = str(job.number)
         self._jobs[name] = job
-        work = job.of.side**2 * float(job.of.num_steps)
-        self._scheduler.add(name, job.arrives_at, Demand(like=job.of.name, work=work))
+        self._scheduler.add(name, job.arrives_at, Demand(like=job.of.name, work=job.of.work))
 
     def choose(self, now: float) -> list[Job]:
         start = time.thread_time()
@@ -290,6 +311,21 @@ def cost_key(job: Job, stage: int) -> str:
     if stage <= job.of.num_steps:
         return f"transformer.forward({side * side // 4}x64)"
     return f"vae.decode(16x{side}x{side})"
+
+
+def _forwards(of: Class) -> list[tuple[CallClass, int]]:
+    """All that differ, each with a stage in which it runs."""
+    job, last = Job(0, of, 0.0), of.num_steps + 1
+    steps: list[tuple[CallClass, int]] = [
+        (("denoise", cost_key(job, 1), rows), 1) for rows in range(1, MAX_BATCH_SIZE + 1)
+    ]
+    return [(("encode", cost_key(job, 0), 1), 0), *steps, (("decode", cost_key(job, last), 1), last)]
+
+
+def _profile(of: Class) -> Profile:
+    """The calls of a request."""
+    calls = [(call, of.num_steps if call[0] == "denoise" else 1) for call, _ in _forwards(of) if call[2] == 1]
+    return Profile(of.name, of.work, tuple(calls))
 
 
 POLICIES: dict[str, Callable[[], Policy]] = {

@@ -4,6 +4,11 @@ Poisson arrivals of the mixes that vLLM-Omni benchmarks with, on times of Qwen-I
 on one H200. The scheduler and the cost model are the real ones, and learn from what they see; the other policies
 know all times. Load 1 is what the GPU can do without merging.
 
+A request is a forward that encodes, one for each step, and one that decodes; one forward runs at a time, and the next
+decision falls when it is over. Forwards take what the table says for so many requests. Left out are what needs no
+device (of measured times it is added to each request), graphs and proofs of the first ones, and who leaves or fails.
+bench/serving.py shows how far a server is from that.
+
     python bench/queueing.py [--requests 10000] [--runs 2] [--results bench/results]
     python bench/queueing.py --times FILE       with the times that a server learned, as with `sgld serve --calibrate`:
                                                 its learned/times-*.json, or the folder that holds learned/
@@ -41,12 +46,12 @@ def arrivals(mix: Sequence[Class], load: float, num_requests: int, seed: int) ->
     return [Job(number, of, at) for number, (of, at) in enumerate(zip(classes, times, strict=True))]
 
 
-def simulate(policy: Policy, jobs: Sequence[Job]) -> None:
+def simulate(policy: Policy, jobs: Sequence[Job], noise: float = NOISE) -> None:
     """Run all jobs to their ends."""
     rng = random.Random(0)
 
     def tick_s(chosen: Sequence[Job]) -> float:
-        return chosen[0].of.tick_s(chosen[0].stage, len(chosen)) * (1 + rng.expovariate(1 / NOISE))
+        return chosen[0].of.tick_s(chosen[0].stage, len(chosen)) * (1 + noise * rng.expovariate(1))
 
     play(policy, jobs, tick_s)
 
@@ -89,7 +94,7 @@ def point(
         policy=name,
         mean_s=statistics.fmean(job.latency_s for job in jobs),
         p95_s=p95([job.latency_s for job in jobs]),
-        slo=statistics.fmean(job.ends_at <= job.deadline_at for job in jobs),
+        slo=statistics.fmean(job.is_in_time for job in jobs),
         p95_by_class={of.name: p95([job.latency_s for job in jobs if job.of is of]) for of in classes},
         decision_us=1e6 * statistics.fmean(decisions_s) if decisions_s else None,
     )

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn
 import compared
 import roofline
 import serving
+from agreement import Asked
 from charts import Line, line_chart
 from rows import ROWS
-from serving import Asked
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -7,9 +7,10 @@
 
 What a request of each class takes alone is measured first; so load 1 is what the server does without merging. Arrivals
 don't wait for answers. "In time" is within 3 times what such a request takes alone; goodput counts those. Then the
-same arrivals go through the simulation of bench/queueing.py, with the times that the server learned meanwhile: at
-once, or later with `--no-simulation` and `--again`. The report is written as soon as requests have their answers, and
-has those that were answered if the run is ended early; with `--seconds` the trace is as long as there is time for.
+same arrivals go through the simulation of bench/queueing.py, with the times of forwards in the server's own trace
+(bench/ticks.py): at once, or later with `--no-simulation` and `--again`. The report is written again and again while
+requests have their answers, with all that the simulation needs, and a run that is ended early has those that were
+answered; with `--seconds` the trace is as long as there is time for.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import asyncio
 import json
 import os
 import random
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,22 +27,24 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from itertools import count
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import agreement
 import httpx2
 import measured
 import msgspec
 import policies
-import queueing
 import reports
+import ticks
+from agreement import Asked, percentile
 from budget import Budget
-from measured import Measured
 from policies import SLO_SCALE, Class
 from real_models import MODELS, prompt
 from served import image_body, ready_s, serving
@@ -48,15 +53,17 @@ from sgld.engine.learned import Learned
 
 HERE = Path(__file__).parent
 RAM_DISK = "/dev/shm"
-_NUM_ALONE = 2
+# So many requests alone, or fewer if they take longer than that together.
+_NUM_ALONE, _ALONE_S = 3, 3.0
 # To write the report, and to wait for the last answers; as many times the longest request.
-_REST_S, _REST_FACTOR = 5.0, 3.0
-_FEW_STEPS = 8
+_REST_S, _REST_FACTOR = 5.0, 2.0
+# What each kind of request begins with: so many at once, with so many steps. So each of its forwards comes four times,
+# and has been captured as a graph and compared with that. Two share forwards only where one like them was served.
+_FEW_STEPS = ((1, 4), (2, 4), (1, 4))
 # Prompts and seeds of requests that aren't part of the trace begin here.
 _ALONE, _WARM_UP = 700, 800
 _POLL_S = 0.2
-_SIMULATED = ("FIFO", "sgld")
-_LOADS = (0.5, 0.7, 0.85)
+_KEEP_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Kind:
     size: Mapping[str, int]
     num_steps: int
     share: float
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Further sampling params."""
 
     def request(self, index: int) -> dict[str, Any]:
         """Sampling params; each request has a prompt and a seed of its own."""
@@ -75,6 +84,7 @@ class Kind:
             "seed": index,
             **self.size,
             "num_inference_steps": self.num_steps,
+            **self.others,
         }
 
 
@@ -86,14 +96,14 @@ def _clip(frames: int, height: int, width: int) -> dict[str, int]:
     return {"num_frames": frames, "height": height, "width": width}
 
 
-# To try the script: as mix C, small and with few steps.
-_TINY = (Class(32, 4, 0.15), Class(48, 4, 0.25), Class(64, 5, 0.45), Class(96, 7, 0.15))
-PICTURES: Mapping[str, Sequence[Class]] = {**policies.MIXES, "tiny": _TINY}
+# As mix C with sides of three sixteenths, for the model that ships.
+_SMALL = tuple(replace(of, side=3 * of.side // 16) for of in policies.MIXES["C"])
+PICTURES: Mapping[str, Sequence[Class]] = {**policies.MIXES, "small": _SMALL}
 
 
-def mix_of(name: str, share: float) -> tuple[Kind, ...]:
-    """A mix by its name, whose requests have this share of their steps."""
-    return tuple(replace(kind, num_steps=max(round(share * kind.num_steps), 2)) for kind in MIXES[name])
+def mix_of(name: str, share: float, others: Mapping[str, Any] = MappingProxyType({})) -> tuple[Kind, ...]:
+    """A mix by its name, whose requests have this share of their steps, and other params."""
+    return tuple(replace(kind, num_steps=max(round(share * kind.num_steps), 2), others=others) for kind in MIXES[name])
 
 
 MIXES = {
@@ -104,21 +114,6 @@ MIXES = {
         Kind("81x480x832", _clip(81, 480, 832), 10, 0.6),
     ),
 }
-
-
-@dataclass
-class Asked:
-    """One request: when it was sent, by the clock of the trace, and what came of it."""
-
-    kind: str
-    arrives_at: float
-    latency_s: float = 0.0
-    status: int = 0
-    """Of HTTP; 0 while there is no answer."""
-
-    @property
-    def is_done(self) -> bool:
-        return self.status == 200
 
 
 def arrivals(kinds: Sequence[Kind], rate: float, duration_s: float, seed: int) -> list[tuple[float, Kind]]:
@@ -145,29 +140,36 @@ async def ask(http: httpx2.AsyncClient, kind: Kind, index: int) -> int:
 
 
 async def alone_s(http: httpx2.AsyncClient, kinds: Sequence[Kind]) -> dict[str, float]:
-    """What a request of each kind takes when there is no other.
+    """What a request of each kind takes when there is no other: the median of some, or of one that takes long.
 
     :raises RuntimeError: one was refused, or failed.
     """
-    taken: dict[str, list[float]] = {kind.name: [] for kind in kinds}
+    return {kind.name: statistics.median([s async for s in _some_alone(http, kind)]) for kind in kinds}
+
+
+async def _some_alone(http: httpx2.AsyncClient, kind: Kind) -> AsyncIterator[float]:
+    begun = time.perf_counter()
     for index in range(_NUM_ALONE):
-        for kind in kinds:
-            start = time.perf_counter()
-            status = await ask(http, kind, _ALONE + index)
-            if status != 200:
-                raise RuntimeError(f"a request of {kind.name} was answered with {status}")
-            taken[kind.name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+        start = time.perf_counter()
+        status = await ask(http, kind, _ALONE + index)
+        if status != 200:
+            raise RuntimeError(f"a request of {kind.name} was answered with {status}")
+        yield time.perf_counter() - start
+        if time.perf_counter() - begun > _ALONE_S:
+            return
 
 
 async def replay(
-    http: httpx2.AsyncClient, trace: Sequence[tuple[float, Kind]], limit_s: float | None = None
-) -> list[Asked]:
+    http: httpx2.AsyncClient,
+    trace: Sequence[tuple[float, Kind]],
+    asked: Sequence[Asked],
+    limit_s: float | None = None,
+) -> None:
     """Send each request at its time, whatever became of the others.
 
+    :param asked: where it is written down.
     :param limit_s: after so long those that have no answer are left alone.
     """
-    asked = [Asked(kind.name, at) for at, kind in trace]
     start = time.monotonic()
 
     async def one(index: int) -> None:
@@ -185,12 +187,11 @@ async def replay(
 
     with suppress(TimeoutError):
         await asyncio.wait_for(all_of_them(), limit_s)
-    return asked
 
 
 def summary(asked: Sequence[Asked], alone: Mapping[str, float]) -> dict[str, Any]:
     """By kind and of all: latencies, the share in time, goodput, refusals."""
-    span_s = max(one.arrives_at + one.latency_s for one in asked)
+    span_s = max((one.arrives_at + one.latency_s for one in asked), default=1.0)
     return {
         name: _of_some([one for one in asked if name in ("all", one.kind)], alone, span_s) for name in (*alone, "all")
     }
@@ -205,109 +206,149 @@ def _of_some(asked: Sequence[Asked], alone: Mapping[str, float], span_s: float) 
     return found | {"in_time": in_time / max(len(asked), 1), "goodput_per_s": in_time / span_s}
 
 
-def percentile(ordered: Sequence[float], percent: int) -> float:
-    """Of values in order: the least that so many per cent don't exceed."""
-    return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
+@dataclass
+class Replay:
+    """What is asked for, and what came of it so far."""
 
+    args: argparse.Namespace
+    folder: Path
+    """What the server keeps, and its trace."""
+    kinds: Sequence[Kind]
+    where: Mapping[str, Any]
+    """This machine."""
+    alone_s: Mapping[str, float] = field(default_factory=dict)
+    since_s: float = 0.0
+    """When everything was warm, by time.monotonic."""
+    begins_s: float = 0.0
+    rate: float = 0.0
+    seconds: float = 0.0
+    asked: Sequence[Asked] = ()
+    server: Mapping[str, Any] = field(default_factory=dict)
+    eta_errors: Mapping[str, float] = field(default_factory=dict)
+    """How far predictions for clients were from what came, as part of it: the mean by when they were told."""
 
-def simulated(asked: Sequence[Asked], mix: Sequence[Measured], alone: Mapping[str, float]) -> list[float]:
-    """Latencies of the same arrivals in the simulation; and what a lone request takes beside forwards."""
-    by_name = {of.name: of for of in mix}
-    jobs = [policies.Job(number, by_name[one.kind], one.arrives_at) for number, one in enumerate(asked)]
-    queueing.simulate(policies.POLICIES["sgld"](), jobs)
-    return [job.latency_s + max(alone[job.of.name] - job.of.alone_s, 0) for job in jobs]
+    @property
+    def trace(self) -> Path:
+        """Where the server writes what it runs."""
+        return self.folder / "trace.json"
 
-
-def against_simulation(asked: Sequence[Asked], mix: Sequence[Measured], alone: Mapping[str, float]) -> dict[str, Any]:
-    """How far what was measured is from the simulation, request by request and in the mean."""
-    expected_s = simulated(asked, mix, alone)
-    pairs = [(one.latency_s, expected) for one, expected in zip(asked, expected_s, strict=True) if one.is_done]
-    differences = sorted(abs(seen - expected) / expected for seen, expected in pairs)
-    means = [statistics.fmean(part) for part in zip(*pairs, strict=True)]
-    return {
-        "mean_s": {"measured": means[0], "simulated": means[1]},
-        "mean_differs": means[0] / means[1] - 1,
-        "median_difference": percentile(differences, 50),
-        "p90_difference": percentile(differences, 90),
-    }
-
-
-def claim(mix: Sequence[Measured], num_requests: int) -> list[dict[str, Any]]:
-    """What the simulation says of many requests with these times."""
-    return [
-        asdict(queueing.point("measured", load, name, num_requests, 1, classes=mix))
-        for load in _LOADS
-        for name in _SIMULATED
-    ]
-
-
-async def run(args: argparse.Namespace, folder: Path, budget: Budget) -> dict[str, Any]:
-    """Measure and replay; what the server learns is kept in the folder."""
-    kinds = mix_of(args.mix, args.steps)
-    async with AsyncExitStack() as stack:
-        http = await stack.enter_async_context(_client(args, folder))
-        await _warm_up(http, kinds, args.warm_up_s)
-        alone = await alone_s(http, kinds)
-        print("alone:", {name: round(s, 3) for name, s in alone.items()}, flush=True)
-        rate = args.load / sum(kind.share * alone[kind.name] for kind in kinds)
-        seconds = min(60 * args.minutes, budget.left_s - _REST_FACTOR * max(alone.values()) - _REST_S)
-        if seconds <= 0:
-            raise SystemExit(f"of {args.seconds:g} s none are left for the trace; give more --seconds")
-        print(f"replaying {seconds:.0f} s", flush=True)
-        limit_s = budget.left_s - _REST_S if args.seconds else None
-        asked = await replay(http, arrivals(kinds, rate, seconds, args.seed), limit_s)
-        report = {
+    def report(self) -> dict[str, Any]:
+        """All that is known, and that the simulation needs."""
+        sent = [one for one in self.asked if one.is_done or one.arrives_at <= time.monotonic() - self.begins_s]
+        return {
             "command": reports.command(),
-            **reports.where(args.device),
-            "mix": args.mix,
-            "load": args.load,
-            "rate_per_s": rate,
-            "minutes": round(seconds / 60, 2),
-            "steps": args.steps,
-            "alone_s": alone,
-            "summary": summary(asked, alone),
-            "server": (await http.get("/server_info")).json()["model"],
-            "asked": [asdict(one) for one in asked],
+            **self.where,
+            "mix": self.args.mix,
+            "load": self.args.load,
+            "rate_per_s": self.rate,
+            "minutes": round(self.seconds / 60, 2),
+            "steps": self.args.steps,
+            "alone_s": self.alone_s,
+            "summary": summary(sent, self.alone_s),
+            "server": self.server,
+            "eta_errors": self.eta_errors,
+            "asked": [asdict(one) for one in sent],
+            **self._learned(),
         }
-        if args.out:
-            reports.write(args.out, report, text(report))
-        return report
+
+    def _learned(self) -> dict[str, Any]:
+        """What forwards took, and which calls requests make; nothing as long as the server has kept nothing."""
+        if self.args.url or self.args.mix not in PICTURES:
+            return {}
+        try:
+            learned, trace = measured.read(self.folder / "cache"), ticks.read(self.trace)
+        except FileNotFoundError:
+            return {}
+        forwards = ticks.forwards(trace, self.since_s)
+        return {"learned": msgspec.to_builtins(measured.with_forwards(learned, forwards))}
+
+    def keep(self) -> None:
+        """Write it down, once there is something."""
+        report = self.report()
+        if self.args.out and report["asked"]:
+            reports.write(self.args.out, report, text(report))
+            with suppress(FileNotFoundError):
+                shutil.copy(ticks.file_of(self.trace), self.args.out.with_suffix(".trace"))
+
+
+async def run(replaying: Replay, budget: Budget) -> None:
+    """Measure and replay."""
+    args, kinds = replaying.args, replaying.kinds
+    async with AsyncExitStack() as stack:
+        http = await stack.enter_async_context(_client(args, replaying))
+        await _warm_up(http, kinds, args.warm_up_s)
+        replaying.since_s = time.monotonic()
+        replaying.alone_s = alone = await alone_s(http, kinds)
+        print("alone:", {name: round(s, 3) for name, s in alone.items()}, flush=True)
+        replaying.rate = args.load / sum(kind.share * alone[kind.name] for kind in kinds)
+        replaying.seconds = min(60 * args.minutes, budget.left_s - _REST_FACTOR * max(alone.values()) - _REST_S)
+        if replaying.seconds <= 0:
+            raise SystemExit(f"of {args.seconds:g} s none are left for the trace; give more --seconds")
+        print(f"replaying {replaying.seconds:.0f} s", flush=True)
+        replaying.server = (await http.get("/server_info")).json()["model"]
+        trace = arrivals(kinds, replaying.rate, replaying.seconds, args.seed)
+        replaying.asked = [Asked(kind.name, at) for at, kind in trace]
+        keeping = asyncio.create_task(_keep_writing(replaying))
+        stack.callback(keeping.cancel)
+        replaying.begins_s = time.monotonic()
+        await replay(http, trace, replaying.asked, budget.left_s - _REST_S if args.seconds else None)
+        replaying.server = (await http.get("/server_info")).json()["model"]
+        replaying.eta_errors = eta_errors((await http.get("/metrics")).text)
+        replaying.keep()
+
+
+def eta_errors(metrics: str) -> dict[str, float]:
+    """Of what /metrics says: the mean error of predictions, by when they were told."""
+    found = re.findall(r'^sgld:eta_error_ratio_(sum|count)\{told="(\w+)"\} (\S+)$', metrics, re.MULTILINE)
+    by_name = {(part, told): float(value) for part, told, value in found}
+    return {told: by_name["sum", told] / number for (part, told), number in by_name.items() if part == "count"}
+
+
+async def _keep_writing(replaying: Replay) -> None:
+    while True:
+        await asyncio.sleep(_KEEP_S)
+        replaying.keep()
 
 
 @asynccontextmanager
-async def _client(args: argparse.Namespace, folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
+async def _client(args: argparse.Namespace, replaying: Replay) -> AsyncIterator[httpx2.AsyncClient]:
     """Of a server that runs, or of one that is started for it."""
     if args.url:
         limits = httpx2.Limits(max_connections=None)
         async with httpx2.AsyncClient(base_url=args.url, timeout=None, limits=limits) as http:
             yield http
         return
-    flags = ["--model-path", str(args.model_path), "--device", args.device, *args.serve_flags]
-    environment = {"SGLANG_DIFFUSION_CACHE_ROOT": str(folder / "cache")}
-    async with serving(folder, flags, environment) as server, server.client() as http:
+    flags = ["--model-path", str(args.model_path), "--device", args.device, "--trace", str(replaying.trace)]
+    flags += args.serve_flags
+    environment = {"SGLANG_DIFFUSION_CACHE_ROOT": str(replaying.folder / "cache")}
+    async with serving(replaying.folder, flags, environment) as server, server.client() as http:
         print(f"ready after {await ready_s(server, http, args.ready_s):.1f} s", flush=True)
         yield http
 
 
 def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]:
-    """The same arrivals, simulated with the times that the server learned; and so many more."""
+    """The same arrivals, simulated with the times that were measured; and so many more."""
     steps = [kind.num_steps for kind in mix_of(report["mix"], report["steps"])]
     classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[report["mix"]], steps, strict=True)]
     learned = msgspec.convert(report["learned"], Learned)
-    mix = measured.classes(learned, classes, policies.MAX_BATCH_SIZE)
+    mix = measured.classes(learned, classes, policies.MAX_BATCH_SIZE, report["alone_s"])
     asked = [Asked(**one) for one in report["asked"]]
-    found = {"simulation": against_simulation(asked, mix, report["alone_s"]), "times": measured.as_rows(mix)}
-    return {**report, **found, "claim": claim(mix, num_requests)}
+    found = {"simulation": agreement.against_simulation(asked, mix), "times": measured.as_rows(mix)}
+    return {**report, **found, "claim": agreement.claim(mix, num_requests)}
 
 
 async def _warm_up(http: httpx2.AsyncClient, kinds: Sequence[Kind], seconds: float) -> None:
-    """Requests with few steps, alone and several at once, for so long: things are compiled, captured and proved."""
-    kinds = [replace(kind, num_steps=min(kind.num_steps, _FEW_STEPS)) for kind in kinds]
+    """Requests with few steps, alone and two at once: things are compiled, captured and proved.
+
+    Each kind once, and then for so long.
+    """
     until, indices = time.monotonic() + seconds, count(_WARM_UP)
-    while time.monotonic() < until:
-        for kind in kinds:
-            for together in (1, 4):
-                await asyncio.gather(*(ask(http, kind, next(indices)) for _ in range(together)))
+    rounds = 0
+    while not rounds or time.monotonic() < until:
+        for kind, (together, num_steps) in product(kinds, _FEW_STEPS):
+            short = replace(kind, num_steps=min(kind.num_steps, num_steps))
+            await asyncio.gather(*(ask(http, short, next(indices)) for _ in range(together)))
+        rounds += 1
 
 
 def text(report: dict[str, Any]) -> str:
@@ -326,31 +367,12 @@ def text(report: dict[str, Any]) -> str:
         cells += [f"{found[key]:.2f}" if key in found else "" for key in ("mean_s", "p50_s", "p95_s", "p99_s")]
         cells += [f"{found['in_time']:.3f}", f"{found['goodput_per_s']:.3f}", str(found["num_429"])]
         lines.append("| " + " | ".join(cells) + " |")
+    if report.get("eta_errors"):
+        errors = ", ".join(f"{error:.0%} when {told}" for told, error in report["eta_errors"].items())
+        lines += ["", f"Predictions for clients differed from what came, in the mean, by {errors}."]
     if "simulation" in report:
-        lines += ["", *_simulation(report)]
+        lines += ["", *agreement.text(report)]
     return "\n".join(lines) + "\n"
-
-
-def _simulation(report: dict[str, Any]) -> list[str]:
-    found = report["simulation"]
-    means, median, p90 = found["mean_s"], found["median_difference"], found["p90_difference"]
-    lines = [
-        "The simulation of the same arrivals, with the times that the server learned, has a mean of "
-        f"{means['simulated']:.2f} s; measured were {means['measured']:.2f} s ({found['mean_differs']:+.1%}). Request "
-        f"by request the difference is {median:.1%} in the median, {p90:.1%} at p90.",
-        "",
-        "| load, simulated | policy | mean | p95 | in time |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {p['load']:g} | {p['policy']} | {p['mean_s']:.2f} | {p['p95_s']:.2f} | {p['slo']:.3f} |"
-        for p in report["claim"]
-    ]
-    lines += ["", "| class | encode, ms | decode, ms | a step of 1, 2, ... requests, ms |", "|---|---|---|---|"]
-    for row in report["times"]:
-        steps = ", ".join(f"{ms:.1f}" for ms in row["step_ms"])
-        lines.append(f"| {row['class']} | {row['encode_ms']:.1f} | {row['decode_ms']:.1f} | {steps} |")
-    return lines
 
 
 def main() -> None:
@@ -368,6 +390,9 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=float, default=1.0, help="share of each request's steps, to try it in less time"
     )
+    parser.add_argument(
+        "--params", type=json.loads, default={}, help="further sampling params of each request, as JSON"
+    )
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--warm-up-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=8)
@@ -378,8 +403,6 @@ def main() -> None:
     parser.add_argument("serve_flags", nargs="*", help="further flags of sgld serve, behind --")
     args = parser.parse_args()
     report = json.loads(args.again.read_text()) if args.again else measured_report(args, Budget(args.seconds))
-    if args.out:
-        reports.write(args.out, report, text(report))
     if "learned" in report and not args.no_simulation:
         report = with_simulation(report, args.requests)
         if args.out:
@@ -396,10 +419,14 @@ def measured_report(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
             make = [sys.executable, "-W", "ignore", str(HERE / "real_models.py"), str(models), args.make]
             subprocess.run([*make, "--device", args.device, *extra], check=True)
             args.model_path = models / args.make
-        report = asyncio.run(run(args, Path(folder), budget))
-        if not args.url and args.mix in PICTURES:
-            report["learned"] = msgspec.to_builtins(measured.read(Path(folder) / "cache"))
-        return report
+        where = reports.where(args.device)
+        replaying = Replay(args, Path(folder), mix_of(args.mix, args.steps, args.params), where)
+        with suppress(KeyboardInterrupt):
+            asyncio.run(run(replaying, budget))
+        if not replaying.asked:
+            raise SystemExit("ended before the trace began")
+        replaying.keep()
+        return replaying.report()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 from collections import Counter
 
+import agreement
 import measured
 import pytest
 import serving
+from agreement import Asked
 from measured import Measured
 from policies import Class
-from serving import MIXES, Asked
+from serving import MIXES
 
 from sgld.engine.cost import LearnedTime
 from sgld.engine.demand import CallClass, Profile
@@ -65,15 +67,54 @@ def test_a_class_that_was_never_served_has_no_times() -> None:
         measured.classes(learned(), [Class(1024, 25, 1.0)], max_rows=1)
 
 
+def test_times_of_a_trace_take_the_place_of_those_that_the_server_learned() -> None:
+    times: list[LearnedTime] = [(STEP, 2, "eager", 0.19), (STEP, 4, "eager", 0.4)]
+
+    (of,) = measured.classes(measured.with_forwards(learned(), times), [CLASS], 4, {"512²": 2.57})
+
+    assert [of.step_s(rows) for rows in (1, 2, 3, 4)] == pytest.approx([0.1, 0.19, 0.295, 0.4])
+    assert of.rest_s == pytest.approx(0.5)
+    assert of.alone_s == pytest.approx(2.57)
+
+
 def test_a_server_that_is_as_fast_as_the_simulation_differs_by_nothing() -> None:
-    mix = [Measured(512, 20, 1.0, (0.1,), 0.02, 0.05)]
+    mix = [Measured(512, 20, 1.0, (0.1,), 0.02, 0.05, 0.5)]
     asked = [Asked("512²", at, 0.0, 200) for at in (0.0, 1.0, 9.0)]
-    alone = {"512²": 2.07 + 0.5}
-    for one, latency_s in zip(asked, serving.simulated(asked, mix, alone), strict=True):
+    for one, latency_s in zip(asked, agreement.simulated(asked, mix), strict=True):
         one.latency_s = latency_s
 
-    found = serving.against_simulation(asked, mix, alone)
+    found = agreement.against_simulation(asked, mix)
 
-    assert asked[2].latency_s == pytest.approx(2.57, rel=0.02)
-    assert found["mean_differs"] == pytest.approx(0)
+    assert asked[2].latency_s == pytest.approx(2.57)
+    assert found["by_class"]["512²"]["mean_differs"] == pytest.approx(0)
     assert found["p90_difference"] == pytest.approx(0)
+
+
+def test_only_what_was_answered_is_compared() -> None:
+    mix = [Measured(512, 20, 1.0, (0.1,), 0.02, 0.05)]
+    asked = [Asked("512²", 0.0, 2.07 * 1.1, 200), Asked("512²", 1.0, 0.0, 0)]
+
+    found = agreement.against_simulation(asked, mix)
+
+    assert found["by_class"]["all"]["num"] == 1
+    assert found["median_difference"] == pytest.approx(0.1)
+
+
+def test_simulated_scheduler_knows_what_it_served_before() -> None:
+    """Two that are alike would share a forward to try it, if the second one's time weren't known."""
+    dear = Measured(512, 20, 1.0, (0.1, 0.3), 0.02, 0.05)
+    asked = [Asked("512²", at) for at in (0.0, 0.01)]
+
+    first, second = agreement.simulated(asked, [dear])
+
+    assert first == pytest.approx(2.07)
+    assert second == pytest.approx(2 * 2.07 - 0.01)
+
+
+def test_errors_of_predictions_are_read_from_metrics() -> None:
+    said = """
+sgld:eta_error_ratio_bucket{le="0.01",told="queued"} 3.0
+sgld:eta_error_ratio_count{told="queued"} 4.0
+sgld:eta_error_ratio_sum{told="queued"} 0.5
+"""
+    assert serving.eta_errors(said) == {"queued": 0.125}

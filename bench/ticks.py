@@ -1,0 +1,90 @@
+"""What forwards took of a server's device, by the trace that it wrote (`--trace`)."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sgld.engine.cost import LearnedTime
+from sgld.engine.trace import track_of
+
+_RANKS = 1
+"""The process of ticks in a trace."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A forward: when it began and ended, by time.monotonic, and whose calls it ran."""
+
+    start_s: float
+    end_s: float
+    cost_key: str
+    rows: int
+    requests: tuple[str, ...]
+    is_proof: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The ticks of one rank in order, and when each request came."""
+
+    ticks: Sequence[Tick]
+    arrived_s: Mapping[str, float]
+
+
+def file_of(path: Path) -> Path:
+    """Where a trace is: while it is written it lies beside its place."""
+    return path if path.exists() else path.with_name(f".{path.name}.tmp")
+
+
+def read(path: Path) -> Trace:
+    """A trace, or what there is of it while it is written.
+
+    :raises FileNotFoundError: there is none.
+    """
+    lines = file_of(path).read_text().splitlines()
+    spans = [event for line in lines if (event := _event(line)) is not None and event["ph"] == "X"]
+    ticks = [_tick(span) for span in spans if span["pid"] == _RANKS]
+    came_s = {span["tid"]: span["ts"] / 1e6 for span in spans if span["name"] == "queued"}
+    names = {name for tick in ticks for name in tick.requests if track_of(name) in came_s}
+    return Trace(sorted(ticks, key=lambda tick: tick.start_s), {name: came_s[track_of(name)] for name in names})
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        return msgspec.json.decode(line.strip(","), type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None  # a bracket, or the last line of a trace that has no end
+
+
+def _tick(span: Mapping[str, Any]) -> Tick:
+    args, start_s = span["args"], span["ts"] / 1e6
+    requests = tuple(dict.fromkeys(args["requests"]))
+    end_s = start_s + span["dur"] / 1e6
+    return Tick(start_s, end_s, args["cost_key"], args["rows"], requests, args["mode"] == "proof")
+
+
+def forwards(trace: Trace, since_s: float = 0.0) -> list[LearnedTime]:
+    """What they took, by cost key and rows: the median, with what passed until the next one while there was work.
+
+    On a CPU that is a few milliseconds; a GPU is given the next one before it is done.
+    """
+    taken: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+    for tick, seconds in _occupied(trace):
+        if tick.start_s >= since_s and not tick.is_proof:
+            taken[tick.cost_key, tick.rows].append(seconds)
+    return [(key, rows, "eager", statistics.median(some)) for (key, rows), some in sorted(taken.items())]
+
+
+def _occupied(trace: Trace) -> Iterator[tuple[Tick, float]]:
+    last_s = {name: tick.end_s for tick in trace.ticks for name in tick.requests}
+    for tick, after in pairwise(trace.ticks):
+        has_work = any(at <= tick.end_s < last_s[name] for name, at in trace.arrived_s.items())
+        yield tick, (after.start_s if has_work else tick.end_s) - tick.start_s
+    for tick in trace.ticks[-1:]:
+        yield tick, tick.end_s - tick.start_s
