@@ -1,7 +1,7 @@
 """How many GPUs should share a forward: always all, never any, or what pays for each? A simulation; no GPU is needed.
 
 Mix C on four GPUs, from a table of t(size, rows, degree): that of bench/flux_on_h200.json, or what
-`python bench/parallel.py --kinds degrees --out FILE` measured. The schedulers and cost models are the real ones, and
+`python bench/parallel.py --out FILE` measured. The schedulers and cost models are the real ones, and
 learn from what they see.
 
     sp 4      one copy of the model; all GPUs share the tokens of each forward

@@ -1,262 +1,272 @@
-"""What do two GPUs gain on one forward: tokens shared by Ulysses, halves of guidance, tiles of a VAE?
+"""What do several GPUs gain: on one forward that they share, on guidance, and on forwards side by side?
 
-python bench/parallel.py [--device cuda] [--scale 1] [--kinds tokens rows tiles] [--out bench/results/parallel_gpu]
+python bench/parallel.py [--device cuda] [--gpus 4] [--seconds 260] [--parts tokens rows] [--out bench/results/parallel]
 
-Models of real width with fewer layers and random weights; ranks as the engine has them. Beside them plain diffusers'
-own context parallelism in the same processes. Eager code; of each number the median of several forwards counts.
+Models at their real size with random weights; ranks as the engine has them, CUDA graphs included. Beside them plain
+diffusers on one GPU, and its own context parallelism. Parts are measured in the order of what they are worth, each
+number is said and written as soon as it is known, and what doesn't fit into the seconds that there are is left out. The
+table of times by size, requests and GPUs is in the report, too: bench/degrees.py simulates with it (`--table
+FILE.json`).
 """
 
 import argparse
-import functools
+import math
 import os
-import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# Many ranks compile at the same time.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import reports
 import torch
-import torch.distributed as dist
 import torch.multiprocessing
-from diffusers import AutoencoderKL, ContextParallelConfig, FluxTransformer2DModel, WanTransformer3DModel
+from budget import Budget
+from crews import Crew, Ended, Row, start
+from forwards import BESIDE, Part, Work, measure
 
-from sgld.config import EngineConfig
-from sgld.ipc.seats import Seat
-from sgld.models.load import LoadedModel
-from sgld.models.sharing import Sharing
 from sgld.parallel import ParallelConfig
-from sgld.worker.axes import hypothesis
-from sgld.worker.comparison import relative_error
-from sgld.worker.distributed import follow, lead
-from sgld.worker.invocation import Invocation
-from sgld.worker.rows import RowAxes, row_axes
-from sgld.worker.runtime import Runtime
 
-NUM_RANKS, REPEATS = 2, 7
-Row = dict[str, Any]
-TEXT = 512
-
-
-def flux(scale: int) -> Any:
-    return FluxTransformer2DModel(num_layers=3, num_single_layers=5, num_attention_heads=24 // scale)
+Group = tuple[Part, ...]
+"""Parts that compile beside one another, and are then measured one after the other; before those that don't compile."""
+FLUX_1024, FLUX_1536 = Work("flux", (1024,)), Work("flux", (1536,))
+WAN, GUIDANCE = Work("wan", (81, 480, 832)), Work("wan", (33, 480, 832), rows=2)
+SMALL = (Work("flux", (512,)), Work("flux", (768,)))
+MORE = (*(Work("flux", (side,), rows) for side, rows in ((512, 2), (1024, 2), (768, 2), (512, 4))),)
+# So long nothing is quiet that doesn't compile.
+QUIET_S, COMPILING_S = 60.0, 200.0
+# What is kept for measuring what was compiled in time.
+MEASURING_S = 25.0
+_ROOM_FOR_THREE_BYTES = 100 * 10**9
 
 
-def flux_arguments(side: int, device: torch.device, dtype: torch.dtype) -> Row:
-    tokens = (side // 16) ** 2
-    return {
-        "hidden_states": torch.randn(1, tokens, 64, device=device, dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, TEXT, 4096, device=device, dtype=dtype),
-        "pooled_projections": torch.randn(1, 768, device=device, dtype=dtype),
-        "timestep": torch.tensor([0.5], device=device, dtype=dtype),
-        "img_ids": torch.zeros(tokens, 3, device=device, dtype=dtype),
-        "txt_ids": torch.zeros(TEXT, 3, device=device, dtype=dtype),
-        "return_dict": False,
-    }
+def groups(gpus: int, *, has_room: bool) -> list[Group]:
+    """All parts, those first that are worth most.
 
-
-def wan(scale: int) -> Any:
-    return WanTransformer3DModel(num_attention_heads=12 // scale, attention_head_dim=128, num_layers=8, ffn_dim=8960)
-
-
-def wan_arguments(size: tuple[int, int, int], rows: int, device: torch.device, dtype: torch.dtype) -> Row:
-    frames, height, width = size
-    return {
-        "hidden_states": torch.randn(
-            rows, 16, (frames - 1) // 4 + 1, height // 8, width // 8, device=device, dtype=dtype
-        ),
-        "timestep": torch.full((rows,), 500, device=device),
-        "encoder_hidden_states": torch.randn(rows, TEXT, 4096, device=device, dtype=dtype),
-        "return_dict": False,
-    }
-
-
-def vae(scale: int) -> Any:
-    widths = tuple(n // scale for n in (128, 256, 512, 512))
-    return AutoencoderKL(
-        block_out_channels=widths,
-        latent_channels=16,
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=512,
+    :param has_room: a GPU has room for FLUX three times.
+    """
+    elastic, every = ParallelConfig(num_gpus=gpus, elastic_sp=True), ParallelConfig(num_gpus=gpus)
+    guidance, one = ParallelConfig(num_gpus=2, enable_cfg_parallel=True), ParallelConfig()
+    rings = [ParallelConfig(ring_degree=gpus)]
+    rings += [ParallelConfig(ulysses_degree=gpus // 2, ring_degree=2)] if gpus > 2 else []
+    flux = (FLUX_1024, FLUX_1536)
+    compiled = (
+        *(Part(f"rings of Wan, {shape.ring}", "sgld", (WAN,), 20, shape, is_aside=True) for shape in rings),
+        Part("FLUX, compiled", "sgld", flux, 110, one, is_compiled=True),
+        Part("tokens of FLUX, compiled", "sgld", flux, 110, every, is_compiled=True),
+        Part("Wan, compiled", "sgld", (WAN,), 110, one, is_compiled=True),
+        Part("tokens of Wan, compiled", "sgld", (WAN,), 110, every, is_compiled=True),
+        Part("tokens of Wan, compiled, diffusers", "diffusers", (WAN,), 110, every, is_compiled=True),
+        Part("tokens of FLUX, compiled, diffusers", "diffusers", (FLUX_1024,), 110, every, is_compiled=True),
     )
+    return [
+        (Part("tokens of FLUX", "sgld", flux, 55, elastic, has_one=True, all_degrees=True, beside=(FLUX_1024,)),),
+        (Part("tokens of FLUX, diffusers", "diffusers", flux, 20, every),),
+        (Part("tokens of Wan", "sgld", (WAN,), 35, elastic, has_one=True, all_degrees=True),),
+        (Part("tokens of Wan, diffusers", "diffusers", (WAN,), 18, every),),
+        (Part("rows of Wan", "sgld", (GUIDANCE,), 25, guidance, has_one=True),),
+        compiled if has_room else compiled[:-1],
+        (Part("tokens of small FLUX", "sgld", SMALL, 25, elastic, has_one=True, all_degrees=True, beside=SMALL),),
+        (Part("tokens of FLUX, more rows", "sgld", MORE, 35, elastic, all_degrees=True),),
+        (Part("tiles of a VAE", "sgld", (Work("vae", (2048,)),), 20, every, has_one=True),),
+    ]
 
 
-def calls(
-    scale: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Callable[[], Any], str, Row]]:
-    """Name, kind, model, method and arguments of what is measured."""
-    for side in (1024 // scale, 1536 // scale):
-        yield f"FLUX, 8 layers, {side}²", "tokens", lambda: flux(scale), "forward", flux_arguments(side, device, dtype)
-    for frames in (33, 81) if scale == 1 else (9,):
-        size = (frames, 480 // scale, 832 // scale)
-        name = f"Wan, 8 layers, {'x'.join(map(str, size))}"
-        yield name, "tokens", lambda: wan(scale), "forward", wan_arguments(size, 1, device, dtype)
-    size = (33 if scale == 1 else 5, 480 // scale, 832 // scale)
-    name = f"Wan, 8 layers, {'x'.join(map(str, size))}, guidance"
-    yield name, "rows", lambda: wan(scale), "forward", wan_arguments(size, 2, device, dtype)
-    side = 2048 // scale
-    latents = torch.randn(1, 16, side // 8, side // 8, device=device, dtype=dtype)
-    yield f"VAE, {side}² in tiles", "tiles", lambda: vae(scale), "decode", {"z": latents}
+def chosen(all_groups: Sequence[Group], words: Sequence[str]) -> list[Group]:
+    """Those whose names have one of these words; none: all."""
+    kept = (
+        tuple(part for part in group if not words or any(word in part.name for word in words)) for group in all_groups
+    )
+    return [group for group in kept if group]
 
 
-def median_ms(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    taken = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(taken[2:])
+class Bench:
+    """Parts one after the other, within a budget.
+
+    :param args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._context = torch.multiprocessing.get_context("spawn")
+        self._budget, self._begun = Budget(args.seconds), time.monotonic()
+        self._where = reports.where(args.device)
+        self._rows: list[Row] = []
+        self._problems: list[str] = []
+
+    def run(self, all_groups: Sequence[Group]) -> None:
+        """Measure what fits. The processes of the next group import meanwhile what they need."""
+        waiting, ahead = list(all_groups), list[Crew]()
+        while waiting:
+            group, crews = waiting.pop(0), ahead
+            ahead = []
+            names, long_s = ", ".join(part.name for part in group), expected_s(group)
+            if not self._budget.has(long_s):
+                self.say(f"left out, as {long_s:.0f} s may be needed and {self._budget.left_s:.0f} are left: {names}")
+                _end(crews)
+                continue
+            self.say(names)
+            crews = crews or self._started(group)
+            try:
+                if waiting and self._args.ahead and self._budget.has(long_s + expected_s(waiting[0])):
+                    ahead = self._started(waiting[0])
+                self._measure(group, crews)
+            finally:
+                _end(crews)
+        self.write()
+
+    def _started(self, group: Group) -> list[Crew]:
+        args = self._args
+        return [
+            start(self._context, part.name, part.parallel.num_ranks, measure, (part, args.device, args.tiny))
+            for part in group
+        ]
+
+    def _measure(self, group: Group, crews: Sequence[Crew]) -> None:
+        pairs = list(zip(group, crews, strict=True))
+        compiling = [crew for part, crew in pairs if part.is_compiled]
+        for crew in compiling:
+            crew.open("imported")
+        for crew in [crew for part, crew in pairs if not part.is_compiled]:
+            crew.open("imported")
+            self._hears(crew, self._args.quiet_s, lambda: self._budget.left_s)
+            crew.end()
+        for crew in [crew for crew in compiling if self._compiles(crew)]:
+            crew.open("compiled")
+            self._hears(crew, self._args.quiet_s, lambda: self._budget.left_s)
+
+    def _compiles(self, crew: Crew) -> bool:
+        """Wait until ranks have compiled; false if they fail, or there would be no time to measure what they have."""
+        return self._hears(crew, COMPILING_S, lambda: max(self._budget.left_s - MEASURING_S, 0.0), until="compiled")
+
+    def _hears(self, crew: Crew, quiet_s: float, left_s: Callable[[], float], until: str | None = None) -> bool:
+        """Listen to ranks; false if they failed."""
+        try:
+            for row in crew.rows(quiet_s, left_s, until):
+                self._rows.append(row)
+                self.say(as_line(row, self._rows))
+                self.write()
+        except Ended as error:
+            self.say(f"{crew.name}: {error}")
+            self._problems.append(f"{crew.name}: {error}")
+            crew.end()
+            return False
+        if until is not None:
+            self.say(f"{crew.name}: {until}")
+        return True
+
+    def say(self, line: str) -> None:
+        """With the seconds since the beginning."""
+        print(f"[{time.monotonic() - self._begun:5.0f} s] {line}", flush=True)
+
+    def write(self) -> str:
+        """The report, as far as it is known."""
+        report = {
+            "command": reports.command(),
+            **self._where,
+            "gpus": self._args.gpus,
+            "measured": self._rows,
+            "rows": degrees(self._rows),
+            "problems": self._problems,
+        }
+        text = as_text(report)
+        if self._args.out is not None:
+            reports.write(self._args.out, report, text)
+        return text
 
 
-def made(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """The same model on each rank."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return make().to(dtype).eval()
+def expected_s(group: Group) -> float:
+    """What all parts of a group take that prepare together."""
+    return max(part.expected_s for part in group)
 
 
-def rank_main(seat: Seat, kind: str, scale: int, device_type: str, results: Any) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    device = torch.device(device_type, seat.index) if device_type == "cuda" else torch.device("cpu")
-    dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.manual_seed(1)
-    chosen = [call for call in calls(scale, device, dtype) if call[1] == kind]
-    names = {name.partition(",")[0]: make for name, _, make, _, _ in chosen}
-    parts = {name: made(make, device, dtype) for name, make in names.items()}
-    if kind == "tiles":
-        parts["VAE"].enable_tiling()
-    sharing = Sharing(denoisers=tuple(parts)) if kind != "tiles" else Sharing(vaes=tuple(parts))
-    pipeline = SimpleNamespace(components=parts)
-    model = LoadedModel(pipeline, device, {}, "bench", sharing=sharing)
-    parallel = ParallelConfig(num_gpus=NUM_RANKS, enable_cfg_parallel=kind == "rows")
-    config = EngineConfig(parallel=parallel)
-    with torch.no_grad():
-        if seat.index:
-            follow(seat, model, config)
-        else:
-            measure(seat, model, config, chosen, results)
-        if kind == "tokens":
-            plain(seat, chosen, device, dtype, results)
+def _end(crews: Sequence[Crew]) -> None:
+    for crew in crews:
+        crew.end()
 
 
-def ran(run: Callable[[Invocation], Any], part: Any, method: str, kwargs: Row, axes: RowAxes | None = None) -> Any:
-    return run(Invocation(part, method, (), dict(kwargs), axes=axes))
+def best(rows: Sequence[Row], work: str, gpus: int, by: str) -> Row | None:
+    """The fastest way in which one forward at a time ran."""
+    those = [row for row in rows if (row["work"], row["gpus"], row["by"]) == (work, gpus, by)]
+    return min((row for row in those if row["how"] != BESIDE), key=lambda row: float(row["ms"]), default=None)
 
 
-def measure(seat: Seat, model: LoadedModel, config: EngineConfig, chosen: list[Any], results: Any) -> None:
-    """One GPU, then all; the hooks of the latter come with the leader."""
-    runtime, device = Runtime(), model.device
-    repeats = REPEATS if device.type == "cuda" else 1
-    found: dict[str, Row] = {}
-    whole = {}
-    for name, kind, _, method, kwargs in chosen:
-        part = model.pipeline.components[name.partition(",")[0]]
-        run = functools.partial(ran, runtime.run_here, part, method, kwargs)
-        whole[name] = run()
-        found[name] = {"name": name, "kind": kind, "one_ms": median_ms(run, device, repeats)}
-    runtime.ranks = lead(seat, model, config, lambda component, note: print(component, note, file=sys.stderr))
-    for name, kind, _, method, kwargs in chosen:
-        part = model.pipeline.components[name.partition(",")[0]]
-        tree = ((), kwargs)
-        axes = row_axes(hypothesis(tree), tree, tree) if kind == "rows" else None
-        run = functools.partial(ran, runtime.run, part, method, kwargs, axes)
-        run()
-        error = relative_error(run(), whole[name])
-        results.put({**found[name], "two_ms": median_ms(run, device, repeats), "error": error})
-    for wire in seat.wires:
-        wire.close()
+def gains(row: Row, rows: Sequence[Row]) -> tuple[str, str]:
+    """How much faster than one GPU at its best with sgld, and than plain diffusers on one."""
+    num = row["gpus"] if row["how"] == BESIDE else 1
+    ones = best(rows, row["work"], 1, "sgld"), best(rows, row["work"], 1, "diffusers")
+    here, theirs = (f"{num * one['ms'] / row['ms']:.2f}x" if one is not None else "" for one in ones)
+    return here, theirs
 
 
-def plain(seat: Seat, chosen: list[Any], device: torch.device, dtype: torch.dtype, results: Any) -> None:
-    """What diffusers' own context parallelism takes."""
-    if device.type != "cuda":
-        return
-    models = {}
-    for name, _, make, _, kwargs in chosen:
-        short = name.partition(",")[0]
-        if short not in models:
-            models[short] = made(make, device, dtype)
-            models[short].enable_parallelism(config=ContextParallelConfig(ulysses_degree=NUM_RANKS))
-        run = lambda short=short, kwargs=kwargs: models[short](**kwargs)  # noqa: E731
-        dist.barrier()
-        taken = median_ms(run, device, REPEATS)
-        if seat.index == 0:
-            results.put({"name": name, "diffusers_ms": taken})
-
-
-def spawned(kind: str, scale: int, device_type: str) -> list[Row]:
-    """What the ranks of one layout measured."""
-    context = torch.multiprocessing.get_context("spawn")
-    results, (here, there) = context.SimpleQueue(), Pipe()
-    with tempfile.TemporaryDirectory() as folder:
-        seats = [Seat(n, NUM_RANKS, f"{folder}/store", (wire,)) for n, wire in enumerate((here, there))]
-        ranks = [context.Process(target=rank_main, args=(seat, kind, scale, device_type, results)) for seat in seats]
-        for rank in ranks:
-            rank.start()
-        here.close()
-        there.close()
-        for rank in ranks:
-            rank.join(180)
-            if rank.exitcode is None:
-                rank.kill()
-    rows: dict[str, Row] = {}
-    while not results.empty():
-        row = results.get()
-        rows.setdefault(row["name"], {}).update(row)
-    return list(rows.values())
+def as_line(row: Row, rows: Sequence[Row]) -> str:
+    here, theirs = gains(row, rows)
+    gpus = f"{row['gpus']} GPU" + ("s" if row["gpus"] > 1 else "")
+    told = ", ".join(filter(None, (row["work"], row["by"], gpus, row["layout"], row["how"])))
+    gained = f"{here or '-'} sgld's one, {theirs or '-'} diffusers' one"
+    return f"{told}: {row['ms']:.1f} ms, {gained}, error {row['error']:.1g}"
 
 
 def as_text(report: Row) -> str:
+    """The table, for people."""
+    rows = report["measured"]
     lines = [
-        "# Two GPUs for one forward",
+        "# Several GPUs",
         "",
         f"`{report['command']}`",
         "",
-        f"{report['machine']}. Median forward, ms. Error: relative, of two GPUs against one.",
+        f"{report['machine']}. Median forward, ms. Gains: against the best that one GPU does here with sgld, and "
+        "against plain diffusers, eagerly, on one GPU; of forwards beside one another, by how many are done in a time. "
+        "Error: relative, against one GPU. With a star: others compiled meanwhile.",
         "",
-        "| forward | shared | one GPU | two GPUs | gain | diffusers' context parallel | error |",
-        "|---|---|---|---|---|---|---|",
+        "| forward | by | GPUs | shared | how | ms | gain on one GPU | on plain diffusers | error |",
+        "|---" * 9 + "|",
     ]
-    for row in report["rows"]:
-        one, two = row.get("one_ms", float("nan")), row.get("two_ms", float("nan"))
-        theirs = f"{row['diffusers_ms']:.1f}" if "diffusers_ms" in row else ""
-        error = row.get("error", float("nan"))
-        lines.append(
-            f"| {row['name']} | {row.get('kind')} | {one:.1f} | {two:.1f} | {one / two:.2f}x | {theirs} | {error:.1g} |"
-        )
+    for work in dict.fromkeys(row["work"] for row in rows):
+        for row in sorted((row for row in rows if row["work"] == work), key=lambda row: (row["gpus"], row["by"])):
+            known = (work, row["by"], row["gpus"], row["layout"], row["how"], f"{row['ms']:.1f}{'*' * row['is_aside']}")
+            lines.append(f"| {' | '.join(map(str, (*known, *gains(row, rows))))} | {row['error']:.1g} |")
+    lines += ["", *(f"- {problem}" for problem in report["problems"])] if report["problems"] else []
     return "\n".join(lines) + "\n"
 
 
+def degrees(rows: Sequence[Row]) -> list[Row]:
+    """FLUX by size, requests and GPUs that share their tokens, as bench/degrees.py reads it; nothing is compiled."""
+    found: dict[tuple[int, int, int], float] = {}
+    for row in rows:
+        is_elastic = row["layout"] in ("", "elastic", f"ulysses {row['gpus']}")
+        if row["model"] == "flux" and row["by"] == "sgld" and is_elastic and "compiled" not in row["how"]:
+            key = row["size"][0], row["rows"], row["gpus"]
+            found[key] = min(row["ms"] / 1e3, found.get(key, math.inf))
+    return [{"side": side, "rows": num, "degree": gpus, "seconds": s} for (side, num, gpus), s in sorted(found.items())]
+
+
 def main() -> None:
-    """Measure each layout in processes of its own."""
+    """Measure all parts, or some, and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--scale", type=int, default=1, help="divides widths and sizes, to try it out")
-    parser.add_argument("--kinds", nargs="+", default=["tokens", "rows", "tiles"])
+    parser.add_argument("--gpus", type=int, default=4, help="a power of two; on a CPU as many processes")
+    parser.add_argument("--seconds", type=float, help="all in all; what is worth less is left out")
+    parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="ranks that say nothing for so long hang")
+    parser.add_argument("--parts", nargs="+", default=[], help="words in names of parts, to measure only these")
+    parser.add_argument("--tiny", action="store_true", help="next to no layers, small sizes")
+    parser.add_argument(
+        "--ahead", action=argparse.BooleanOptionalAction, default=True, help="start processes in advance"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
-    for kind in args.kinds:
-        rows += spawned(kind, args.scale, args.device)
-        print(rows, file=sys.stderr, flush=True)
-    report = {"command": reports.command(), **reports.where(args.device), "rows": rows}
-    text = as_text(report)
-    print(text)
-    if args.out is not None:
-        reports.write(args.out, report, text)
+    is_gpu = args.device == "cuda"
+    room = min((torch.cuda.get_device_properties(n).total_memory for n in range(args.gpus)), default=0) if is_gpu else 0
+    parts = chosen(groups(args.gpus, has_room=room > _ROOM_FOR_THREE_BYTES), args.parts)
+    if not is_gpu:  # there diffusers shares nothing
+        parts = [left for group in parts if (left := tuple(part for part in group if part.by == "sgld"))]
+    bench = Bench(args)
+    bench.run([tuple(part.tiny() for part in group) for group in parts] if args.tiny else parts)
+    print(bench.write())
 
 
 if __name__ == "__main__":
