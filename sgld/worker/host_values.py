@@ -1,8 +1,8 @@
 """What a noise scheduler asks of its device is answered by the host, where that knows it, so no step waits.
 
-Noise schedulers choose numbers from tables by timestep, and compare timesteps. These lie on the device, so each such
-question waits for all that the device was given before. The timesteps of a request don't change, so the host has a
-copy. What is computed on the device is computed there as ever, with the same bits.
+Noise schedulers choose numbers from tables by timestep, and compare timesteps; some compare sigmas. These lie on the
+device, so each such question waits for all that the device was given before. Those of a request don't change, so the
+host has a copy. What is computed on the device is computed there as ever, with the same bits.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,44 +18,58 @@ from sgld.worker.steps import WatchedStep, schedulers_of
 _aten = torch.ops.aten
 _ANSWERS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default, _aten.nonzero.default}
 """What the host does with values."""
+_TABLES = "timesteps", "sigmas"
 
 
 class Known(torch.Tensor):
-    """A tensor of the device of which the host has a copy. What follows from such ones alone is known, too."""
+    """A tensor of the device of which the host has a copy. What follows from such ones alone is known, too.
+
+    `asked`: what the host asked of it, and of what follows from it.
+    """
 
     there: torch.Tensor
     host: torch.Tensor
+    asked: list[Any]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, there: torch.Tensor, host: torch.Tensor) -> "Known":
+    def __new__(cls, there: torch.Tensor, host: torch.Tensor, asked: list[Any] | None = None) -> "Known":
         made: Known = torch.Tensor._make_wrapper_subclass(
             cls, there.shape, strides=there.stride(), dtype=there.dtype, device=there.device
         )
-        made.there, made.host = there, host
+        made.there, made.host, made.asked = there, host, [] if asked is None else asked
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        device = next(leaf.device for leaf in tensors if isinstance(leaf, Known))
+        known = [leaf for leaf in tensors if isinstance(leaf, Known)]
+        device = known[0].device
         is_known = all(isinstance(leaf, Known) or leaf.device.type == "cpu" for leaf in tensors)
         to = kwargs.get("device")
         if is_known and (func in _ANSWERS or (to is not None and to.type == "cpu") or _is_table(func, args)):
+            for leaf in known:
+                leaf.asked.append(func)
             return func(*_mapped(args, "host"), **_mapped(kwargs, "host"))
         result = func(*_mapped(args, "there"), **_mapped(kwargs, "there"))
+        if func._schema.is_mutable and isinstance(args[0], Known):
+            # Both in place, as views have the same memory.
+            if is_known:
+                func(*_mapped(args, "host"), **_mapped(kwargs, "host"))
+            else:
+                args[0].host.copy_(args[0].there)
+            return args[0]
         if func._schema.is_mutable or not is_known:
-            assert not func._schema.is_mutable or not isinstance(args[0], Known), "timesteps are what they are"
             return result
         on_host = {**_mapped(kwargs, "host"), **({"device": torch.device("cpu")} if to is not None else {})}
-        return _paired(result, func(*_mapped(args, "host"), **on_host), device)
+        return _paired(result, func(*_mapped(args, "host"), **on_host), device, known[0].asked)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Known({self.host!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Known":
-        return Known(self.there.clone(), self.host.clone())
+        return Known(self.there.clone(), self.host.clone(), self.asked)
 
 
 def _is_table(func: Any, args: Any) -> bool:
@@ -67,14 +81,16 @@ def _mapped(tree: Any, side: str) -> Any:
     return tree_map(lambda leaf: getattr(leaf, side) if isinstance(leaf, Known) else leaf, tree)
 
 
-def _paired(there: Any, host: Any, device: torch.device) -> Any:
+def _paired(there: Any, host: Any, device: torch.device, asked: list[Any]) -> Any:
     """Tensors of the device with their copies."""
     if isinstance(there, torch.Tensor):
-        return Known(there, host) if there.device == device else there
-    return type(there)(map(_paired, there, host, [device] * len(there))) if isinstance(there, list | tuple) else there
+        return Known(there, host, asked) if there.device == device else there
+    if not isinstance(there, list | tuple):
+        return there
+    return type(there)(_paired(one, own, device, asked) for one, own in zip(there, host, strict=True))
 
 
-class HostTimesteps:
+class HostTables:
     """Goes around the steps of one noise scheduler.
 
     :param memory: what has the values of a tensor of the device in its storage.
@@ -82,22 +98,31 @@ class HostTimesteps:
 
     def __init__(self, scheduler: Any, memory: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> None:
         self._scheduler, self._memory = scheduler, memory
-        self._known: Known | None = None
+        self._known: dict[str, Known] = {}
 
     def __call__(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        timesteps = vars(self._scheduler).get("timesteps")
-        if not isinstance(timesteps, torch.Tensor) or timesteps.device.type == "cpu":
+        tables = {name: vars(self._scheduler).get(name) for name in _TABLES}
+        known = {n: self._of(n, table) for n, table in tables.items() if isinstance(table, torch.Tensor)}
+        used = {name: one for name, one in known.items() if one is not None}
+        if (timesteps := used.get("timesteps")) is None:
             return step(*args, **kwargs)
-        known = self._of(timesteps)
-        args, kwargs = tree_map(lambda leaf: self._one_of(known, leaf), (args, kwargs))
-        with self._in_place(known), _Pinning():
+        args, kwargs = tree_map(lambda leaf: self._one_of(timesteps, leaf), (args, kwargs))
+        with self._in_place(used), _Pinning():
             return step(*args, **kwargs)
 
-    def _of(self, timesteps: torch.Tensor) -> Known:
-        """The timesteps with their copy, for which the device is waited for once."""
-        if self._known is None or self._known.there is not timesteps:
-            self._known = Known(timesteps, timesteps.cpu())
-        return self._known
+    def _of(self, name: str, table: torch.Tensor) -> Known | None:
+        """A table with its copy, for which the device is waited for once; None: it needs none.
+
+        Most noise schedulers only compute with their sigmas, which takes longer with a copy: the first step tells.
+        """
+        if table.device.type == "cpu":
+            return None
+        known = self._known.get(name)
+        if known is None or known.there is not table:
+            self._known[name] = known = Known(table, table.cpu())
+        elif name == "sigmas" and not known.asked:
+            return None
+        return known
 
     def _one_of(self, known: Known, leaf: Any) -> Any:
         """The copy of what is one of the timesteps, be it for several rows."""
@@ -114,20 +139,19 @@ class HostTimesteps:
         return Known(leaf, known.host.reshape(-1)[index].expand(leaf.shape))
 
     @contextmanager
-    def _in_place(self, known: Known) -> Iterator[None]:
+    def _in_place(self, known: dict[str, Known]) -> Iterator[None]:
         own = vars(self._scheduler)
-        own["timesteps"] = known
+        own.update(known)
         try:
             yield
         finally:
-            if own.get("timesteps") is known:
-                own["timesteps"] = known.there
+            own.update({name: one.there for name, one in known.items() if own.get(name) is one})
 
 
 def answer_from_host(bound: Any) -> None:
     """Have the noise schedulers of a bound pipeline wait for nothing in their steps."""
     for scheduler in schedulers_of(bound):
-        scheduler.step = WatchedStep(scheduler, HostTimesteps(scheduler))
+        scheduler.step = WatchedStep(scheduler, HostTables(scheduler))
 
 
 class _Pinning(TorchFunctionMode):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import schedulers
 
-from sgld.worker.host_values import HostTimesteps, Known, answer_from_host
+from sgld.worker.host_values import HostTables, Known, answer_from_host
 from sgld.worker.steps import WatchedStep
 from worker.pretend import DEVICE, Device, OnDevice
 
@@ -34,7 +34,7 @@ def samples(name: str, device: torch.device, on: Device | None = None, *, is_wat
     """The samples after each step; `on` has counted what the steps but the first waited for."""
     scheduler = getattr(schedulers, name)()
     if is_watched:
-        around = HostTimesteps(scheduler, on_host)
+        around = HostTables(scheduler, on_host)
         scheduler.step = WatchedStep(scheduler, around)
     scheduler.set_timesteps(NUM_STEPS, device=device)
     x = put(torch.randn(1, 4, 8, 8, generator=seeded(0)), device) * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -61,6 +61,8 @@ USUAL = (
     "EDMDPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
     "LCMScheduler",
     "PNDMScheduler",
     "UnCLIPScheduler",
@@ -90,6 +92,35 @@ def test_what_meets_others_of_the_device_is_computed_there_alone() -> None:
     assert isinstance(copy.deepcopy(SimpleNamespace(known=Known(torch.ones(2), torch.ones(2)))).known, Known)
 
 
+def test_what_is_written_to_is_known_as_it_is_then() -> None:
+    with Device() as device:
+        known = Known(put(torch.arange(3.0), DEVICE), torch.arange(3.0))
+        known[1:] *= 2
+        assert device.waits.total() == 0
+        assert known.host.tolist() == [0, 2, 4]
+        known[:2].add_(put(torch.ones(2), DEVICE))
+        assert (known.host.tolist(), on_host(known.there).tolist()) == ([1, 3, 4], [1, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("name", "second"), [("FlowMatchEulerDiscreteScheduler", OnDevice), ("FlowMatchHeunDiscreteScheduler", Known)]
+)
+def test_sigmas_are_known_as_long_as_steps_ask_for_them(name: str, second: type) -> None:
+    scheduler = getattr(schedulers, name)()
+    step, kinds = scheduler.step, []
+
+    def watched(*given: Any) -> None:
+        kinds.append(type(scheduler.sigmas))
+        step(*given)
+
+    with Device():
+        scheduler.set_timesteps(NUM_STEPS, device=DEVICE)
+        around, x = HostTables(scheduler, on_host), put(torch.randn(1, 4), DEVICE)
+        for t in scheduler.timesteps[:2]:
+            around(watched, x, t, x)
+    assert kinds == [Known, second]
+
+
 def test_it_goes_around_the_steps_of_a_pipeline() -> None:
     bound = SimpleNamespace(scheduler=schedulers.DDIMScheduler(), other_scheduler=schedulers.EulerDiscreteScheduler())
     answer_from_host(bound)
@@ -104,7 +135,7 @@ def test_timesteps_of_the_middle_are_known_and_those_of_others_are_not() -> None
     """As of a picture that is changed, which begins later; what the pipeline made itself is read as ever."""
     with Device() as device:
         scheduler = schedulers.DDIMScheduler()
-        scheduler.step = WatchedStep(scheduler, HostTimesteps(scheduler, on_host))
+        scheduler.step = WatchedStep(scheduler, HostTables(scheduler, on_host))
         scheduler.set_timesteps(NUM_STEPS, device=DEVICE)
         x = put(torch.randn(1, 4, 8, 8), DEVICE)
         late = scheduler.timesteps[2:]
@@ -112,10 +143,10 @@ def test_timesteps_of_the_middle_are_known_and_those_of_others_are_not() -> None
         device.waits.clear()
         one = scheduler.step(x, late[1], x).prev_sample
         assert device.waits.total() == 0
-        for_rows = HostTimesteps(scheduler, on_host)(lambda t: t, late[1].expand(3))
+        for_rows = HostTables(scheduler, on_host)(lambda t: t, late[1].expand(3))
         assert isinstance(for_rows, Known)
         assert torch.equal(for_rows.host, on_host(late[1]).expand(3))
-        assert not isinstance(HostTimesteps(scheduler, on_host)(lambda t: t, late[:2]), Known)
+        assert not isinstance(HostTables(scheduler, on_host)(lambda t: t, late[:2]), Known)
         device.waits.clear()
         other = scheduler.step(x, late[1] + 0, x).prev_sample
         assert device.waits.total() > 0
@@ -129,7 +160,7 @@ def test_on_a_gpu_nothing_waits_either(name: str, dtype: torch.dtype) -> None:
     def run(*, is_watched: bool) -> list[torch.Tensor]:
         scheduler = getattr(schedulers, name)()
         if is_watched:
-            scheduler.step = WatchedStep(scheduler, HostTimesteps(scheduler))
+            scheduler.step = WatchedStep(scheduler, HostTables(scheduler))
         scheduler.set_timesteps(NUM_STEPS, device="cuda")
         made = [torch.randn(1, 4, 8, 8, generator=seeded(0)).to("cuda", dtype)]
         outputs = [torch.randn(1, 4, 8, 8, generator=seeded(i)).to("cuda", dtype) for i in range(NUM_STEPS)]
