@@ -8,6 +8,12 @@ from sgld.server.services import services_of
 from sgld.storage import Storage, Upload
 
 
+class _File(FileResponse):
+    """A file in larger pieces: each is read by a thread, and with Starlette's 3 MB take three times the CPU time."""
+
+    chunk_size = 2**20
+
+
 async def content(request: Request, key: str, media_type: str) -> Response:
     """A file, or a redirection to it, which OpenAI's clients and browsers follow.
 
@@ -15,7 +21,7 @@ async def content(request: Request, key: str, media_type: str) -> Response:
     """
     storage = services_of(request).jobs.storage
     if (path := await storage.file(key)) is not None:
-        return FileResponse(path, media_type=media_type)
+        return _File(path, media_type=media_type)
     if (url := await storage.url(key)) is not None:
         return RedirectResponse(url, 302)
     raise not_found(f"content of {key.partition('/')[0]} any more")
