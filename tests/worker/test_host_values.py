@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import schedulers
 
-from sgld.worker.host_values import HostTables, Known, answer_from_host
+from sgld.worker.host_values import MAX_SILENT, HostTables, Known, answer_from_host
 from sgld.worker.steps import WatchedStep
 from worker.pretend import DEVICE, Device, OnDevice
 
@@ -77,6 +77,31 @@ def test_steps_wait_for_nothing_and_make_the_same_bits(name: str) -> None:
         made = samples(name, DEVICE, device, is_watched=True)
     assert all(torch.equal(one, other) for one, other in zip(made, right, strict=True))
     assert device.waits.total() == 0
+
+
+def watched_steps(name: str) -> list[bool]:
+    """Of each step, whether its timestep came with a copy; the timesteps are set twice."""
+    scheduler = getattr(schedulers, name)()
+    around, own, seen = HostTables(scheduler, on_host), scheduler.step, []
+
+    def step(output: torch.Tensor, t: torch.Tensor, *args: Any) -> Any:
+        seen.append(isinstance(t, Known))
+        return own(output, t, *args)
+
+    with Device():
+        x = put(torch.randn(1, 4, 8, 8), DEVICE)
+        for _ in range(2):
+            scheduler.set_timesteps(NUM_STEPS, device=DEVICE)
+            for t in scheduler.timesteps:
+                around(step, x, t, x)
+    return seen
+
+
+def test_who_asks_for_nothing_any_more_is_left_alone_until_it_has_other_timesteps() -> None:
+    """Looking its first timestep up is all that it asks."""
+    assert watched_steps("DPMSolverMultistepScheduler") == ([True] * (1 + MAX_SILENT) + [False] * 2) * 2
+    assert watched_steps("DDIMScheduler") == [True] * NUM_STEPS * 2
+    assert watched_steps("UniPCMultistepScheduler") == [True] * NUM_STEPS * 2
 
 
 def test_what_meets_others_of_the_device_is_computed_there_alone() -> None:
