@@ -82,6 +82,7 @@ class Part:
     :ivar all_degrees: on fewer of them, too, where each forward may take as many as it likes.
     :ivar beside: of these also a forward on each GPU at the same time.
     :ivar is_aside: it is measured while others compile.
+    :ivar copies: no forwards are measured, but requests to so many copies of a model.
     """
 
     name: str
@@ -94,10 +95,11 @@ class Part:
     all_degrees: bool = False
     beside: tuple[Work, ...] = ()
     is_aside: bool = False
+    copies: int = 0
 
     @property
     def model(self) -> str:
-        return self.works[0].model
+        return self.works[0].model if self.works else "sdxl"
 
     def tiny(self) -> "Part":
         """The same of small works."""

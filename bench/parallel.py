@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copies
 import reports
 import torch
 import torch.multiprocessing
@@ -72,6 +73,7 @@ def groups(gpus: int, *, has_room: bool) -> list[Group]:
         compiled if has_room else compiled[:-1],
         (Part("tokens of small FLUX", "sgld", SMALL, 25, elastic, has_one=True, all_degrees=True, beside=SMALL),),
         (Part("tokens of FLUX, more rows", "sgld", MORE, 35, elastic, all_degrees=True),),
+        (Part("copies of SDXL", "sgld", (), 75, one, copies=gpus),),
         (Part("tiles of a VAE", "sgld", (Work("vae", (2048,)),), 20, every, has_one=True),),
     ]
 
@@ -122,7 +124,13 @@ class Bench:
     def _started(self, group: Group) -> list[Crew]:
         args = self._args
         return [
-            start(self._context, part.name, part.parallel.num_ranks, measure, (part, args.device, args.tiny))
+            start(
+                self._context,
+                part.name,
+                part.parallel.num_ranks,
+                copies.measure if part.copies else measure,
+                (part, args.device, args.tiny),
+            )
             for part in group
         ]
 
@@ -131,9 +139,9 @@ class Bench:
         compiling = [crew for part, crew in pairs if part.is_compiled]
         for crew in compiling:
             crew.open("imported")
-        for crew in [crew for part, crew in pairs if not part.is_compiled]:
+        for part, crew in [(part, crew) for part, crew in pairs if not part.is_compiled]:
             crew.open("imported")
-            self._hears(crew, self._args.quiet_s, lambda: self._budget.left_s)
+            self._hears(crew, max(self._args.quiet_s, part.expected_s), lambda: self._budget.left_s)
             crew.end()
         for crew in [crew for crew in compiling if self._compiles(crew)]:
             crew.open("compiled")

@@ -1,0 +1,91 @@
+"""Requests that come while others run, to one copy of a model and to one on each GPU; a part of bench/parallel.py.
+
+Both engines are there at the same time, and one is asked after the other: the one that isn't asked does nothing. A
+request is a picture with SDXL at its real size; the time of one is that of all of them, shared.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
+
+import anyio
+import numpy as np
+from crews import Row, Teller
+from numpy.typing import NDArray
+from real_models import prompt
+
+from sgld import Engine, EngineConfig, SamplingParams
+from sgld.events import Completed, Failed
+from sgld.ipc.seats import Seat
+from sgld.parallel import ParallelConfig
+
+NUM_REQUESTS, STAGGER_S, NUM_STEPS = 96, 0.005, 20
+# What is captured in the first round is there in the second.
+NUM_ROUNDS = 2
+READY_S = 120.0
+Pictures = list[NDArray[np.uint8]]
+
+
+def measure(_seat: Seat, teller: Teller, part: Any, device: str, is_tiny: bool) -> None:
+    """Entry of the process that has both engines."""
+    teller.gate("imported")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        made = (sys.executable, str(Path(__file__).with_name("real_models.py")), folder, "sdxl", "--device", device)
+        subprocess.run([*made, *(["--tiny"] if is_tiny else [])], check=True, stdout=subprocess.DEVNULL)
+        anyio.run(compared, teller, Path(folder, "sdxl"), part.copies, device, is_tiny)
+
+
+async def compared(teller: Teller, folder: Path, copies: int, device: str, is_tiny: bool) -> None:
+    """One copy, then all."""
+    configs = [
+        EngineConfig(model_path=str(folder), device=device, parallel=ParallelConfig(dp_size=num))  # type: ignore[arg-type]
+        for num in (1, copies)
+    ]
+    sizes = {"height": 64, "width": 64} if is_tiny else {"height": 512, "width": 512}
+    num, num_steps = (4, 2) if is_tiny else (NUM_REQUESTS, NUM_STEPS)
+    alone: Pictures = []
+    async with AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(Engine(config)) for config in configs]
+        with anyio.fail_after(READY_S):
+            for engine in engines:
+                await engine.ready()
+        for gpus, engine in zip((1, copies), engines, strict=True):
+            for _ in range(NUM_ROUNDS):
+                taken_s, pictures = await round_of(engine, num, num_steps, sizes)
+            alone = alone or pictures
+            row = {"model": "sdxl", "size": tuple(sizes.values()), "rows": 1, "by": "sgld", "gpus": gpus}
+            row |= {"work": f"SDXL {sizes['width']}², {num} requests, each", "layout": f"dp {gpus}", "how": "engine"}
+            teller.row(row | {"ms": 1e3 * taken_s / num, "error": difference(pictures, alone), "is_aside": False})
+
+
+async def round_of(engine: Engine, num: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
+    """Seconds from the first request to the last answer, and the pictures."""
+    pictures: dict[int, NDArray[np.uint8]] = {}
+
+    async def client(index: int) -> None:
+        await anyio.sleep(index * STAGGER_S)
+        params = SamplingParams(prompt=prompt(index), seed=index, num_inference_steps=num_steps, **sizes)
+        async for event in engine.generate(params):
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Completed):
+                pictures[index] = event.frames
+
+    start = time.perf_counter()
+    async with anyio.create_task_group() as tasks:
+        for index in range(num):
+            tasks.start_soon(client, index)
+    return time.perf_counter() - start, [pictures[index] for index in range(num)]
+
+
+def difference(pictures: Pictures, others: Pictures) -> float:
+    """The largest mean difference of two pictures, in parts of the range of a channel."""
+    pairs = zip(pictures, others, strict=True)
+    return max(float(np.abs(one.astype(float) - other).mean()) / 255 for one, other in pairs)
