@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,12 @@ def encode_png(frame: NDArray[np.uint8] | NDArray[np.uint16], info: PngInfo | No
     texts = [(kind, content) for kind, content, *_ in info.chunks] if info is not None else []
     pixels = ((b"IDAT", part) for part in _stream(rows))
     chunks = [(b"IHDR", header), *texts, *pixels, (b"IEND", b"")]
-    return _SIGNATURE + b"".join(part for kind, content in chunks for part in _chunk(kind, content))
+    # Not joined at once: while that copies a large file no other thread goes on.
+    file = BytesIO(_SIGNATURE)
+    file.seek(0, os.SEEK_END)
+    for kind, content in chunks:
+        file.writelines(_chunk(kind, content))
+    return file.getvalue()
 
 
 def _stream(rows: NDArray[np.uint8]) -> Iterator[bytes]:

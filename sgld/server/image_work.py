@@ -19,6 +19,7 @@ from sgld.media.images import encode_image, has_alpha
 from sgld.request import NO_LIMITS
 from sgld.server import results
 from sgld.server.errors import ApiError, from_code, from_event, not_found, shutting_down
+from sgld.server.inlined import json_with
 from sgld.server.job_store import Job, StoredFile
 from sgld.server.metadata import metadata_of
 from sgld.server.requests import LiveRequest
@@ -172,8 +173,8 @@ class ImageWork:
             background=pictures[0].background,
             inference_time_s=round(time.monotonic() - self._started_at, 3),
         )
-        content = await run_sync(msgspec.json.encode, body)
-        return Response(content, media_type="application/json")
+        is_inside = self._options.response_format != "url"
+        return json_with(body, "b64_json", [picture.content for picture in pictures] if is_inside else [])
 
     async def stream(self, live: LiveRequest, verb: Verb) -> AsyncGenerator[bytes, None]:
         """Events of OpenAI's stream; the request is cancelled when nobody reads them."""
@@ -253,7 +254,8 @@ class ImageWork:
         if self._options.response_format == "url":
             url = await url_of(request, request_id, picture.file, variant)
             return ImageData(seed=picture.file.seed, url=url, upload=upload)
-        return ImageData(seed=picture.file.seed, b64_json=picture.content, upload=upload)
+        # The picture itself is put there while the answer is sent.
+        return ImageData(seed=picture.file.seed, b64_json=b"", upload=upload)
 
     async def _upload_of(self, picture: Picture) -> Upload | None:
         return await results.upload_of(self._services.jobs.storage, picture.file.key)
