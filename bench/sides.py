@@ -9,6 +9,7 @@ anything is compiled. What is measured while code is still on its way says so.
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,7 @@ class OurRows:
         self._notes: dict[str, Any] = {"load_s": load_s}
         self._first_s: dict[str, float] = {}
         self._measured: dict[str, Measured] = {}
-        self._settled = True
+        self._is_settled = True
 
     async def measure(self) -> None:
         """Measure; what fits into the budget."""
@@ -246,24 +246,30 @@ class OurRows:
             elif row.kind == "single":
                 await self._first(row)
         once_s = time.perf_counter() - start
+        singles = [row for row in self._rows if row.kind == "single"]
+        if singles:
+            self._is_settled = await self._settling(once_s).singles()
+        for row in singles:
+            await self._row(row, "sgld")
+        # Then, as what these call for is compiled beside others.
+        for row in self._rows:
+            if row.kind == "staggered":
+                together = functools.partial(self._ours.staggered, row, self._call)
+                self._is_settled = await self._settling(0.0).staggered(together)
+                await self._row(row, "sgld")
+        say("decisions", (await self._ours.known()).decisions)
+        for row in singles:
+            if fits(row, self._budget):
+                await self._pictures(row)
+
+    def _settling(self, reserve_s: float) -> "Settling":
+        """What leaves so many seconds for what is measured then."""
 
         async def one(request: dict[str, Any]) -> float:
             return (await self._ours.run(request))[1]
 
-        async def together(first: int) -> None:
-            for row in self._rows:
-                if row.kind == "staggered":
-                    await self._ours.staggered(row, self._call, first)
-
-        limit_s = min(self._args.settle_s, self._budget.left_s - once_s)
-        settling = Settling(self._rows, self._call, limit_s, is_first=early != self._rows)
-        self._settled = await settling.run(one, self._ours.known, together)
-        say("decisions", (await self._ours.known()).decisions)
-        for row in self._rows:
-            await self._row(row, "sgld")
-        for row in self._rows:
-            if row.kind == "single" and fits(row, self._budget):
-                await self._pictures(row)
+        limit_s = min(self._args.settle_s, self._budget.left_s - reserve_s)
+        return Settling(self._rows, self._call, limit_s, one, self._ours.known)
 
     async def _row(self, row: Row, side: str) -> None:
         if not fits(row, self._budget):
@@ -276,7 +282,7 @@ class OurRows:
             await self._staggered(row, measured)
         else:
             await self._singles(row, measured)
-        measured.notes |= unsettled(before, await self._ours.known(), is_settled=self._settled)
+        measured.notes |= unsettled(before, await self._ours.known(), is_settled=self._is_settled)
         self._measured[row.name] = measured
         say("measured", asdict(measured))
 
@@ -361,51 +367,59 @@ def early_rows(rows: Sequence[Row], which: str) -> Sequence[Row]:
     return {"all": rows, "first": rows[:1], "none": []}[which]
 
 
-async def _nothing(_first: int) -> None:
-    """No requests are staggered."""
-
-
 class Settling:
     """Requests that aren't measured, while things are compiled and captured in the background.
 
-    It ends when the last rounds took as long as one another, what is to be compiled is, and no code came in a last one
-    that has staggered requests, too; or when its time is up.
-
-    :param is_first: not all rows have run before. Then the first round has all of them, so that what is to be compiled
-        is compiled together.
+    :param limit_s: after so many seconds it ends in any case.
+    :param one: runs a request; :return: what it took, in any unit.
+    :param known: what is said of components and their code.
     """
 
-    def __init__(self, rows: Sequence[Row], call: Any, limit_s: float, *, is_first: bool = False) -> None:
-        self._rows = [row for row in rows if row.kind != "staggered"]
-        self._call = call
-        self._limit_s = limit_s
-        self._is_first = is_first
-
-    async def run(
+    def __init__(
         self,
+        rows: Sequence[Row],
+        call: Any,
+        limit_s: float,
         one: Callable[[dict[str, Any]], Awaitable[float]],
         known: Callable[[], Awaitable[Known]],
-        together: Callable[[int], Awaitable[None]] = _nothing,
-    ) -> bool:
-        """Send them; whether all is settled.
+    ) -> None:
+        self._until = time.perf_counter() + limit_s
+        self._rows, self._call, self._one, self._known = rows, call, one, known
+        self._indices = count(_SETTLING)
 
-        :param one: runs a request; :return: what it took, in any unit.
-        :param known: what the engine says.
-        :param together: runs those that are staggered, the first of which has this index.
-        """
-        until, indices = time.perf_counter() + self._limit_s, count(_SETTLING)
+    async def singles(self) -> bool:
+        """Until the last rounds took as long as one another, and all is compiled; whether that was so in time."""
         rounds: list[list[float]] = []
-        while time.perf_counter() < until:
-            before = await known()
-            requests = [row.request(next(indices), self._call) | _FEW_STEPS for row in self._rows]
-            rounds.append([await one(request) for request in requests])
+        while time.perf_counter() < self._until:
+            before = await self._known()
+            rounds.append([await self._short(row) for row in self._rows if row.kind != "staggered"])
             say("settling", {"took": [round(value, 3) for value in rounds[-1]], "is_compiling": before.is_compiling})
-            is_steady_now = is_steady(rounds) and is_done(before, await known())
-            if is_steady_now or (self._is_first and len(rounds) == 1):
-                await together(_SETTLING * (1 + len(rounds)))
-            if is_steady_now and is_done(before, await known()):
+            if is_steady(rounds) and is_done(before, await self._known()):
                 return True
         return False
+
+    async def staggered(self, together: Callable[[int], Awaitable[Any]]) -> bool:
+        """Until all is compiled that staggered requests call for; whether that was so in time.
+
+        :param together: runs these, the first of which has this index.
+        """
+        for turn in count(2):
+            if time.perf_counter() >= self._until:
+                return False
+            before = await self._known()
+            if before.is_compiling:
+                # Code is taken over between calls.
+                await self._short(self._rows[0])
+                continue
+            start = time.perf_counter()
+            await together(_SETTLING * turn)
+            say("settling", {"staggered_s": round(time.perf_counter() - start, 3)})
+            if is_done(before, await self._known()):
+                return True
+        raise AssertionError("turns are endless")
+
+    async def _short(self, row: Row) -> float:
+        return await self._one(row.request(next(self._indices), self._call) | _FEW_STEPS)
 
 
 def is_done(before: Known, after: Known) -> bool:
@@ -490,7 +504,7 @@ async def _measure_http(
                 say("measured", asdict(measured))
         if side == "http-early":
             limit_s = min(args.settle_s, budget.left_s - (time.perf_counter() - start))
-            is_settled = await Settling(rows, call, limit_s).run(one, known)
+            is_settled = await Settling(rows, call, limit_s, one, known).singles()
 
 
 def engine_config(args: argparse.Namespace) -> Any:
@@ -564,7 +578,7 @@ def main() -> None:
         anyio.run(our_rows, rows, args, budget)
     elif args.side == "http":
         is_warm = Path(os.environ[CACHES[0]]).exists()
-        anyio.run(partial(http_rows, rows, args, budget, is_warm=is_warm))
+        anyio.run(functools.partial(http_rows, rows, args, budget, is_warm=is_warm))
     else:
         for measured in plain_rows(rows, args, budget):
             say("measured", asdict(measured))

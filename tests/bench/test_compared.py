@@ -100,31 +100,48 @@ def test_code_is_all_there_when_none_is_on_its_way_and_none_came_meanwhile() -> 
     ) == (Known(said, is_compiling=True, num_changes=3))
 
 
-async def test_all_is_settled_once_a_round_with_staggered_requests_brings_no_code() -> None:
-    ran: list[str] = []
-    known = [Known({})]
+async def test_singles_are_settled_once_three_rounds_took_as_long_and_no_code_is_left() -> None:
+    code, took = [Known({}, is_compiling=True)] * 3, [5.0, 1.0, 1.0, 1.0, 1.0]
 
     async def one(request: dict[str, Any]) -> float:
+        return took.pop(0)
+
+    async def known() -> Known:
+        return code.pop(0) if code else Known({})
+
+    assert await Settling([ROWS["flux-256"]], {}, 60.0, one, known).singles()
+    assert took == [1.0]
+
+
+async def test_staggered_requests_are_settled_once_they_bring_no_code() -> None:
+    ran: list[str] = []
+    code = Known({})
+
+    async def one(request: dict[str, Any]) -> float:
+        nonlocal code
         ran.append("one")
+        code = Known({}, num_changes=2)
         return 1.0
 
     async def together(first: int) -> None:
+        nonlocal code
         ran.append("together")
-        if ran.count("together") < 3:
-            known.append(Known({}, num_changes=len(known)))
+        if len(ran) == 1:
+            code = Known({}, is_compiling=True, num_changes=1)
 
-    async def now() -> Known:
-        return known[-1]
+    async def known() -> Known:
+        return code
 
-    rows = [ROWS["flux-256"], ROWS["flux-256-staggered"]]
-    assert await Settling(rows, {}, 60.0, is_first=True).run(one, now, together)
-    assert ran == ["one", "together", "one", "one", "together", "one", "together"]
+    assert await Settling([ROWS["flux-256-staggered"]], {}, 60.0, one, known).staggered(together)
+    assert ran == ["together", "one", "together"]
 
 
 async def test_what_has_no_time_to_settle_says_so() -> None:
-    assert not await Settling([ROWS["flux-256"]], {}, 0.0).run(
-        lambda request: pytest.fail("there is no time"), lambda: pytest.fail("there is no time")
-    )
+    async def never(*_: Any) -> Any:
+        pytest.fail("there is no time")
+
+    assert not await Settling([ROWS["flux-256"]], {}, 0.0, never, never).singles()
+    assert not await Settling([ROWS["flux-256-staggered"]], {}, 0.0, never, never).staggered(never)
 
 
 def test_what_was_measured_while_code_came_is_marked() -> None:
