@@ -58,7 +58,7 @@ class Lanes:
         self._leader = leader
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._lanes: list[Lane] = []
-        executor.runtime.residency.join = self.join
+        executor.runtime.residency.join = leader.join = self.join
 
     def __len__(self) -> int:
         return len(self._lanes)

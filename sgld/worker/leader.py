@@ -58,6 +58,8 @@ class Leader:
         self._seq = 0
         self._parts: dict[tuple[object, ...], RowAxes | None] = {}
         """Forms of forwards to the axes by which their rows may be parted, if they may."""
+        self.join: Callable[[], None] = lambda: None
+        """Has what is launched from now on come after forwards on other streams."""
         self.changed_by: str | None = None
         """What the task that goes on alone does to components, of which followers don't know."""
 
@@ -83,7 +85,7 @@ class Leader:
         self._member.slots = {name: slots[name] for name in self._member.components if name in slots}
         for name, of_component in self._member.slots.items():
             put, remove = functools.partial(self._put, name), functools.partial(self._remove, name)
-            of_component.follow(put, remove, lambda: self.is_elsewhere)
+            of_component.follow(put, remove, lambda: self.is_elsewhere, lambda: self.join())
 
     def _put(self, component: str, key: str, changes: Mapping[str, Changes]) -> None:
         self._tell(PutAdapters(component, key, on_host(changes)))

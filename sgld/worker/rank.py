@@ -234,8 +234,6 @@ class Rank:
 
     def _can_install(self) -> bool:
         """Whether adapters may come into slots now."""
-        if self._lanes is not None:
-            self._lanes.join()
         return not self._session.is_exclusive
 
     def _tell_loaded(self, loaded: Loaded) -> None:

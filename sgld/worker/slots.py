@@ -89,18 +89,21 @@ class Slots:
         self._on_put: Callable[[str, Mapping[str, Changes]], None] = lambda key, changes: None
         self._on_remove: Callable[[str], None] = lambda key: None
         self._is_elsewhere: Callable[[], bool] = lambda: False
+        self._join: Callable[[], None] = lambda: None
 
     def follow(
         self,
         put: Callable[[str, Mapping[str, Changes]], None],
         remove: Callable[[str], None],
         is_elsewhere: Callable[[], bool] = lambda: False,
+        join: Callable[[], None] = lambda: None,
     ) -> None:
         """From now on somebody is told what comes into slots and leaves them.
 
         :param is_elsewhere: whether others alone run what adapters are selected for.
+        :param join: what is launched from then on comes after forwards on other streams, which read slots.
         """
-        self._on_put, self._on_remove, self._is_elsewhere = put, remove, is_elsewhere
+        self._on_put, self._on_remove, self._is_elsewhere, self._join = put, remove, is_elsewhere, join
 
     @property
     def keys(self) -> list[str]:
@@ -119,6 +122,7 @@ class Slots:
         """
         assert self._selection is None, "a forward goes on"
         assert key not in self._keys
+        self._join()
         if NONE not in self._keys[1:]:
             self._keys.append(NONE)
             self._fills.append(0)
@@ -139,6 +143,7 @@ class Slots:
     def remove(self, key: str) -> None:
         """Free the slot of a combination; with the last one everything is as it was before the first."""
         assert self._selection is None
+        self._join()
         self._keys[self._keys.index(key)] = NONE
         if not any(self._keys):
             for layer in self._layers.values():

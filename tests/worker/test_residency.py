@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,12 +250,12 @@ def test_where_a_component_has_no_room_after_all_the_others_leave() -> None:
 
 
 def test_components_come_and_go_after_forwards_on_other_streams() -> None:
-    leader: Any = None
+    leader: Any = SimpleNamespace()
     pipeline, _ = build("pixart")
     residency, weights = poisoned(pipeline, "transformer")
     executor = running(residency)
     lanes = Lanes(executor, leader, CPU)
-    assert residency.join == lanes.join
+    assert residency.join == leader.join == lanes.join
     num_brought: list[int] = []
     residency.join = lambda: num_brought.append(weights["transformer"].num_brought)
     residency.bring(pipeline.transformer)

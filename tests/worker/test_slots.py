@@ -1,6 +1,7 @@
 """Slots of adapters in one component."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from models.teams import each, teams
 from torch import nn
 
+from sgld.ipc.seats import Seat
 from sgld.models.lora import LoraLayer
 from sgld.models.tensor_layers import Cut, Parted, SplitLinear, SummedLinear, divide
 from sgld.worker.adapted_layer import Unmixable
+from sgld.worker.leader import Leader
 from sgld.worker.slots import Applied, Slots, selected
 
 CPU = torch.device("cpu")
@@ -280,3 +283,33 @@ def test_slots_of_rows_stay_where_they_are_and_are_written_for_forwards_here_onl
     elsewhere[0] = False
     assert index("", "a")[0] is two
     assert (two.tolist(), slots.version) == ([0, 1], version)
+
+
+def test_slots_change_after_forwards_on_other_streams() -> None:
+    module, sizes = nn.Linear(6, 5), list[int]()
+    slots = Slots(nn.ModuleDict({"layer": module}), CPU)
+    slots.follow(lambda key, changes: None, lambda key: None, join=lambda: sizes.append(slots.size_bytes))
+    slots.put("a", {"layer": [(layer(module, 3), 1.0)]})
+    size = slots.size_bytes
+    slots.remove("a")
+    assert sizes == [0, size]
+    assert slots.size_bytes == 0
+
+
+class Seen(Slots):
+    """Is followed by a leader."""
+
+    joined: Any = None
+
+    def follow(self, *told: Any) -> None:
+        [*_, self.joined] = told
+
+
+def test_leader_has_lanes_joined_before_slots_change() -> None:
+    member: Any = SimpleNamespace(seat=Seat(0, 1), names={}, components={"transformer": nn.Linear(6, 5)})
+    leader, slots = Leader(member, lambda name, note: None), Seen(nn.Linear(6, 5), CPU)
+    leader.follow_adapters({"transformer": slots})
+    num_joins: list[None] = []
+    leader.join = lambda: num_joins.append(None)
+    slots.joined()
+    assert len(num_joins) == 1
