@@ -19,10 +19,8 @@ def text(report: dict[str, Any]) -> str:
     lines += ["Medians of whole requests after the first, in seconds; ratios are how many times faster sgld is.", ""]
     lines += [*_table(report), ""]
     if any(map(_mark, report["measured"])):
-        lines += [
-            f"{_UNSETTLED.strip()}: measured while code was still on its way, or before times were steady; no figure to quote.",
-            "",
-        ]
+        because = "measured while code was still on its way, or before times were steady; no figure to quote"
+        lines += [f"{_UNSETTLED.strip()}: {because}.", ""]
     if usual := _usual_table(report):
         lines += ["## With as many steps as usual, computed", "", *usual, ""]
     if any("step_tflop" in m["notes"] for m in report["measured"]):

@@ -449,7 +449,7 @@ async def http_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budge
             ready, answered = await first_answers(server, http, rows, args, "warm" if is_warm else "cold")
             await _measure_http(http, rows, args, budget, dict(zip(rows, answered, strict=True)), ready)
             say("decisions", (await http.get("/server_info")).json()["model"]["decisions"])
-        if not budget.has(2 * ready):
+        if not budget.has(1.2 * ready):
             say("skipped", "a second start")
             return
         caches = {name: str(Path(folder) / name) for name in CACHES} if is_warm else None
