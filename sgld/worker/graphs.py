@@ -217,7 +217,8 @@ class Graphs:
     def _objection(self, key: Key, effects: Effects, warmed: Warmed) -> Refusal | None:
         """What speaks against capturing a forward that was warmed up."""
         try:
-            if not is_worth_capturing(warmed.launch_s, warmed.total_s):
+            # What ranks share the device is busy with while it waits for the launches of others: that looks like work.
+            if not _is_shared(key) and not is_worth_capturing(warmed.launch_s, warmed.total_s):
                 raise Slow(f"launches take {warmed.launch_s} of {warmed.total_s} s")
             if self._num_broken[key.module, key.method] >= MAX_BROKEN:
                 raise Unfit("captures of such calls were cut off")

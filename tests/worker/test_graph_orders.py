@@ -58,6 +58,8 @@ class RankRecorder(FakeRecorder):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self._rank = rank
+        # Each waits for what the other launches.
+        self.launch_s = 0.1
 
     def record(self, forward: Any, tree: Any, tensors: Any) -> FakeRecording:
         num = tensors[0].numel()
