@@ -177,7 +177,8 @@ async def replay(
         await asyncio.sleep(max(start + at - time.monotonic(), 0))
         sent = time.monotonic()
         asked[index].arrives_at = sent - start
-        asked[index].status = await ask(http, kind, index)
+        with suppress(httpx2.TransportError):
+            asked[index].status = await ask(http, kind, index)
         asked[index].latency_s = time.monotonic() - sent
 
     async def all_of_them() -> None:
@@ -187,6 +188,11 @@ async def replay(
 
     with suppress(TimeoutError):
         await asyncio.wait_for(all_of_them(), limit_s)
+
+
+def decided(asked: Sequence[Asked], alone: Mapping[str, float], until: float) -> list[Asked]:
+    """Those that have their answers at this time of the trace, and those that are late without."""
+    return [one for one in asked if one.status or one.arrives_at + SLO_SCALE * alone[one.kind] < until]
 
 
 def summary(asked: Sequence[Asked], alone: Mapping[str, float]) -> dict[str, Any]:
@@ -220,8 +226,11 @@ class Replay:
     since_s: float = 0.0
     """When everything was warm, by time.monotonic."""
     begins_s: float = 0.0
+    lasted_s: float = 0.0
+    """From there to its last answer, or to where it was cut off; 0 as long as it goes on."""
     rate: float = 0.0
     seconds: float = 0.0
+    """In which requests come."""
     asked: Sequence[Asked] = ()
     server: Mapping[str, Any] = field(default_factory=dict)
     eta_errors: Mapping[str, float] = field(default_factory=dict)
@@ -234,17 +243,18 @@ class Replay:
 
     def report(self) -> dict[str, Any]:
         """All that is known, and that the simulation needs."""
-        sent = [one for one in self.asked if one.is_done or one.arrives_at <= time.monotonic() - self.begins_s]
+        until = self.lasted_s or time.monotonic() - self.begins_s
+        sent = [one for one in self.asked if one.arrives_at <= until]
         return {
             "command": reports.command(),
             **self.where,
             "mix": self.args.mix,
             "load": self.args.load,
             "rate_per_s": self.rate,
-            "minutes": round(self.seconds / 60, 2),
+            "minutes": round(min(self.seconds, until) / 60, 2),
             "steps": self.args.steps,
             "alone_s": self.alone_s,
-            "summary": summary(sent, self.alone_s),
+            "summary": summary(decided(sent, self.alone_s, until), self.alone_s),
             "server": self.server,
             "eta_errors": self.eta_errors,
             "asked": [asdict(one) for one in sent],
@@ -291,7 +301,10 @@ async def run(replaying: Replay, budget: Budget) -> None:
         keeping = asyncio.create_task(_keep_writing(replaying))
         stack.callback(keeping.cancel)
         replaying.begins_s = time.monotonic()
-        await replay(http, trace, replaying.asked, budget.left_s - _REST_S if args.seconds else None)
+        try:
+            await replay(http, trace, replaying.asked, budget.left_s - _REST_S if args.seconds else None)
+        finally:
+            replaying.lasted_s = time.monotonic() - replaying.begins_s
         replaying.server = (await http.get("/server_info")).json()["model"]
         replaying.eta_errors = eta_errors((await http.get("/metrics")).text)
         replaying.keep()
@@ -343,12 +356,14 @@ async def _warm_up(http: httpx2.AsyncClient, kinds: Sequence[Kind], seconds: flo
     Each kind once, and then for so long.
     """
     until, indices = time.monotonic() + seconds, count(_WARM_UP)
-    rounds = 0
-    while not rounds or time.monotonic() < until:
-        for kind, (together, num_steps) in product(kinds, _FEW_STEPS):
+    # Some at once encode together, too.
+    asked = [*product(kinds, _FEW_STEPS), (kinds[0], (4, _FEW_STEPS[0][1]))]
+    while True:
+        for kind, (together, num_steps) in asked:
             short = replace(kind, num_steps=min(kind.num_steps, num_steps))
             await asyncio.gather(*(ask(http, short, next(indices)) for _ in range(together)))
-        rounds += 1
+        if time.monotonic() > until:
+            return
 
 
 def text(report: dict[str, Any]) -> str:
@@ -403,6 +418,8 @@ def main() -> None:
     parser.add_argument("serve_flags", nargs="*", help="further flags of sgld serve, behind --")
     args = parser.parse_args()
     report = json.loads(args.again.read_text()) if args.again else measured_report(args, Budget(args.seconds))
+    if args.again and "learned" not in report:
+        raise SystemExit(f"{args.again} has no times of forwards: nothing can be simulated")
     if "learned" in report and not args.no_simulation:
         report = with_simulation(report, args.requests)
         if args.out:

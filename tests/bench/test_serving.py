@@ -54,6 +54,12 @@ def test_in_time_counts_all_that_were_asked_and_refusals_are_told() -> None:
     assert found["mean_s"] == pytest.approx(2.5)
 
 
+def test_what_has_no_answer_counts_once_it_is_late() -> None:
+    asked = [Asked("512²", 0.0, 1.0, 200), Asked("512²", 1.0), Asked("512²", 9.0)]
+
+    assert serving.decided(asked, {"512²": 2.0}, until=10.0) == asked[:2]
+
+
 def test_times_of_the_simulation_are_those_that_the_server_learned() -> None:
     (of,) = measured.classes(learned(), [CLASS], max_rows=2)
 
