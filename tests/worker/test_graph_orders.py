@@ -233,7 +233,8 @@ def test_only_ranks_that_have_a_graph_hear_that_it_is_gone() -> None:
 @torch.no_grad()
 def test_a_follower_keeps_what_rank_0_says_whatever_its_own_graphs_need() -> None:
     module = nn.Linear(2, 2)
-    leader, follower = (graphs_of(rank, 125, {"transformer": module}) for rank in range(2))
+    recorders = FakeRecorder(), FakeRecorder()
+    leader, follower = (Graphs(CPU, GraphPolicy(125), recorder, {module: "transformer"}) for recorder in recorders)
     invocation = Invocation(module, "forward", (torch.ones(1, 2),), fixed=())
 
     def together() -> bool:
