@@ -248,28 +248,28 @@ class OurRows:
         once_s = time.perf_counter() - start
         singles = [row for row in self._rows if row.kind == "single"]
         if singles:
-            self._is_settled = await self._settling(once_s).singles()
+            self._is_settled = await self._settling(self._budget.left_s - once_s).singles()
         for row in singles:
             await self._row(row, "sgld")
         # Then, as what these call for is compiled beside others.
         for row in self._rows:
             if row.kind == "staggered":
                 together = functools.partial(self._ours.staggered, row, self._call)
-                self._is_settled = await self._settling(0.0).staggered(together)
+                # A turn takes long; one is to be measured.
+                self._is_settled = await self._settling(0.6 * self._budget.left_s).staggered(together)
                 await self._row(row, "sgld")
         say("decisions", (await self._ours.known()).decisions)
         for row in singles:
             if fits(row, self._budget):
                 await self._pictures(row)
 
-    def _settling(self, reserve_s: float) -> "Settling":
-        """What leaves so many seconds for what is measured then."""
+    def _settling(self, limit_s: float) -> "Settling":
+        """It takes so many seconds at most."""
 
         async def one(request: dict[str, Any]) -> float:
             return (await self._ours.run(request))[1]
 
-        limit_s = min(self._args.settle_s, self._budget.left_s - reserve_s)
-        return Settling(self._rows, self._call, limit_s, one, self._ours.known)
+        return Settling(self._rows, self._call, min(self._args.settle_s, limit_s), one, self._ours.known)
 
     async def _row(self, row: Row, side: str) -> None:
         if not fits(row, self._budget):
@@ -357,7 +357,7 @@ def known_of(decisions: Mapping[str, str], replicas: Sequence[Mapping[str, Any]]
 
 def unsettled(before: Known, after: Known, *, is_settled: bool) -> dict[str, str]:
     """A note for what was measured meanwhile, where it isn't what is measured once all is compiled."""
-    if before != after or after.is_compiling:
+    if has_come(before, after):
         return {"unsettled": "code was being compiled"}
     return {} if is_settled else {"unsettled": "times weren't steady before"}
 
@@ -424,7 +424,12 @@ class Settling:
 
 def is_done(before: Known, after: Known) -> bool:
     """Whether all that is to be compiled is, and was meanwhile."""
-    return before == after and not after.is_compiling and is_compiled(after.decisions)
+    return not has_come(before, after) and is_compiled(after.decisions)
+
+
+def has_come(before: Known, after: Known) -> bool:
+    """Whether code was on its way meanwhile, or is."""
+    return before.is_compiling or after.is_compiling or before.num_changes != after.num_changes
 
 
 def is_steady(rounds: Sequence[Sequence[float]]) -> bool:
