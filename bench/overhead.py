@@ -3,13 +3,12 @@
 The same model, sizes and seeds run as plain `pipeline(...)` in one process and through an engine whose rank is a
 process of its own, in turns; and that in several fresh processes. A step is the time from one forward of the denoiser
 to the next on the device's clock, by a hook here and by the trace there; what is lost of the device is the part of a
-request's denoising in which no forward ran. Beside the model that ships with sgld there are two whose forwards take at
-least `--step-ms`: `wide` is large enough for the device to need that long, which a CUDA graph of its forward tells;
-`deep` has small layers, whose launches take all the time on a GPU. On the device there runs the next forward while the
-host is between two, so `wide` tells what is lost then; with `deep` each thing that the host does is seen. Graphs are
-off, so that forwards are the same in both; with `--graphs` a second engine runs as users have it. CPU time, that of
-the front and the rank together, is what holds on a machine that others use, too. The report is written after each
-process; with `--seconds` rounds and processes that no longer fit are left out.
+request's denoising in which no forward ran. Beside the model that ships with sgld there are two whose forwards take
+about `--step-ms`: `wide` is large enough for the device to need that long, as a CUDA graph of its forward tells, so the
+host can be ahead of it; `deep` has small layers, whose launches take all the time on a GPU, so each thing that the host
+does besides is seen. Graphs are off, so that forwards are the same in both; with `--graphs` a second engine has them.
+Nothing is compiled. CPU time, that of the front and the rank together, is what holds on a machine that others use, too.
+The report is written after each process; with `--seconds` rounds and processes that no longer fit are left out.
 
     python bench/overhead.py --repeats 5 [--device cuda --graphs --processes 3] [--out bench/results/overhead_cpu]
 """
@@ -406,7 +405,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--models", nargs="*", choices=["wide", "deep", "small"], default=["wide", "deep", "small"])
     parser.add_argument("--size", type=int, default=1024, choices=[512, 1024, 2048], help="of pictures of the wide one")
-    parser.add_argument("--graphs", action="store_true", help="an engine with CUDA graphs, too, as users have it")
+    parser.add_argument("--graphs", action="store_true", help="an engine with CUDA graphs, too, as it is by default")
     parser.add_argument("--seconds", type=float, help="rounds and processes that no longer fit are left out")
     parser.add_argument("--folder", type=Path, help="where models are made; by default that of temporary files")
     parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
