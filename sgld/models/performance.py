@@ -9,7 +9,7 @@ from torch import nn
 from sgld.config import EngineConfig
 from sgld.models.placement import regions
 
-# To take over compiled code holds up a rank for up to 13 s, and it saves about a quarter of each forward (FLUX on an
+# To take over compiled code holds up a rank for some seconds, and it saves about a quarter of each forward (FLUX on an
 # H200). Who has computed for a minute may do so once more, and only then does that pay; most single pictures take less.
 _AUTO_AFTER_S = 60.0
 # Forwards of smaller ones are kernels' launches, which CUDA graphs save without a compiler.

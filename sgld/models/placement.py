@@ -104,13 +104,13 @@ def _called(compiled: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> A
 
 
 def plain(value: Any) -> Any:
-    """The same values in tensors that aren't views of others and have no strides that mean nothing.
+    """The same values in tensors that aren't views of others and have no strides that mean nothing, as that of one row.
 
-    Torch compiles once more where an argument is a view: FLUX's first block is given none, and the next ones are.
+    Torch compiles once more where these differ: FLUX's first block is given whole tensors, and the next ones parts.
     """
     if isinstance(value, torch.Tensor):
-        is_view = type(value) is torch.Tensor and value._base is not None and not value.requires_grad
-        return value.view(value.shape).detach() if is_view else value
+        is_known = type(value) is torch.Tensor and not value.requires_grad
+        return value.view(value.shape).detach() if is_known and (value._base is not None or 1 in value.shape) else value
     if type(value) in (tuple, list):
         return type(value)(map(plain, value))
     return {key: plain(part) for key, part in value.items()} if type(value) is dict else value

@@ -4,8 +4,10 @@ The process is told all at once and ends with its work; nothing here waits for i
 """
 
 import fcntl
+import functools
 import hashlib
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -23,10 +25,15 @@ from torch import nn
 
 from sgld.models import attention, placement
 from sgld.models.placement import plain
+from sgld.outcome import Value, outcome_of
 from sgld.worker.compiler import CompileJob, CompileResult, TorchState
 from sgld.worker.sketch import CannotSketch, sketched
 
 _CLAIM = "compiling"
+_MODULES = "modules"
+_JOBS = "jobs"
+# A few kinds of layers, each for a few sizes and numbers of rows.
+_MAX_EXPECTED = 64
 
 
 class Watch:
@@ -147,14 +154,49 @@ class Known:
             self._claim = None
 
     def has(self, job: CompileJob) -> bool:
-        return self._folder is not None and (self._folder / _name(job)).exists()
+        return self._folder is not None and self._path(job).exists()
 
     def add(self, job: CompileJob) -> None:
-        # A disk may be full: then it is compiled again.
+        if self._folder is not None:
+            self._write(self._path(job), pickle.dumps(job))
+
+    def jobs(self) -> list[CompileJob]:
+        """Those that were compiled last, as they are now: of other versions is nothing of use."""
+        if self._folder is None:
+            return []
+        with suppress(OSError):
+            paths = sorted((self._folder / _JOBS).iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+            read = [outcome_of(functools.partial(_read, path)) for path in paths[:_MAX_EXPECTED]]
+            return [outcome.value for outcome in read if isinstance(outcome, Value) and outcome.value is not None]
+        return []
+
+    def modules(self) -> list[str]:
+        """What a process has to import that compiles, as far as that is known."""
         with suppress(OSError):
             if self._folder is not None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                (self._folder / _name(job)).touch()
+                return (self._folder / _MODULES).read_text().split()
+        return []
+
+    def add_modules(self, names: Sequence[str]) -> None:
+        if self._folder is not None and names:
+            self._write(self._folder / _MODULES, "\n".join(dict.fromkeys([*self.modules(), *names])).encode())
+
+    def _path(self, job: CompileJob) -> Path:
+        assert self._folder is not None
+        return self._folder / _JOBS / _name(job)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        # A disk may be full: then it is compiled again.
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.{os.getpid()}")
+            part.write_bytes(content)
+            part.replace(path)
+
+
+def _read(path: Path) -> CompileJob | None:
+    job = pickle.loads(path.read_bytes())
+    return job if isinstance(job, CompileJob) and _name(job) == path.name else None
 
 
 def _name(job: CompileJob) -> str:

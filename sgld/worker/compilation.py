@@ -33,7 +33,7 @@ def swap_of(
         runtime.compile_inline(module, names[module], compiling)
 
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return Swap(
+    swap = Swap(
         names,
         after_s=compilation.after_s,
         inline=inline if compilation.is_asked_for else None,
@@ -43,6 +43,9 @@ def swap_of(
         pending=lambda is_pending: channel.send(Compiling(is_pending=is_pending)),
         cache=Path(cache) if cache else None,
     )
+    if not compilation.after_s:
+        swap.expect()
+    return swap
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import nn
 
 from sgld.models.placement import compile_module
 from sgld.outcome import Raised, message_of, outcome_of
+from sgld.worker.imports import importable
 from sgld.worker.precision import Autocasts, autocasts
 from sgld.worker.sketch import made
 
@@ -80,11 +81,13 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     """Graphs that were."""
     peak_bytes: int = 0
     """Memory of a GPU, without what CUDA itself takes."""
+    imported: tuple[str, ...] = ()
+    """What had to be imported for that."""
 
 
 def run_jobs(jobs: list[CompileJob]) -> CompileResult:
     """Compile modules in this process."""
-    start, problem = time.perf_counter(), None
+    start, problem, before = time.perf_counter(), None, set(sys.modules)
     for job in jobs:
         ran = outcome_of(functools.partial(run_job, job))
         if isinstance(ran, Raised):
@@ -97,6 +100,7 @@ def run_jobs(jobs: list[CompileJob]) -> CompileResult:
         num_compiled=num_compiled,
         num_known=num_known,
         peak_bytes=torch.cuda.max_memory_reserved(),
+        imported=tuple(importable(name for name in list(sys.modules) if name not in before)),
     )
 
 

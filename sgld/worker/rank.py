@@ -131,6 +131,9 @@ class Rank:
         try:
             while True:
                 self._look_at_adapters()
+                if not self._deliveries:
+                    # Nobody is held up by what is read now.
+                    self._runtime.look()
                 self._session.look()
                 if not self._is_order_told and not self._session.hold(self._channel.is_readable):
                     self._tell_order()
@@ -199,7 +202,8 @@ class Rank:
             return LANE_LOOK_S
         if self._session.is_ahead:
             return ahead.LOOK_S
-        return LOOK_S if self._is_loading else None
+        is_taking_over = self._runtime.is_code_pending and not self._deliveries
+        return LOOK_S if self._is_loading or is_taking_over else None
 
     def _tell_order(self) -> None:
         """Tell that an order is done.

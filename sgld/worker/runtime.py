@@ -130,6 +130,11 @@ class Runtime:
         freed = [cache.make_room() for cache in (self.graphs, self.swap) if cache is not None]
         return any(freed) or self.residency.make_room(module)
 
+    @property
+    def is_code_pending(self) -> bool:
+        """Whether code is on its way that later calls will run."""
+        return self.swap is not None and self.swap.is_pending
+
     def look(self) -> None:
         """Between two ticks: take over what was compiled meanwhile.
 

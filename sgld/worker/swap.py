@@ -20,9 +20,10 @@ from sgld.models.placement import compile_module, regions
 from sgld.outcome import Raised, outcome_of
 from sgld.worker.aside import CompilerProcess, Known, Watch
 from sgld.worker.compiler import CompileJob, CompileResult, run_job
+from sgld.worker.imports import COMPILER, Imports
 from sgld.worker.invocation import Invocation
 from sgld.worker.recent import Recent
-from sgld.worker.sketch import CannotSketch
+from sgld.worker.sketch import CannotSketch, sketched
 
 logger = logging.getLogger(__name__)
 Mode = Literal["eager", "watched", "tried", "taken", "compiled"]
@@ -43,6 +44,8 @@ _NEXT_MODE: dict[State, Mode] = {
 # A pause between two steps that is longer than this isn't one of computing.
 _MAX_STEP_S = 1.0
 _MAX_PROBLEM_CHARS = 300
+# For each second in which code is read so many are left to calls.
+_REST = 2.0
 # How often it is looked whether others are done.
 LOOK_S = 1.0
 
@@ -73,6 +76,7 @@ class Swap:
         cache: Path | None = None,
         compiles: Callable[[nn.Module], None] = compile_module,
         start: Callable[[Sequence[CompileJob]], CompilerProcess] = CompilerProcess,
+        imports: Callable[[Sequence[str]], Imports] = Imports,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_irregular = 0
@@ -82,7 +86,7 @@ class Swap:
         self._regions = {module: regions(module) for module in names}
         self._after_s, self._clock = after_s, clock
         self._note, self._changed, self._compiling, self._start = note, changed, compiling, start
-        self._inline, self._compiles, self._pending = inline, compiles, pending
+        self._inline, self._compiles, self._pending, self._import = inline, compiles, pending, imports
         self._said: set[tuple[nn.Module, str]] = set()
         self._known = Known(cache)
         self._states: Recent[State] = Recent()
@@ -95,6 +99,10 @@ class Swap:
         """Forms that wait for a process, and those that one compiles now."""
         self._readings: deque[Callable[[], None]] = deque()
         """What is to be done until code of the cache is in this process, a second or two each."""
+        self._read_again_at = 0.0
+        self._read: set[CompileJob] = set()
+        self._to_import: Sequence[str] = self._known.modules() or COMPILER
+        self._imports: Imports | None = None
         self._look_again_at = 0.0
         """When another process compiles, that may have the same to do."""
         self._is_told = False
@@ -103,6 +111,11 @@ class Swap:
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._names
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether code is on its way that later calls will run."""
+        return bool(self._queue or self._readings)
 
     def has_code(self, module: nn.Module) -> bool:
         """Whether some of its calls run compiled."""
@@ -163,6 +176,8 @@ class Swap:
 
     def close(self) -> None:
         """End the process, if there is one."""
+        if self._imports is not None:
+            self._imports.close()
         if self._process is not None:
             self._process.close()
         self._known.release()
@@ -219,6 +234,7 @@ class Swap:
         jobs = [job for _, of_form in self._queue.values() for job in of_form]
         logger.info("compiling %s in a process of its own", ", ".join(self._names[m] for m, _ in self._queue.values()))
         self._process = self._start(list(dict.fromkeys(jobs)))
+        self._has_imported()
 
     def _build_known(self) -> None:
         for form, (module, jobs) in list(self._queue.items()):
@@ -229,8 +245,7 @@ class Swap:
 
     def look(self) -> None:
         """Between two calls: see whether the process is done, and read a part of what it compiled."""
-        if self._readings:
-            self._readings.popleft()()
+        self._read_next()
         if self._process is None:
             if self._queue and self._clock() >= self._look_again_at:
                 self._begin()
@@ -245,10 +260,9 @@ class Swap:
 
     def _tell(self) -> None:
         """Tell whether code is on its way, if that is news."""
-        is_pending = bool(self._queue or self._readings)
-        if is_pending != self._is_told:
-            self._is_told = is_pending
-            self._pending(is_pending)
+        if self.is_pending != self._is_told:
+            self._is_told = self.is_pending
+            self._pending(self.is_pending)
 
     def _end(self, result: CompileResult) -> None:
         forms, self._compiled_now = self._compiled_now, []
@@ -261,23 +275,50 @@ class Swap:
                     del self._names[module]
             return
         logger.info("compiled in %.0f s", result.elapsed_s)
+        self._known.add_modules(result.imported)
+        self._to_import = result.imported
         for form, (module, jobs) in done.items():
             for job in jobs:
                 self._known.add(job)
             self._build(module, form, jobs)
 
     def _build(self, module: nn.Module, form: str, jobs: Sequence[CompileJob]) -> None:
-        """The code of a form is in the cache: it is read part by part between calls, then the next one takes it.
-
-        All at once would hold up everybody: for 13 s of FLUX on an H200's host, with four graphs and torch's own code.
-        """
+        """The code of a form is in the cache: it is read part by part between calls, then the next one takes it."""
         self._states[form] = "pending"
-        self._readings.append(_import_compiler)
-        self._readings.extend(functools.partial(self._read, job) for job in jobs)
+        self._readings.extend(functools.partial(self._read_job, job) for job in jobs)
         self._readings.append(functools.partial(self._swap, module, form))
 
-    def _read(self, job: CompileJob) -> None:
+    def expect(self) -> None:
+        """Read what was compiled for such layers before an earlier start, until calls ask for it."""
+        if known := self._known.jobs():
+            sketches = {_sketch(part) for parts in self._regions.values() for part in parts}
+            self._readings.extend(functools.partial(self._read_job, job) for job in known if job.module in sketches)
+
+    def _read_next(self) -> None:
+        """Read a part, if the last one is long enough ago.
+
+        All at once would hold up everybody: for seconds, as torch traces each layer again, and does that in Python.
+        Another thread can't do it meanwhile: torch would tell the models that run that they are being traced, and set
+        its generators of random numbers back to where they were when it began.
+        """
+        if not self._readings or self._clock() < self._read_again_at or not self._has_imported():
+            return
+        start_s = self._clock()
+        self._readings.popleft()()
+        end_s = self._clock()
+        self._read_again_at = end_s + _REST * (end_s - start_s)
+
+    def _has_imported(self) -> bool:
+        """Whether what reading takes is imported; that begins here."""
+        if self._to_import and (self._imports is None or self._imports.is_done):
+            self._imports, self._to_import = self._import(self._to_import), ()
+        return self._imports is None or self._imports.is_done
+
+    def _read_job(self, job: CompileJob) -> None:
         """What is compiled for one module is there for all that are like it."""
+        if job in self._read:
+            return
+        self._read.add(job)
         with self._compiling():
             read = outcome_of(functools.partial(run_job, job))
         if isinstance(read, Raised):
@@ -335,9 +376,11 @@ def _patched(regions: Sequence[nn.Module]) -> nn.Module | None:
     return next((part for part in parts if "forward" in vars(part)), None)
 
 
-def _import_compiler() -> None:
-    """Take the seconds of that apart from others."""
-    import torch._inductor.compile_fx  # noqa: F401
+def _sketch(part: nn.Module) -> bytes | None:
+    try:
+        return sketched(part)
+    except CannotSketch:
+        return None
 
 
 def _stance(name: Literal["force_eager", "fail_on_recompile"]) -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """Calls while another process compiles for them. It is a fake here; tests/worker/test_aside.py has the real one."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from sgld.models.lora import LoraLayer
 from sgld.worker.aside import CompilerProcess
 from sgld.worker.compiler import CompileJob, CompileResult
+from sgld.worker.imports import COMPILER, Imports
 from sgld.worker.invocation import Invocation
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Slots
@@ -33,6 +35,20 @@ class FakeProcess(CompilerProcess):
         self.is_closed = True
 
 
+class FakeImports(Imports):
+    """Done when it is said so."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.said = names, True
+
+    @property
+    def is_done(self) -> bool:
+        return self.said
+
+    def close(self) -> None:
+        pass
+
+
 class Bench:
     """A component in a runtime with compilers that compile nothing."""
 
@@ -50,14 +66,20 @@ class Bench:
             compiling=self._compiling,
             compiles=self._compile,
             start=self._start,
+            imports=self._import,
             **options,
         )
+        self.imports: list[FakeImports] = []
         self.num_compiling = 0
         self.is_running = False
 
     def _start(self, jobs: Sequence[CompileJob]) -> FakeProcess:
         self.processes.append(FakeProcess(jobs))
         return self.processes[-1]
+
+    def _import(self, names: Sequence[str]) -> FakeImports:
+        self.imports.append(FakeImports(names))
+        return self.imports[-1]
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -258,9 +280,72 @@ def test_code_is_read_in_parts_between_calls() -> None:
     bench.run(2)
     bench.processes[0].said = CompileResult()
     before = bench.num_compiling
-    assert [bench.run(2) for _ in range(3)] == ["eager"] * 3
+    assert [bench.run(2) for _ in range(2)] == ["eager"] * 2
     assert bench.num_compiling == before + 1
     assert bench.run(2) == "compiled"
+
+
+def test_nothing_is_read_before_what_that_takes_is_imported() -> None:
+    bench = Bench()
+    bench.run(2)
+    assert [imports.names for imports in bench.imports] == [COMPILER]
+    bench.processes[0].said = CompileResult(imported=("a", "b"))
+    bench.run(2)
+    bench.imports[0].said = False
+    assert [bench.run(2) for _ in range(4)] == ["eager"] * 4
+    bench.imports[0].said = True
+    bench.run(2)
+    assert [imports.names for imports in bench.imports] == [COMPILER, ("a", "b")]
+    assert any(bench.run(2) == "compiled" for _ in range(3))
+
+
+def test_between_two_readings_calls_have_their_turn() -> None:
+    times = [0.0]
+    bench = Bench(clock=lambda: times[-1])
+    # Two kinds of layers.
+    bench.module.layers[0].inner = nn.Linear(8, 8, bias=False)
+
+    def read(_job: CompileJob) -> None:
+        times.append(times[-1] + 1.0)
+
+    num_read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgld.worker.swap.run_job", read)
+        bench.run(2)
+        bench.processes[0].said = CompileResult()
+        for _ in range(20):
+            times.append(times[-1] + 0.25)
+            num_read.append(sum(b - a == 1.0 for a, b in itertools.pairwise(times)))
+            bench.run(2)
+    begins = [num_read.index(num) for num in (1, 2)]
+    assert begins[1] - begins[0] >= 8
+    assert bench.run(2) == "compiled"
+
+
+def test_what_is_known_is_read_before_calls_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[CompileJob] = []
+    monkeypatch.setattr("sgld.worker.swap.run_job", read.append)
+    first = Bench(cache=tmp_path)
+    first.run(2)
+    (job,) = first.processes[0].jobs
+    first.processes[0].said = CompileResult(imported=("torch",))
+    first.run(2)
+    read.clear()
+    second, other = Bench(cache=tmp_path), Bench(cache=tmp_path)
+    for layer in other.module.layers:
+        layer.inner = nn.Linear(8, 8, bias=False)
+    for bench in (second, other):
+        assert bench.runtime.swap is not None
+        bench.runtime.swap.expect()
+        while bench.runtime.is_code_pending:
+            bench.runtime.look()
+    assert read == [job]
+    assert [imports.names for imports in second.imports] == [["torch"]]
+    # The call that comes reads nothing.
+    second.run(2)
+    assert second.run(2) == "eager"
+    assert second.run(2) == "compiled"
+    assert read == [job]
 
 
 def test_process_starts_when_computing_has_taken_long_enough() -> None:
