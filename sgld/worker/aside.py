@@ -12,8 +12,8 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from sgld.outcome import Value, outcome_of
 from sgld.worker.compiler import CompileJob, CompileResult, TorchState
 from sgld.worker.sketch import CannotSketch, sketched
 
-_CLAIM = "compiling"
+_CLAIMS = "claims"
 _MODULES = "modules"
 _JOBS = "jobs"
 # A few kinds of layers, each for a few sizes and numbers of rows.
@@ -127,31 +127,38 @@ class Known:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder / "sgld" if folder is not None else None
-        self._claim: IO[str] | None = None
+        self._claims: dict[str, IO[str]] = {}
+        """Locks of layers that this process has compiled, by what these are."""
 
-    def claim(self) -> bool:
-        """Be the one that compiles; False while another process on this machine does, which may have the same to do.
+    def claim(self, jobs: Iterable[CompileJob]) -> bool:
+        """Be the one that compiles these; False while another process on this machine compiles some of their layers.
+
+        For other arguments of a layer the code is mostly the same, so it would compile that, too.
 
         :raises OSError: the folder can't be used.
         """
-        if self._folder is None or self._claim is not None:
+        if self._folder is None:
             return True
-        self._folder.mkdir(parents=True, exist_ok=True)
-        claim = (self._folder / _CLAIM).open("w")
-        try:
-            # The kernel takes it back from who dies.
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            claim.close()
-            return False
-        self._claim = claim
+        folder = self._folder / _CLAIMS
+        folder.mkdir(parents=True, exist_ok=True)
+        # In order: of two that want the same ones one has the first.
+        names = sorted({hashlib.sha256(job.module).hexdigest() for job in jobs} - self._claims.keys())
+        with ExitStack() as held:
+            claims = {name: held.enter_context((folder / name).open("w")) for name in names}
+            try:
+                # The kernel takes them back from who dies.
+                for claim in claims.values():
+                    fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            held.pop_all()
+        self._claims |= claims
         return True
 
     def release(self) -> None:
         """Let others compile."""
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        while self._claims:
+            self._claims.popitem()[1].close()
 
     def has(self, job: CompileJob) -> bool:
         return self._folder is not None and self._path(job).exists()

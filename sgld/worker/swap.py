@@ -96,7 +96,7 @@ class Swap:
         self._busy_s = dict.fromkeys(names, 0.0)
         self._last_s = dict.fromkeys(names, clock())
         self._queue: dict[str, tuple[nn.Module, list[CompileJob]]] = {}
-        """Forms that wait for a process, and those that one compiles now."""
+        """Forms that wait for a process, this one's or another's, and those that one compiles now."""
         self._readings: deque[Callable[[], None]] = deque()
         """What is to be done until code of the cache is in this process, a second or two each."""
         self._read_again_at = 0.0
@@ -108,6 +108,7 @@ class Swap:
         self._is_told = False
         self._process: CompilerProcess | None = None
         self._compiled_now: list[str] = []
+        """Forms that the process compiles."""
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._names
@@ -213,14 +214,14 @@ class Swap:
         self._tell()
 
     def _begin(self) -> None:
-        """Have all that waits compiled, but for what is in the cache. Where others compile, that is looked at again."""
+        """Have all that waits compiled, but for what is in the cache. What others compile is looked at again."""
         # Meanwhile a component may have left: its calls compile it, or nothing does.
         self._queue = {form: entry for form, entry in self._queue.items() if entry[0] in self._names}
         self._compiled_now = list(self._queue)
         try:
-            is_ours = self._known.claim()
+            self._compiled_now = [form for form, (_, jobs) in self._queue.items() if self._known.claim(jobs)]
             self._build_known()
-            if self._queue and is_ours:
+            if self._compiled_now:
                 self._start_process()
                 return
         except OSError as error:
@@ -230,9 +231,9 @@ class Swap:
         self._look_again_at = self._clock() + LOOK_S
 
     def _start_process(self) -> None:
-        self._compiled_now = list(self._queue)
-        jobs = [job for _, of_form in self._queue.values() for job in of_form]
-        logger.info("compiling %s in a process of its own", ", ".join(self._names[m] for m, _ in self._queue.values()))
+        now = [self._queue[form] for form in self._compiled_now]
+        jobs = [job for _, of_form in now for job in of_form]
+        logger.info("compiling %s in a process of its own", ", ".join(self._names[module] for module, _ in now))
         self._process = self._start(list(dict.fromkeys(jobs)))
         self._has_imported()
 

@@ -87,6 +87,19 @@ def test_jobs_are_known_by_what_they_are(tmp_path: Path) -> None:
     assert not Known(None).has(job)
 
 
+def test_of_those_who_want_the_same_one_compiles_it(tmp_path: Path) -> None:
+    first, second = Known(tmp_path), Known(tmp_path)
+    small, large, other = (jobs_of(m, torch.ones(n, 8)) for m, n in ((Doubling(), 2), (Doubling(), 3), (nn.ReLU(), 2)))
+    assert first.claim(small)
+    assert not second.claim(large)
+    assert not second.claim([*other, *large])
+    assert first.claim(other)
+    first.release()
+    assert second.claim([*other, *large])
+    assert not first.claim(other)
+    second.release()
+
+
 def test_state_of_torch_is_told_and_entered() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         state = TorchState.now()

@@ -256,6 +256,17 @@ def test_one_process_on_a_machine_compiles_what_several_ranks_need(tmp_path: Pat
     assert second.processes == []
 
 
+def test_other_layers_are_compiled_at_the_same_time(tmp_path: Path) -> None:
+    first, second = Bench(cache=tmp_path), Bench(cache=tmp_path)
+    for layer in second.module.layers:
+        layer.register_buffer("other", torch.ones(1))
+    first.run(2)
+    second.run(2)
+    assert (len(first.processes), len(second.processes)) == (1, 1)
+    first.until_compiled(2)
+    second.until_compiled(2)
+
+
 def test_who_compiled_for_all_and_is_gone_has_a_successor(tmp_path: Path) -> None:
     first, second = Bench(cache=tmp_path), Bench(cache=tmp_path, clock=iter(range(99)).__next__)
     first.run(2)
