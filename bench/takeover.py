@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             runtime.look()
             time.sleep(0.02)
         said["read_while_idle_s"] = round(time.perf_counter() - start, 2)
-    for rows in (1, 2):
+    for rows in args.rows:
         with torch.device(args.device):
             kwargs = arguments(rows, sizes[args.size])
         said[f"{rows} rows"] = forwards(runtime, module, kwargs, args)
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--size", type=int, default=0, choices=range(3), help="the smallest of a model, or a larger one"
     )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="of a forward, one after the other")
     parser.add_argument("--limit-s", type=float, default=90.0, help="for one number of rows")
     parser.add_argument(
         "--runs", default="cold,warm,idle", help="cold: the compiler's process fills the cache meanwhile"
