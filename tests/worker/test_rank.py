@@ -1,7 +1,9 @@
 """What a rank does with components that are offloaded or compiled, up to what its front hears."""
 
+import asyncio
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,15 @@ from sgld.config import EngineConfig, MemoryConfig
 from sgld.engine.engine import Engine
 from sgld.events import Completed, Preview, Progress
 from sgld.models.load import LoadedModel
+from sgld.models.performance import Compilation
+from sgld.models.placement import regions
 from sgld.models.resolve import EMBEDDED
 from sgld.sampling_params import SamplingParams
 from sgld.testing import InlineReplica
+from sgld.worker.aside import Known
 from sgld.worker.clock import DeviceClock
+from sgld.worker.compiler import CompileJob, TorchState
+from sgld.worker.sketch import sketched
 from worker.devices import LateEvent
 
 CONFIG = EngineConfig(device="cpu", merge=False)
@@ -81,6 +88,22 @@ async def test_front_hears_that_a_component_is_not_compiled() -> None:
         assert engine.model.decisions["transformer"].startswith("not compiled: ")
         assert "no compiler here" in engine.model.decisions["transformer"]
     torch._dynamo.reset()
+
+
+async def test_rank_without_requests_reads_what_was_compiled_before_an_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = threading.Event()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("sgld.worker.swap.run_job", lambda job: read.set())
+    pipeline, _ = build("pixart")
+    known = Known(tmp_path)
+    known.add(CompileJob(sketched(regions(pipeline.transformer)[0]), b"", TorchState.now()))
+    known.add_modules(["json"])
+    replica = Replica(pipeline, compiled=("transformer",), compilation=Compilation(is_aside=True))
+    async with Engine(CONFIG, rank_factory=replica) as engine:
+        await engine.ready()
+        assert await asyncio.to_thread(read.wait, 30)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
