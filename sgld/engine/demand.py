@@ -62,6 +62,8 @@ class Profiles:
     """
 
     def __init__(self, cost: Cost) -> None:
+        self.version = 0
+        """Goes up when a request makes calls that none like it made before."""
         self._cost = cost
         self._profiles: OrderedDict[str, Profile] = OrderedDict()
         self._seconds: dict[tuple[str, bool], float | None] = {}
@@ -78,6 +80,7 @@ class Profiles:
         if self._profiles.get(demand.like) != profile:
             self._profiles[demand.like] = profile
             self._seconds.clear()
+            self.version += 1
         self._profiles.move_to_end(demand.like)
         if len(self._profiles) > MAX_PROFILES:
             self._profiles.popitem(last=False)

@@ -24,7 +24,7 @@ class Memory:
         self._cost = cost
         self._profiles = profiles
         self._file: LearnedFile | None = None
-        self._kept_version = cost.version
+        self._kept_versions = self._versions
         self._calibrated: tuple[str, ...] = ()
 
     async def recall(self, model: ModelInfo) -> None:
@@ -36,7 +36,7 @@ class Memory:
         self._cost.recall(learned.times)
         self._profiles.recall(learned.profiles)
         self._calibrated = learned.calibrated
-        self._kept_version = self._cost.version
+        self._kept_versions = self._versions
 
     async def keep_forever(self) -> None:
         """Write down what is learned, now and then."""
@@ -46,10 +46,15 @@ class Memory:
 
     async def keep(self) -> None:
         """Write down what was learned, if it is news."""
-        if self._file is None or self._kept_version == self._cost.version:
+        if self._file is None or self._kept_versions == self._versions:
             return
-        self._kept_version = self._cost.version
+        self._kept_versions = self._versions
         await to_thread.run_sync(self._file.write, self._cost.learned(), self._profiles.learned(), self._calibrated)
+
+    @property
+    def _versions(self) -> tuple[int, int]:
+        """They go up with what is news: other times, and requests of another kind."""
+        return self._cost.version, self._profiles.version
 
     async def calibrate(
         self, model: ModelInfo, generate: Generate, num_replicas: int, code: Callable[[], Code]

@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -5,9 +6,10 @@ import pytest
 
 from engine.ranks import MODEL
 from sgld.config import EngineConfig, ParallelConfig
-from sgld.engine.cost import MAX_KEYS, LearnedTime
-from sgld.engine.demand import MAX_PROFILES, Profile
+from sgld.engine.cost import MAX_KEYS, CostModel, LearnedTime
+from sgld.engine.demand import MAX_PROFILES, Demand, Profile, Profiles
 from sgld.engine.learned import Learned, LearnedFile
+from sgld.engine.memory import Memory
 
 TIMES: list[LearnedTime] = [
     ("transformer.forward(64x8)", 1, "eager", 0.25),
@@ -86,6 +88,18 @@ def test_what_could_not_be_written_is_written_later(folder: Path) -> None:
     lock.rmdir()
     file.write(TIMES, PROFILES)
     assert (list(file.read().times), list(file.read().profiles)) == (TIMES, PROFILES)
+
+
+async def test_what_another_kind_of_request_takes_is_kept_though_no_time_is_news() -> None:
+    cost = CostModel()
+    profiles = Profiles(cost)
+    memory = Memory(CONFIG, cost, profiles)
+    await memory.recall(KEPT)
+    cost.observe("transformer.forward(64x8)", 1, 0.25)
+    await memory.keep()
+    profiles.learn(Demand(like="longer"), Counter({("denoise", "transformer.forward(64x8)", 1): 40}))
+    await memory.keep()
+    assert [profile.like for profile in LearnedFile(KEPT, CONFIG).read().profiles] == ["longer"]
 
 
 @pytest.mark.parametrize(
