@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 from policies import Class
@@ -22,6 +23,8 @@ class Measured(Class):
     text_s: float = 0.0
     pixels_s: float = 0.0
     way_s: float = 0.0
+    leads_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Of encoding, a step, decoding."""
 
     def step_s(self, rows: int) -> float:
         """Beyond what was measured each request costs as much as the last one did."""
@@ -39,6 +42,9 @@ class Measured(Class):
     @property
     def rest_s(self) -> float:
         return self.way_s
+
+    def lead_s(self, stage: int) -> float:
+        return self.leads_s[min(stage, 1) + (stage > self.num_steps)]
 
 
 def read(cache: Path) -> Learned:
@@ -65,20 +71,27 @@ def with_forwards(learned: Learned, forwards: Sequence[LearnedTime]) -> Learned:
 
 
 def classes(
-    learned: Learned, mix: Sequence[Class], max_rows: int, alone_s: Mapping[str, float] | None = None
+    learned: Learned,
+    mix: Sequence[Class],
+    max_rows: int,
+    alone_s: Mapping[str, float] = MappingProxyType({}),
+    leads_s: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Measured]:
     """The mix with these times.
 
     :param alone_s: what a lone request of each class takes; beyond its forwards that is the rest.
+    :param leads_s: by cost key, how long before the end of a forward it is decided what follows.
     :raises LookupError: a request of some class never ended, or a call of it was never timed.
     """
     cost = CostModel()
     cost.recall(learned.times)
-    found = [_measured(of, *_profile(of, learned.profiles), cost, max_rows) for of in mix]
-    return [replace(of, way_s=max((alone_s or {}).get(of.name, 0.0) - of.alone_s, 0.0)) for of in found]
+    found = [_measured(of, *_profile(of, learned.profiles), cost, max_rows, leads_s) for of in mix]
+    return [replace(of, way_s=max(alone_s.get(of.name, 0.0) - of.alone_s, 0.0)) for of in found]
 
 
-def _measured(of: Class, profile: Profile, num_steps: int, cost: CostModel, max_rows: int) -> Measured:
+def _measured(
+    of: Class, profile: Profile, num_steps: int, cost: CostModel, max_rows: int, leads_s: Mapping[str, float]
+) -> Measured:
     def seconds(kind: CallKind, requests: int = 1) -> float:
         """Of all calls of a kind, that so many requests make together."""
         total = 0.0
@@ -90,8 +103,13 @@ def _measured(of: Class, profile: Profile, num_steps: int, cost: CostModel, max_
                 total += number * elapsed_s
         return total
 
+    def lead_s(kind: CallKind) -> float:
+        return max((leads_s.get(key, 0.0) for (its_kind, key, _), _ in profile.calls if its_kind == kind), default=0.0)
+
     steps = [seconds("denoise", requests) / num_steps for requests in range(1, max_rows + 1)]
-    return Measured(of.side, of.num_steps, of.share, tuple(steps), seconds("encode"), seconds("decode"))
+    leads = lead_s("encode"), lead_s("denoise"), lead_s("decode")
+    times = tuple(steps), seconds("encode"), seconds("decode")
+    return Measured(of.side, of.num_steps, of.share, *times, leads_s=leads)
 
 
 def _profile(of: Class, profiles: Sequence[Profile]) -> tuple[Profile, int]:

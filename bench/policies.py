@@ -54,6 +54,10 @@ class Class:
         """Of these, the seconds in which it needs no device: on its way there and back, and while a file is written."""
         return 0.0
 
+    def lead_s(self, stage: int) -> float:
+        """How long before the end of a forward it is decided what follows: who comes later has no say."""
+        return 0.0
+
     @property
     def work(self) -> float:
         """Pixels times steps."""
@@ -145,17 +149,18 @@ def play(policy: Policy, jobs: Sequence[Job], tick_s: Callable[[Sequence[Job]], 
 
     :param tick_s: runs those that share a forward; seconds that it took.
     """
-    now, num_come, num_done = 0.0, 0, 0
+    now, decides_at, num_come, num_done = 0.0, 0.0, 0, 0
     while num_done < len(jobs):
-        while num_come < len(jobs) and jobs[num_come].arrives_at <= now:
+        while num_come < len(jobs) and jobs[num_come].arrives_at <= decides_at:
             policy.add(jobs[num_come])
             num_come += 1
         chosen = policy.choose(now)
         if not chosen:
-            now = jobs[num_come].arrives_at
+            now = decides_at = max(now, jobs[num_come].arrives_at)
             continue
-        elapsed_s = tick_s(chosen)
+        elapsed_s, lead_s = tick_s(chosen), chosen[0].of.lead_s(chosen[0].stage)
         now += elapsed_s
+        decides_at = now - lead_s
         for job in chosen:
             job.stage += 1
             job.ends_at = now

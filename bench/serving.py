@@ -269,8 +269,8 @@ class Replay:
             learned, trace = measured.read(self.folder / "cache"), ticks.read(self.trace)
         except FileNotFoundError:
             return {}
-        forwards = ticks.forwards(trace, self.since_s)
-        return {"learned": msgspec.to_builtins(measured.with_forwards(learned, forwards))}
+        learned = measured.with_forwards(learned, ticks.forwards(trace, self.since_s))
+        return {"learned": msgspec.to_builtins(learned), "leads_s": ticks.leads_s(trace)}
 
     def keep(self) -> None:
         """Write it down, once there is something."""
@@ -344,7 +344,7 @@ def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]
     steps = [kind.num_steps for kind in mix_of(report["mix"], report["steps"])]
     classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[report["mix"]], steps, strict=True)]
     learned = msgspec.convert(report["learned"], Learned)
-    mix = measured.classes(learned, classes, policies.MAX_BATCH_SIZE, report["alone_s"])
+    mix = measured.classes(learned, classes, policies.MAX_BATCH_SIZE, report["alone_s"], report["leads_s"])
     asked = [Asked(**one) for one in report["asked"]]
     found = {"simulation": agreement.against_simulation(asked, mix), "times": measured.as_rows(mix)}
     return {**report, **found, "claim": agreement.claim(mix, num_requests)}

@@ -12,9 +12,12 @@ import msgspec
 
 from sgld.engine.cost import LearnedTime
 from sgld.engine.trace import track_of
+from sgld.worker.ahead import MARGIN_S, MARGIN_SHARE
 
+# The process of ticks in a trace.
 _RANKS = 1
-"""The process of ticks in a trace."""
+# Where launching takes so much of a forward's time the host isn't ahead of the device.
+_AHEAD = 0.9
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,14 @@ class Tick:
     cost_key: str
     rows: int
     requests: tuple[str, ...]
-    is_proof: bool = False
+    launch_s: float
+    is_proof: bool
+
+    @property
+    def lead_s(self) -> float:
+        """How long before its end the next one had to be chosen, to be launched in time; 0 where the host waits."""
+        elapsed_s = self.end_s - self.start_s
+        return self.launch_s + MARGIN_S + MARGIN_SHARE * elapsed_s if self.launch_s < _AHEAD * elapsed_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ def _tick(span: Mapping[str, Any]) -> Tick:
     args, start_s = span["args"], span["ts"] / 1e6
     requests = tuple(dict.fromkeys(args["requests"]))
     end_s = start_s + span["dur"] / 1e6
-    return Tick(start_s, end_s, args["cost_key"], args["rows"], requests, args["mode"] == "proof")
+    is_proof = args["mode"] == "proof"
+    return Tick(start_s, end_s, args["cost_key"], args["rows"], requests, args["launch_us"] / 1e6, is_proof)
 
 
 def forwards(trace: Trace, since_s: float = 0.0) -> list[LearnedTime]:
@@ -79,6 +90,15 @@ def forwards(trace: Trace, since_s: float = 0.0) -> list[LearnedTime]:
         if tick.start_s >= since_s and not tick.is_proof:
             taken[tick.cost_key, tick.rows].append(seconds)
     return [(key, rows, "eager", statistics.median(some)) for (key, rows), some in sorted(taken.items())]
+
+
+def leads_s(trace: Trace) -> dict[str, float]:
+    """How long before their ends it was decided what follows, by cost key: the median."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for tick in trace.ticks:
+        if not tick.is_proof:
+            found[tick.cost_key].append(tick.lead_s)
+    return {key: statistics.median(some) for key, some in found.items()}
 
 
 def _occupied(trace: Trace) -> Iterator[tuple[Tick, float]]:

@@ -177,6 +177,8 @@ class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     is_timed: bool
     started_ns: int = 0
     """On the clock of `time.monotonic_ns`, which the processes of a host share."""
+    launch_s: float = 0.0
+    """What the host took to give it to the device; all of it where it waits for that."""
     mode: TickMode = "single"
     variant: Variant = "eager"
     num_reused: int = 0

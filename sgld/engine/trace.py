@@ -63,6 +63,7 @@ class Trace:
             "mode": reply.mode,
             "rows": reply.rows,
             "variant": reply.variant,
+            "launch_us": reply.launch_s * 1e6,
             "calls": [call.id for call in calls],
             "requests": [call.request_id for call in calls],
             "steps": [call.step_index for call in calls],

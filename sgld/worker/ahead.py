@@ -85,7 +85,9 @@ class Ahead:
         while self._ticks and self._ticks[0].span.is_over():
             tick = self._ticks.popleft()
             span = tick.span
-            tick.ran = msgspec.structs.replace(tick.ran, started_ns=span.started_ns, elapsed_s=span.elapsed_s)
+            tick.ran = msgspec.structs.replace(
+                tick.ran, started_ns=span.started_ns, elapsed_s=span.elapsed_s, launch_s=span.launch_s
+            )
             if tick.ran.is_timed:
                 self._usual[tick.kind] = Usual(span.elapsed_s, span.launch_s)
             yield tick

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import agreement
 import measured
@@ -115,6 +116,18 @@ def test_simulated_scheduler_knows_what_it_served_before() -> None:
 
     assert first == pytest.approx(2.07)
     assert second == pytest.approx(2 * 2.07 - 0.01)
+
+
+def test_who_comes_when_the_next_forward_is_decided_has_no_say_in_it() -> None:
+    long = Measured(1024, 4, 0.5, (1.0,), 0.0, 0.0)
+    short = Measured(512, 1, 0.5, (0.1,), 0.0, 0.0)
+    asked = [Asked("1024²", 0.0), Asked("512²", 0.95)]
+
+    at_once = agreement.simulated(asked, [long, short])
+    ahead = agreement.simulated(asked, [replace(long, leads_s=(0.0, 0.1, 0.0)), short])
+
+    assert at_once == pytest.approx([4.1, 0.15])
+    assert ahead == pytest.approx([4.1, 1.15])
 
 
 def test_errors_of_predictions_are_read_from_metrics() -> None:

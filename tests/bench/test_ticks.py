@@ -9,7 +9,13 @@ from sgld.messages import CallInfo, CallKind, Ran, TickMode
 
 
 def ran(
-    trace: Trace, request: str, start_s: float, end_s: float, kind: CallKind = "denoise", mode: TickMode = "single"
+    trace: Trace,
+    request: str,
+    start_s: float,
+    end_s: float,
+    kind: CallKind = "denoise",
+    mode: TickMode = "single",
+    launch_s: float = 0.0,
 ) -> None:
     """A tick of one call of a request."""
     call = CallInfo(
@@ -25,7 +31,7 @@ def ran(
     )
     elapsed_s, started_ns = end_s - start_s, round(1e9 * start_s)
     told = Ran(call_ids=(1,), cost_key=kind, rows=1, elapsed_s=elapsed_s, is_timed=True, mode=mode, variant="eager")
-    trace.ran(msgspec.structs.replace(told, started_ns=started_ns), [call])
+    trace.ran(msgspec.structs.replace(told, started_ns=started_ns, launch_s=launch_s), [call])
 
 
 def two_requests(path: Path) -> None:
@@ -65,6 +71,15 @@ def test_trace_that_has_no_end_is_read_up_to_there(tmp_path: Path) -> None:
 
     assert len(found.ticks) == 4
     assert found.arrived_s == {"r1-0": 0.0, "r2-0": 5.0}
+
+
+def test_what_follows_is_decided_in_time_to_launch_it_where_the_host_is_ahead(tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "trace")
+    ran(trace, "r1-0", 0.0, 1.0, "denoise", launch_s=0.2)
+    ran(trace, "r1-0", 1.0, 2.0, "decode", launch_s=1.0)
+    trace.close()
+
+    assert ticks.leads_s(ticks.read(tmp_path / "trace")) == pytest.approx({"denoise": 0.235, "decode": 0.0})
 
 
 def test_there_is_no_trace(tmp_path: Path) -> None:
