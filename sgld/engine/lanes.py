@@ -10,10 +10,6 @@ from sgld.engine.remaining import Tracked
 from sgld.messages import CallInfo
 from sgld.parallel import Ranks
 
-# Ranks that a forward takes beyond what it makes good use of are missing to requests that are here, and to those that
-# will come: 1 would count the former only. bench/degrees.py shows what it costs and brings.
-HEED = 3.0
-
 
 @dataclass(frozen=True)
 class Placed:
@@ -33,9 +29,10 @@ def placed(
 ) -> Placed | None:
     """The next forward for ranks that have nothing to do; None: nothing that waits can run there.
 
-    The first request in order goes first, with as many ranks as are good for all (`best_degree`), or as many as are
-    free. As long as others could run beside it, they don't join it. What only the first rank can run goes before all of
-    the same priority whose deadlines don't press.
+    The first request in order goes first, with as many ranks as are good for all (`best_degree`), as many as are free,
+    and as many as leave one to each call that waits: several ranks do less work together than each for itself, so they
+    are for times when there isn't enough to do. As long as others could run beside it, they don't join it. What only
+    the first rank can run goes before all of the same priority whose deadlines don't press.
 
     :param ordered: the requests with calls that wait, the most urgent first.
     :param given: calls that run already.
@@ -51,14 +48,20 @@ def placed(
         if not able:
             continue
         largest = max(block.num for block in able)
-        degree = min(cost.best_degree(call, num_requests), largest)
+        num_free = sum(block.num for block in blocks)
+        num_others = sum(blocks[0].first == 0 or not other.is_bound for _, _, other in waiting) - 1
+        degree = min(cost.best_degree(call, num_requests), largest, _power_of_two(num_free - num_others))
         ranks = _part_of(able, degree, is_bound=call.is_bound)
-        num_free = sum(block.num for block in blocks) // degree
         num_alike = sum(other.merge_key == call.merge_key for _, _, other in waiting)
-        max_size = min(-(-num_alike // num_free), max_batch_size)
+        max_size = min(-(-num_alike // (num_free // degree)), max_batch_size)
         able_to = [each for each in waiting[place:] if _can_run(each[2], ranks)]
         return Placed(_sharing(able_to, num_requests, cost.at(degree), max_size), ranks)
     return None
+
+
+def _power_of_two(most: int) -> int:
+    """The largest one that isn't more, at least 1."""
+    return 1 << (max(most, 1).bit_length() - 1)
 
 
 def _waiting(request: Tracked, given: Collection[int]) -> list[CallInfo]:
@@ -122,12 +125,13 @@ class Degrees:
 
         On d ranks it takes t(d). Meanwhile the other requests lack d of the ranks, so each is d/ranks·t(d) later. What
         isn't known is tried on one rank.
+
+        :param num_requests: all that wait or run.
         """
 
         def price(degree: int) -> float | None:
             elapsed_s = self._cost.predict(call.cost_key, call.rows, degree)
-            heeded = HEED * (num_requests - 1) * degree / self.num_ranks
-            return None if elapsed_s is None else elapsed_s * (1 + heeded)
+            return None if elapsed_s is None else elapsed_s * (1 + (num_requests - 1) * degree / self.num_ranks)
 
         best, best_price, degree = 1, price(1), 1
         while best_price is not None and (degree := 2 * degree) <= min(call.max_degree, self.num_ranks):

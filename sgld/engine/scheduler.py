@@ -12,7 +12,7 @@ from sgld.engine.batching import all_together, as_many_as_pay, preparing, togeth
 from sgld.engine.cost import Cost
 from sgld.engine.demand import Demand, Profiles
 from sgld.engine.lanes import Degrees, placed
-from sgld.engine.order import Level, in_order, score
+from sgld.engine.order import RANKS_BY_OLDEST, Level, in_order, oldest_first, score
 from sgld.engine.remaining import Tracked
 from sgld.errors import DeadlineImpossible, QueueFull
 from sgld.messages import CallInfo
@@ -224,6 +224,9 @@ class Scheduler:
             batch = all_together([request for _, request in ordered], self._max_batch_size)
             degree = self._degrees.best_degree(batch[0][1], 1)
             return self._order(batch, Ranks(0, degree))
+        if ordered and not is_alone and self._num_ranks >= RANKS_BY_OLDEST:
+            names = {name for batch in running for name in batch.request_ids}
+            ordered = oldest_first(ordered, self._running.values(), names)
         busy = [batch.ranks for batch in running]
         num = self._num_requests
         chosen = placed(ordered, given, busy, num, self._degrees, self._max_batch_size)
@@ -302,7 +305,7 @@ class Scheduler:
 
     def _score(self, request: Tracked) -> float:
         if request.update(self._cost, self._profiles) or request.id not in self._scores:
-            self._scores[request.id] = score(request)
+            self._scores[request.id] = score(request, self._num_ranks)
         return self._scores[request.id]
 
     def _batch(self, ordered: Sequence[tuple[Level, Tracked]]) -> list[tuple[Tracked, CallInfo]]:

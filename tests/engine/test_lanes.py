@@ -85,6 +85,19 @@ def test_the_more_requests_there_are_the_fewer_ranks_each_has() -> None:
     assert (degrees[0], degrees[-1]) == (4, 1)
 
 
+@pytest.mark.parametrize(("num_waiting", "degree"), [(1, 4), (2, 2), (3, 2), (4, 1), (9, 1)])
+def test_forward_leaves_a_rank_to_each_call_that_waits(num_waiting: int, degree: int) -> None:
+    """Together ranks do less than each for itself, even where a forward gains as much as here."""
+    requests = [shared(str(n), "large", merge_key=None) for n in range(num_waiting)]
+    assert chosen(place(*requests, cost=Table({"large": {1: 8.0, 2: 4.01, 4: 2.01}})))[1].num == degree
+
+
+def test_call_that_has_to_wait_for_the_first_rank_is_left_none_of_the_others() -> None:
+    bound = shared("b", "small", max_degree=1, is_bound=True)
+    assert chosen(place(shared("a", "large"), bound, busy=(Ranks(0, 1),)))[1] == Ranks(2, 2)
+    assert chosen(place(shared("a", "large"), bound, busy=(Ranks(0, 2),))) == (["a"], Ranks(2, 2))
+
+
 def test_forward_has_no_more_ranks_than_can_share_it_or_are_free() -> None:
     assert chosen(place(shared("a", "large", max_degree=2)))[1].num == 2
     assert chosen(place(shared("a", "large"), busy=(Ranks(0, 1),)))[1] == Ranks(2, 2)

@@ -2,7 +2,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.calls import tracked
-from sgld.engine.order import AGEING, MARGIN, in_order, score
+from sgld.engine.order import AGEING, MARGIN, in_order, oldest_first, score
 from sgld.engine.remaining import Tracked
 
 
@@ -27,6 +27,31 @@ def test_waiting_outweighs_size_in_the_end() -> None:
     large = tracked("l", 100.0)
     assert names(large, tracked("s", 1.0, arrived_at=98 / AGEING)) == "sl"
     assert names(large, tracked("s", 1.0, arrived_at=100 / AGEING)) == "ls"
+
+
+def test_a_second_of_waiting_counts_for_less_where_more_is_done_in_it() -> None:
+    large, small = tracked("l", 100.0), tracked("s", 1.0, arrived_at=100 / AGEING)
+    assert score(large) < score(small)
+    assert score(large, num_ranks=4) > score(small, num_ranks=4)
+
+
+def test_of_many_forwards_one_is_of_the_request_that_came_first() -> None:
+    oldest, small, other = tracked("o", 9.0), tracked("s", 1.0, arrived_at=1.0), tracked("t", 2.0, arrived_at=2.0)
+    every = [oldest, small, other]
+
+    def names_with_oldest(waiting: list[Tracked], running: list[str]) -> str:
+        ordered = in_order([(r, score(r)) for r in waiting], 3.0)
+        return "".join(request.id for _, request in oldest_first(ordered, every, running))
+
+    assert names_with_oldest(every, []) == "ost"
+    assert names_with_oldest(every, ["o"]) == "sto", "it has one"
+    assert names_with_oldest([small, other], []) == "st", "it is between two forwards"
+
+
+def test_the_oldest_goes_before_no_higher_priority() -> None:
+    oldest, urgent = tracked("o", 9.0), tracked("u", 9.0, arrived_at=1.0, priority=1)
+    ordered = in_order([(r, score(r)) for r in (oldest, urgent)], 3.0)
+    assert oldest_first(ordered, [oldest, urgent], []) == ordered
 
 
 def test_higher_priority_goes_before_everything_else() -> None:
