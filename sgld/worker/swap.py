@@ -292,6 +292,7 @@ class Swap:
     def expect(self) -> None:
         """Read what was compiled for such layers before an earlier start, until calls ask for it."""
         if known := self._known.jobs():
+            self._has_imported()
             sketches = {_sketch(part) for parts in self._regions.values() for part in parts}
             self._readings.extend(functools.partial(self._read_job, job) for job in known if job.module in sketches)
 
