@@ -51,6 +51,7 @@ _SOME_STAGGERED = (0, 5, 10, 15)
 # what text encoders said is kept.
 _LATER, _STAGGERED, _SETTLING = 40, 100, 500
 _FEW_STEPS = {"num_inference_steps": 6}
+_LOOK_S = 0.2
 # Rounds that took as long as one another, within so much.
 _NUM_STEADY, _STEADY = 3, 1.1
 
@@ -390,10 +391,9 @@ class Settling:
     async def singles(self) -> bool:
         """Until the last rounds took as long as one another, and all is compiled; whether that was so in time."""
         rounds: list[list[float]] = []
-        while time.perf_counter() < self._until:
-            before = await self._known()
+        while (before := await self._idled()) is not None:
             rounds.append([await self._short(row) for row in self._rows if row.kind != "staggered"])
-            say("settling", {"took": [round(value, 3) for value in rounds[-1]], "is_compiling": before.is_compiling})
+            say("settling", {"took": [round(value, 3) for value in rounds[-1]]})
             if is_steady(rounds) and is_done(before, await self._known()):
                 return True
         return False
@@ -404,19 +404,29 @@ class Settling:
         :param together: runs these, the first of which has this index.
         """
         for turn in count(2):
-            if time.perf_counter() >= self._until:
+            if (before := await self._idled()) is None:
                 return False
-            before = await self._known()
-            if before.is_compiling:
-                # Code is taken over between calls.
-                await self._short(self._rows[0])
-                continue
             start = time.perf_counter()
             await together(_SETTLING * turn)
             say("settling", {"staggered_s": round(time.perf_counter() - start, 3)})
             if is_done(before, await self._known()):
                 return True
         raise AssertionError("turns are endless")
+
+    async def _idled(self) -> Known | None:
+        """What is known once no code is on its way; None: time is up.
+
+        Nothing is sent meanwhile, as a rank without requests reads code at once.
+        """
+        start = time.perf_counter()
+        while time.perf_counter() < self._until:
+            known = await self._known()
+            if not known.is_compiling:
+                if (idle_s := time.perf_counter() - start) > _LOOK_S:
+                    say("settling", {"idle_s": round(idle_s, 3)})
+                return known
+            await anyio.sleep(_LOOK_S)
+        return None
 
     async def _short(self, row: Row) -> float:
         return await self._one(row.request(next(self._indices), self._call) | _FEW_STEPS)

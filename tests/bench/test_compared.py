@@ -2,6 +2,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sides
 from compare import relative_error
 from compared import ratio, text, usual_s
 from rows import CHOSEN, NUM_STAGGERED, ROWS
@@ -101,39 +102,37 @@ def test_code_is_all_there_when_none_is_on_its_way_and_none_came_meanwhile() -> 
 
 
 async def test_singles_are_settled_once_three_rounds_took_as_long_and_no_code_is_left() -> None:
-    code, took = [Known({}, is_compiling=True)] * 3, [5.0, 1.0, 1.0, 1.0, 1.0]
+    changes, took = [0, 0, 0, 1, 2], [5.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
     async def one(request: dict[str, Any]) -> float:
         return took.pop(0)
 
     async def known() -> Known:
-        return code.pop(0) if code else Known({})
+        return Known({}, num_changes=changes.pop(0) if changes else 2)
 
     assert await Settling([ROWS["flux-256"]], {}, 60.0, one, known).singles()
     assert took == [1.0]
 
 
-async def test_staggered_requests_are_settled_once_they_bring_no_code() -> None:
+async def test_staggered_requests_are_settled_once_they_bring_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides, "_LOOK_S", 0.0)
     ran: list[str] = []
-    code = Known({})
+    code = [Known({})]
 
     async def one(request: dict[str, Any]) -> float:
-        nonlocal code
-        ran.append("one")
-        code = Known({}, num_changes=2)
-        return 1.0
+        pytest.fail("code is read soonest where there are no requests")
 
     async def together(first: int) -> None:
-        nonlocal code
         ran.append("together")
-        if len(ran) == 1:
-            code = Known({}, is_compiling=True, num_changes=1)
+        if ran.count("together") == 1:
+            code[:] = [Known({}, num_changes=2), Known({}, is_compiling=True, num_changes=1)]
 
     async def known() -> Known:
-        return code
+        ran.append("compiling" if code[-1].is_compiling else "known")
+        return code.pop() if len(code) > 1 else code[0]
 
     assert await Settling([ROWS["flux-256-staggered"]], {}, 60.0, one, known).staggered(together)
-    assert ran == ["together", "one", "together"]
+    assert ran == ["known", "together", "compiling", "known", "together", "known"]
 
 
 async def test_what_has_no_time_to_settle_says_so() -> None:
