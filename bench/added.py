@@ -86,6 +86,11 @@ def text(processes: Sequence[Sequence[Row]], report: dict[str, Any]) -> str:
     lines += [f"Medians of {num}, and from the least to the most; of a run's steps the median. Milliseconds.", ""]
     lines += ["Wanted of steps of 40 ms and more: at most 3 % of wall time added, and 3 % of the device lost.", ""]
     lines += ["## Whole steps", "", *_steps(rows), ""]
+    if any(row.bound_by == "device" for row in rows):
+        lines += [
+            "Where the device is, the host of the plain pipeline waits spinning and a rank sleeps: that is what CPU"
+        ]
+        lines += ["time is less by.", ""]
     if any(row.bound_by == "host" for row in rows):
         lines += [
             "Where the host is what a forward waits for, the same forward takes up to 20 % more in one process than"
