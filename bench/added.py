@@ -93,9 +93,9 @@ def text(processes: Sequence[Sequence[Row]], report: dict[str, Any]) -> str:
         lines += ["time is less by.", ""]
     if any(row.bound_by == "host" for row in rows):
         lines += [
-            "Where the host is what a forward waits for, the same forward takes up to 20 % more in one process than"
+            "Where the host is, the same forward takes a third more or less from run to run and process to process,"
         ]
-        lines += ["in another, and so do steps and pictures: there the next table tells what the engine adds.", ""]
+        lines += ["and so do steps and pictures: there the next table tells what the engine adds.", ""]
     lines += ["## Outside of forwards", "", *_outside(rows), ""]
     if any(row.graphs for row in rows):
         lines += ["## With CUDA graphs", "", *_graphs(rows), ""]
