@@ -47,9 +47,20 @@ class Imports:
             for name in itertools.takewhile(lambda _: not self._is_closed.is_set(), self._names):
                 # Some are only for other devices or systems, and say so in ways of their own.
                 outcome_of(functools.partial(importlib.import_module, name))
+            if "torch._inductor.codecache" in sys.modules and not self._is_closed.is_set():
+                outcome_of(_read_keys)
         finally:
             sys.meta_path.remove(rests)
             sys.setswitchinterval(interval)
+
+
+def _read_keys() -> None:
+    """What all compiled code is looked up by, which torch remembers: hashes of its sources, and of 400 MB of triton."""
+    from torch._inductor.async_compile import pre_fork_setup
+    from torch._inductor.codecache import torch_key
+
+    pre_fork_setup()  # type: ignore[no-untyped-call]
+    torch_key()
 
 
 class _Rests:
