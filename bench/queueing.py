@@ -5,9 +5,9 @@ on one H200. The scheduler and the cost model are the real ones, and learn from 
 know all times. Load 1 is what the GPU can do without merging.
 
 A request is a forward that encodes, one for each step, and one that decodes; one forward runs at a time, and the next
-decision falls when it is over. Forwards take what the table says for so many requests. Left out are what needs no
-device (of measured times it is added to each request), graphs and proofs of the first ones, and who leaves or fails.
-bench/serving.py shows how far a server is from that.
+decision falls when it is over (with measured times: when the next one had to be launched). Forwards take what the table
+says for so many requests. Left out are what needs no device (of measured times it is added to each request), graphs and
+proofs of the first ones, and who leaves or fails. bench/serving.py shows how far a server is from that.
 
     python bench/queueing.py [--requests 10000] [--runs 2] [--results bench/results]
     python bench/queueing.py --times FILE       with the times that a server learned, as with `sgld serve --calibrate`:

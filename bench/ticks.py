@@ -81,15 +81,16 @@ def _tick(span: Mapping[str, Any]) -> Tick:
 
 
 def forwards(trace: Trace, since_s: float = 0.0) -> list[LearnedTime]:
-    """What they took, by cost key and rows: the median, with what passed until the next one while there was work.
+    """What they took, by cost key and rows: the mean, with what passed until the next one while there was work.
 
-    On a CPU that is a few milliseconds; a GPU is given the next one before it is done.
+    On a CPU that is a few milliseconds; a GPU is given the next one before it is done. What some took longer than
+    others, as when the host wasn't ahead, others had to wait for, too.
     """
     taken: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     for tick, seconds in _occupied(trace):
         if tick.start_s >= since_s and not tick.is_proof:
             taken[tick.cost_key, tick.rows].append(seconds)
-    return [(key, rows, "eager", statistics.median(some)) for (key, rows), some in sorted(taken.items())]
+    return [(key, rows, "eager", statistics.fmean(some)) for (key, rows), some in sorted(taken.items())]
 
 
 def leads_s(trace: Trace) -> dict[str, float]:
