@@ -194,8 +194,9 @@ def test_large_request_is_not_starved(num_ranks: int, gain: float) -> None:
 @given(st.floats(0.0, 1.0))
 def test_who_came_first_has_one_of_four_ranks(gain: float) -> None:
     """However many small ones come: it waits for the end of one of their forwards before each of its own at most."""
-    small = [Simulated(str(n), arrives_at=1.0 + n / 2, num_steps=2, step_s=2.0) for n in range(60)]
-    large = Simulated("large", arrives_at=0.5, num_steps=4, step_s=4.0)
-    Ranks(4, gain, max_running=80).run([large, *small])
+    known = [Simulated(name, arrives_at=0.0, num_steps=4, step_s=step_s) for name, step_s in (("a", 1.0), ("b", 8.0))]
+    small = [Simulated(str(n), arrives_at=50.0 + n / 2, num_steps=4, step_s=1.0) for n in range(150)]
+    large = Simulated("large", arrives_at=50.0, num_steps=4, step_s=8.0)
+    Ranks(4, gain, max_running=200).run([*known, large, *small])
     assert large.finished_at is not None
-    assert large.finished_at <= 0.5 + 5 * (4.0 + 2.0)
+    assert large.finished_at <= 50.0 + 5 * (8.0 + 1.0)
