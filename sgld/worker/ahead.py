@@ -29,10 +29,21 @@ News = Launched | Pending | Ran | Stepped
 
 @dataclass(frozen=True)
 class Usual:
-    """What a tick like this took: on the device, and to launch."""
+    """What the last tick like this took: on the device, and to launch."""
 
     elapsed_s: float
     launch_s: float
+    before_s: float
+    """What the one before it took on the device."""
+
+    @property
+    def least_s(self) -> float:
+        """What the next one takes at least.
+
+        A device that had nothing to do waits for the first launches, which counts as its time. Who believed that would
+        launch the next tick too late, so that it takes long in turn.
+        """
+        return min(self.elapsed_s, self.before_s)
 
 
 @dataclass
@@ -89,7 +100,9 @@ class Ahead:
                 tick.ran, started_ns=span.started_ns, elapsed_s=span.elapsed_s, launch_s=span.launch_s
             )
             if tick.ran.is_timed:
-                self._usual[tick.kind] = Usual(span.elapsed_s, span.launch_s)
+                before = self._usual.recall(tick.kind)
+                before_s = before.elapsed_s if before is not None else span.elapsed_s
+                self._usual[tick.kind] = Usual(span.elapsed_s, span.launch_s, before_s)
             yield tick
 
     def wait(self, num_left: int = MAX_AHEAD) -> None:
@@ -105,7 +118,7 @@ class Ahead:
         known = [each for each in usual if each is not None]
         if len(known) < len(usual):
             return 0.0
-        busy_s = sum(each.elapsed_s for each in known)
+        busy_s = sum(each.least_s for each in known)
         lead_s = known[-1].launch_s + MARGIN_S + MARGIN_SHARE * busy_s
         span, now_ns = self._ticks[0].span, self._now_ns()
         done_s = (now_ns - span.started_ns) / 1e9 if span.has_begun() else 0.0

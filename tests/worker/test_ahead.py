@@ -109,6 +109,15 @@ def test_time_to_launch_is_left(rank: Launching) -> None:
     assert rank.ahead.spare_s() == pytest.approx(0.7 - 0.2 - 0.2 - MARGIN_S - MARGIN_SHARE * 0.7)
 
 
+def test_tick_that_waited_for_its_launch_delays_no_other(rank: Launching) -> None:
+    for call_id, launch_s in ((1, 0.0), (2, 0.2)):
+        rank.tick(call_id, 0.5, launch_s)
+        rank.device.settle()
+        list(rank.ahead.over())
+    rank.tick(3, 0.5, launch_s=0.0)
+    assert rank.ahead.spare_s() == pytest.approx(0.5 - 0.2 - MARGIN_S - MARGIN_SHARE * 0.5)
+
+
 def test_two_ticks_on_their_way_keep_the_device_busy_for_both(rank: Launching) -> None:
     rank.tick(1, 0.5, launch_s=0.0)
     rank.device.settle()
