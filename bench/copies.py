@@ -57,21 +57,23 @@ async def compared(teller: Teller, folder: Path, copies: int, device: str, is_ti
             for engine in engines:
                 await engine.ready()
         for gpus, engine in zip((1, copies), engines, strict=True):
-            for _ in range(NUM_ROUNDS):
-                taken_s, pictures = await round_of(engine, num, num_steps, sizes)
+            for turn in range(NUM_ROUNDS):
+                taken_s, pictures = await round_of(engine, turn * num, num, num_steps, sizes)
             alone = alone or pictures
             row = {"model": "sdxl", "size": tuple(sizes.values()), "rows": 1, "by": "sgld", "gpus": gpus}
             row |= {"work": f"SDXL {sizes['width']}², {num} requests, each", "layout": f"dp {gpus}", "how": "engine"}
             teller.row(row | {"ms": 1e3 * taken_s / num, "error": difference(pictures, alone), "is_aside": False})
 
 
-async def round_of(engine: Engine, num: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
+async def round_of(engine: Engine, first: int, num: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
     """Seconds from the first request to the last answer, and the pictures."""
     pictures: dict[int, NDArray[np.uint8]] = {}
 
     async def client(index: int) -> None:
         await anyio.sleep(index * STAGGER_S)
-        params = SamplingParams(prompt=prompt(index), seed=index, num_inference_steps=num_steps, **sizes)
+        params = SamplingParams(
+            prompt=prompt(first + index), seed=first + index, num_inference_steps=num_steps, **sizes
+        )
         async for event in engine.generate(params):
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)

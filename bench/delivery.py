@@ -121,7 +121,7 @@ def parts(side: int, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any]
     yield "clip", "frames kept as they come", functools.partial(kept, clip), clip.nbytes
     yield (
         "clip",
-        "frames kept, then joined by copying",
+        "frames that are elsewhere, joined by copying",
         functools.partial(np.concatenate, list(clip[:, None])),
         clip.nbytes,
     )
@@ -149,7 +149,8 @@ def measured(side: int, repeats: int) -> list[dict[str, Any]]:
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
     lines = ["# What does a request cost beside its model?", "", f"`{report['command']}`", ""]
-    lines += [f"{report['machine']}. Load of the machine: {report['load']}. The least of {report['repeats']}.", ""]
+    measured = f"The least of {report['repeats']}; of CPU time over HTTP the mean."
+    lines += [f"{report['machine']}. Load of the machine: {report['load']}. {measured}", ""]
     lines += ["Over HTTP, from the request to the bytes of the picture, all of it beside a model:", ""]
     lines += ["| picture | asked for | ms | CPU time of the server, ms | of the client, ms |", "|---|---|---|---|---|"]
     for row in report["requests"]:

@@ -44,7 +44,7 @@ from diffusers import DiffusionPipeline
 from roofline import first_call, graph_of
 from roofline import seconds as graph_s
 
-from sgld.config import EngineConfig, GraphConfig, MemoryConfig
+from sgld.config import ConditioningConfig, EngineConfig, GraphConfig, MemoryConfig
 from sgld.engine.engine import Engine
 from sgld.events import Completed
 from sgld.models.resolve import EMBEDDED
@@ -270,6 +270,8 @@ class Trial:
                 # The same forwards in both.
                 graphs=GraphConfig() if index else GraphConfig(graph_memory=0),
                 memory=MemoryConfig(performance_mode="manual"),
+                # The plain pipeline encodes the same text each time, too.
+                conditioning=ConditioningConfig(disable_conditioning_cache=True),
             )
             self._engines[way], self._pictures[way] = Engine(config), []
 

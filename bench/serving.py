@@ -320,7 +320,8 @@ def eta_errors(metrics: str) -> dict[str, float]:
 async def _keep_writing(replaying: Replay) -> None:
     while True:
         await asyncio.sleep(_KEEP_S)
-        replaying.keep()
+        # Beside the requests, which are timed.
+        await asyncio.to_thread(replaying.keep)
 
 
 @asynccontextmanager

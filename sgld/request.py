@@ -76,7 +76,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         num_frames = params.num_frames or defaults.get("num_frames", 1)
         if num_steps is None:
             num_steps = params.num_inference_steps or defaults.get("num_inference_steps", 1)
-        self.check(params, num_frames=num_frames, size=(known[0], known[-1]) if known else None, num_steps=num_steps)
+        # A file that can't be made at all is refused for what is known only.
+        limits = self if len(known) == len(sides) else msgspec.structs.replace(self, max_film_pixels=None)
+        limits.check(params, num_frames=num_frames, size=(known[0], known[-1]) if known else None, num_steps=num_steps)
 
     def check(
         self,

@@ -8,6 +8,7 @@ looks at them. Nothing of it is left when the process goes, however that happens
 import logging
 import tempfile
 import weakref
+from contextlib import suppress
 from math import prod
 from typing import IO
 
@@ -96,7 +97,9 @@ class FrameStore:
         """A copy in memory, right behind the frames before it where there is room."""
         if not self._pieces and index == 0:
             room_bytes = min(self._max_in_memory, MAX_IN_MEMORY)
-            self._room = np.empty((room_bytes // prod(frames.shape[1:]), *frames.shape[1:]), np.uint8)
+            # A process may have no room for what it doesn't use.
+            with suppress(MemoryError):
+                self._room = np.empty((room_bytes // prod(frames.shape[1:]), *frames.shape[1:]), np.uint8)
         if self._room is None or index + len(frames) > len(self._room):
             self._room = None
             return np.array(frames)

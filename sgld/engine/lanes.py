@@ -30,9 +30,9 @@ def placed(
     """The next forward for ranks that have nothing to do; None: nothing that waits can run there.
 
     The first request in order goes first, with as many ranks as are good for all (`best_degree`), as many as are free,
-    and as many as leave one to each call that waits: several ranks do less work together than each for itself, so they
-    are for times when there isn't enough to do. As long as others could run beside it, they don't join it. What only
-    the first rank can run goes before all of the same priority whose deadlines don't press.
+    and as many as leave one to each other call of the same level that waits: several ranks do less work together than
+    each for itself, so they are for times when there isn't enough to do. As long as others could run beside it, they
+    don't join it. What only the first rank can run goes before all of the same priority whose deadlines don't press.
 
     :param ordered: the requests with calls that wait, the most urgent first.
     :param given: calls that run already.
@@ -43,13 +43,14 @@ def placed(
     waiting = [(level, request, call) for level, request in ordered for call in _waiting(request, given)]
     # The others can run elsewhere. Text is encoded soon so, and then there is more to choose from.
     waiting.sort(key=lambda each: (each[0], not each[2].is_bound))
-    for place, (_, _, call) in enumerate(waiting):
+    for place, (first_level, _, call) in enumerate(waiting):
         able = [block for block in blocks if block.first == 0 or not call.is_bound]
         if not able:
             continue
         largest = max(block.num for block in able)
         num_free = sum(block.num for block in blocks)
-        num_others = sum(blocks[0].first == 0 or not other.is_bound for _, _, other in waiting) - 1
+        beside = [other for level, _, other in waiting if level <= first_level]
+        num_others = sum(blocks[0].first == 0 or not other.is_bound for other in beside) - 1
         degree = min(cost.best_degree(call, num_requests), largest, _power_of_two(num_free - num_others))
         ranks = _part_of(able, degree, is_bound=call.is_bound)
         num_alike = sum(other.merge_key == call.merge_key for _, _, other in waiting)

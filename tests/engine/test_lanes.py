@@ -92,6 +92,13 @@ def test_forward_leaves_a_rank_to_each_call_that_waits(num_waiting: int, degree:
     assert chosen(place(*requests, cost=Table({"large": {1: 8.0, 2: 4.01, 4: 2.01}})))[1].num == degree
 
 
+def test_urgent_request_leaves_no_rank_to_those_that_may_come_later() -> None:
+    cost = Table({"large": {1: 8.0, 2: 4.01, 4: 2.01}})
+    urgent, *others = (((min(n, 1) - 1, 0), shared(str(n), "large", merge_key=None)) for n in range(4))
+    assert chosen(placed([urgent, *others], (), (), 4, Degrees(cost, 4), 16)) == (["0"], Ranks(0, 4))
+    assert chosen(placed([urgent, urgent[:1] + others[0][1:]], (), (), 2, Degrees(cost, 4), 16))[1].num == 2
+
+
 def test_call_that_has_to_wait_for_the_first_rank_is_left_none_of_the_others() -> None:
     bound = shared("b", "small", max_degree=1, is_bound=True)
     assert chosen(place(shared("a", "large"), bound, busy=(Ranks(0, 1),)))[1] == Ranks(2, 2)
