@@ -1,6 +1,8 @@
 """Components go where the plan has them, and denoisers are compiled where that is asked for."""
 
 import functools
+import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -95,12 +97,25 @@ def compile_module(module: nn.Module) -> None:
     # Of sizes only: an epsilon that is a variable has every trace done twice, and nothing of it is found in the cache.
     torch._dynamo.config.specialize_float = True
     module.compile(dynamic=True)
-    module._compiled_call_impl = functools.partial(_called, module._compiled_call_impl)
+    called = _called_with_numbers if _takes_numbers(module) else _called
+    module._compiled_call_impl = functools.partial(called, module._compiled_call_impl)
+
+
+def _takes_numbers(module: nn.Module) -> bool:
+    """Whether requests may choose numbers that its forward is given, as the scale of a ControlNet."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(float in (each.annotation, type(each.default)) or each.annotation == "float" for each in parameters)
 
 
 def _called(compiled: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     assert compiled is not None
     return compiled(*plain(args), **plain(kwargs))
+
+
+def _called_with_numbers(compiled: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """One compilation for all of them."""
+    with torch._dynamo.config.patch(specialize_float=False):
+        return _called(compiled, *args, **kwargs)
 
 
 def plain(value: Any) -> Any:
@@ -112,8 +127,13 @@ def plain(value: Any) -> Any:
         is_known = type(value) is torch.Tensor and not value.requires_grad
         return value.view(value.shape).detach() if is_known and (value._base is not None or 1 in value.shape) else value
     if type(value) in (tuple, list):
-        return type(value)(map(plain, value))
-    return {key: plain(part) for key, part in value.items()} if type(value) is dict else value
+        parts = [plain(part) for part in value]
+        # A module may write into what it is given.
+        return value if all(map(operator.is_, parts, value)) else type(value)(parts)
+    if type(value) is dict:
+        named = {key: plain(part) for key, part in value.items()}
+        return value if all(named[key] is part for key, part in value.items()) else named
+    return value
 
 
 def decompile(parts: Iterable[nn.Module]) -> None:

@@ -171,15 +171,20 @@ class Known:
         """Those that were compiled last, as they are now: of other versions is nothing of use."""
         if self._folder is None:
             return []
+        ages: dict[Path, float] = {}
         with suppress(OSError):
-            paths = sorted((self._folder / _JOBS).iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-            read = [outcome_of(functools.partial(_read, path)) for path in paths[:_MAX_EXPECTED]]
-            return [outcome.value for outcome in read if isinstance(outcome, Value) and outcome.value is not None]
-        return []
+            for path in (self._folder / _JOBS).iterdir():
+                # What begins with a dot is being written.
+                if not path.name.startswith("."):
+                    with suppress(OSError):
+                        ages[path] = path.stat().st_mtime
+        paths = sorted(ages, key=ages.__getitem__, reverse=True)
+        read = [outcome_of(functools.partial(_read, path)) for path in paths[:_MAX_EXPECTED]]
+        return [outcome.value for outcome in read if isinstance(outcome, Value) and outcome.value is not None]
 
     def modules(self) -> list[str]:
         """What a process has to import that compiles, as far as that is known."""
-        with suppress(OSError):
+        with suppress(OSError, UnicodeDecodeError):
             if self._folder is not None:
                 return (self._folder / _MODULES).read_text().split()
         return []

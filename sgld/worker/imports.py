@@ -1,5 +1,6 @@
 """What torch's compiler consists of, imported beside calls: that takes seconds of a processor."""
 
+import _imp
 import functools
 import importlib
 import itertools
@@ -42,7 +43,8 @@ class Imports:
     def _run(self) -> None:
         rests, interval = _Rests(self._is_closed), sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)
-        sys.meta_path.insert(0, rests)
+        # Others may be walking along the list.
+        sys.meta_path = [rests, *sys.meta_path]
         try:
             for name in itertools.takewhile(lambda _: not self._is_closed.is_set(), self._names):
                 # Some are only for other devices or systems, and say so in ways of their own.
@@ -50,8 +52,8 @@ class Imports:
             if "torch._inductor.codecache" in sys.modules and not self._is_closed.is_set():
                 outcome_of(_read_keys)
         finally:
-            sys.meta_path.remove(rests)
             sys.setswitchinterval(interval)
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not rests]
 
 
 def _read_keys() -> None:
@@ -75,7 +77,12 @@ class _Rests:
         self, _name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if threading.get_ident() == self._thread:
-            self._is_closed.wait(_REST * (time.thread_time() - self._busy_until_s))
+            # Who looks for a module holds a lock, without which no other thread finds any.
+            _imp.release_lock()
+            try:
+                self._is_closed.wait(_REST * (time.thread_time() - self._busy_until_s))
+            finally:
+                _imp.acquire_lock()
             self._busy_until_s = time.thread_time()
         return None
 

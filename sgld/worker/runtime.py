@@ -186,6 +186,7 @@ class Runtime:
     @contextlib.contextmanager
     def borrowed(self, module: nn.Module) -> Iterator[None]:
         """While the block runs a component is on the device, and computes without overflow."""
+        self.residency.join()
         self.residency.bring(module)
         is_half = dtype_of(module) is torch.float16
         with computing_in(module, torch.float32 if is_half else None):

@@ -165,7 +165,7 @@ class Swap:
         """Memory is short: end the process, which has some of the device's, until more was computed; false: none is."""
         if self._process is None:
             return False
-        self.close()
+        self._process.close()
         self._process, self._compiled_now = None, []
         self._known.release()
         for form, (module, _) in self._queue.items():

@@ -96,6 +96,33 @@ def test_layer_is_compiled_once_whether_it_is_given_views_or_not() -> None:
     assert num == 1
 
 
+class Scaled(torch.nn.Module):
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return x * scale
+
+
+@torch.no_grad()
+def test_numbers_that_requests_choose_are_compiled_once() -> None:
+    module, num = Scaled(), 0
+    compile_module(module)
+
+    def started() -> None:
+        nonlocal num
+        num += 1
+
+    with torch.compiler.set_stance("default", force_backend="eager"), watched_compilations(started, lambda: None):
+        for scale in (0.5, 0.6, 0.75):
+            assert torch.equal(module(torch.ones(2, 3), scale=scale), torch.full((2, 3), scale))
+    torch._dynamo.reset()
+    assert num == 1
+
+
+def test_module_may_write_into_what_it_is_given() -> None:
+    given: dict[str, list[torch.Tensor]] = {"x": [torch.ones(2)]}
+    plain(given)["x"].append(torch.ones(3))
+    assert len(given["x"]) == 2
+
+
 def test_what_is_trained_keeps_its_history() -> None:
     base = torch.ones(2, 3, requires_grad=True)
     assert plain({"x": [base[:1]]})["x"][0].grad_fn is not None

@@ -1,10 +1,11 @@
+import _imp
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from sgld.worker.imports import Imports, importable
+from sgld.worker.imports import Imports, _Rests, importable
 
 
 def imported(names: list[str]) -> Imports:
@@ -26,6 +27,22 @@ def test_modules_are_imported_and_nothing_else_is_left_changed(tmp_path: Path, m
     assert sys.modules["one_beside_it"].thread == "imports"
     assert "one_that_fails" not in sys.modules
     assert (list(sys.meta_path), sys.getswitchinterval()) == before
+
+
+def test_others_find_modules_while_the_thread_rests() -> None:
+    held: list[bool] = []
+
+    class Never(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            held.append(_imp.lock_held())
+            return False
+
+    rests = _Rests(Never())
+    _imp.acquire_lock()
+    rests.find_spec("anything")
+    held.append(_imp.lock_held())
+    _imp.release_lock()
+    assert held == [False, True]
 
 
 def test_what_is_closed_begins_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
