@@ -63,8 +63,9 @@ async def test_replies_become_events_until_the_request_ends(queue: tuple[TensorR
     assert completed.fps == 8.0
 
 
-async def test_a_long_clip_holds_up_nobody() -> None:
-    """97 MB, put together while others have their turn."""
+async def test_a_long_clip_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """97 MB, put together while others have their turn, where there was no room to keep them together."""
+    monkeypatch.setattr("sgld.engine.frames.MAX_IN_MEMORY", 0)
     requests, [entry] = requests_of("a")
     requests.admit(0)
     for index in (0, 27):
