@@ -320,9 +320,9 @@ def main() -> None:
             report["rows"][f"{model} {phase}"] = row
             print(model, phase, json.dumps(row), flush=True)
         if args.out:
-            rows = "\n".join(f"- {name}: {json.dumps(said)}" for name, said in report["rows"].items())
-            title = "# What does compiling cost the server that does it, and one that has a process do it?"
-            reports.write(args.out, report, f"{title}\n\n{report['machine']}\n\n{rows}\n")
+            reports.write_rows(
+                args.out, report, "What does compiling cost the server that does it, and one that has a process do it?"
+            )
 
 
 if __name__ == "__main__":

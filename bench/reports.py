@@ -32,3 +32,9 @@ def write(out: Path, report: dict[str, Any], text: str) -> None:
     """FILE.json with all numbers, and FILE.md for people."""
     out.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     out.with_suffix(".md").write_text(text)
+
+
+def write_rows(out: Path, report: dict[str, Any], title: str) -> None:
+    """The same of a report whose rows have names, and are said as they are."""
+    rows = "\n".join(f"- {name}: {json.dumps(said)}" for name, said in report["rows"].items())
+    write(out, report, f"# {title}\n\n{report['machine']}\n\n{rows}\n")

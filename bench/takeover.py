@@ -123,9 +123,7 @@ def main() -> None:
             report["rows"][name] = json.loads(lines[-1]) if lines else {"error": "no answer"}
             print(name, json.dumps(report["rows"][name]), flush=True)
     if args.out:
-        rows = "\n".join(f"- {name}: {json.dumps(said)}" for name, said in report["rows"].items())
-        title = "# For how long is a request held up while compiled code is taken over?"
-        reports.write(args.out, report, f"{title}\n\n{report['machine']}\n\n{rows}\n")
+        reports.write_rows(args.out, report, "For how long is a request held up while compiled code is taken over?")
 
 
 if __name__ == "__main__":

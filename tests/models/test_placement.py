@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,16 @@ def test_denoisers_are_compiled_when_asked(sdxl_folder: Path) -> None:
     assert num_compiled(loaded().pipeline.unet) == 0
 
 
+@contextmanager
+def counted() -> Iterator[list[None]]:
+    """While the block runs, one more for each compilation, all of them without a compiler behind."""
+    compilations: list[None] = []
+    stance = torch.compiler.set_stance("default", force_backend="eager")
+    with stance, watched_compilations(lambda: compilations.append(None), lambda: None):
+        yield compilations
+    torch._dynamo.reset()
+
+
 class Layer(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -77,14 +89,9 @@ class Layer(torch.nn.Module):
 
 @torch.no_grad()
 def test_layer_is_compiled_once_whether_it_is_given_views_or_not() -> None:
-    layer, num = Layer(), 0
+    layer = Layer()
     compile_module(layer)
-
-    def started() -> None:
-        nonlocal num
-        num += 1
-
-    with torch.compiler.set_stance("default", force_backend="eager"), watched_compilations(started, lambda: None):
+    with counted() as compilations:
         for num_tokens in (4, 6):
             both, rotary = torch.randn(1, num_tokens + 3, 8), torch.randn(num_tokens + 3, 8)
             # What compiled code returns is no view, but has the strides of one.
@@ -92,8 +99,7 @@ def test_layer_is_compiled_once_whether_it_is_given_views_or_not() -> None:
             given = (text.clone(), image.clone()), (text, image), (text.detach(), image.detach())
             for text, image in given:
                 assert torch.equal(layer(text, image, (rotary,)), both * rotary + layer.eps)
-    torch._dynamo.reset()
-    assert num == 1
+    assert len(compilations) == 1
 
 
 class Scaled(torch.nn.Module):
@@ -103,18 +109,12 @@ class Scaled(torch.nn.Module):
 
 @torch.no_grad()
 def test_numbers_that_requests_choose_are_compiled_once() -> None:
-    module, num = Scaled(), 0
+    module = Scaled()
     compile_module(module)
-
-    def started() -> None:
-        nonlocal num
-        num += 1
-
-    with torch.compiler.set_stance("default", force_backend="eager"), watched_compilations(started, lambda: None):
+    with counted() as compilations:
         for scale in (0.5, 0.6, 0.75):
             assert torch.equal(module(torch.ones(2, 3), scale=scale), torch.full((2, 3), scale))
-    torch._dynamo.reset()
-    assert num == 1
+    assert len(compilations) == 1
 
 
 def test_module_may_write_into_what_it_is_given() -> None:
