@@ -18,7 +18,7 @@ from sgld.errors import DeadlineImpossible, QueueFull
 from sgld.messages import CallInfo
 from sgld.parallel import FIRST, Ranks
 
-# The front has a say again after this time: new requests wait for a standing order no longer.
+# After this time it is asked again what is best for those that run together.
 STANDING_ORDER_S = 0.25
 # Predictions for clients needn't consider an order newer than this: to sort a thousand requests takes 2 ms.
 ETA_ORDER_S = 0.1
@@ -329,12 +329,18 @@ class Scheduler:
         )
 
     def _num_ticks(self, calls: Sequence[CallInfo], predicted_s: float | None) -> int:
-        """One when others wait; else as many as fit in the time for which new requests may wait."""
+        """How long the rank goes on without asking; a command ends that after the tick in which it comes.
+
+        1. Others wait, or nothing is known of how long the call takes: one tick.
+        2. Calls of several, or on one of several ranks: what is good for them may change with time and what is learned.
+        3. One that is alone: nothing but a command could change what runs next, so up to its last step.
+        """
         if predicted_s is None or self._queued or len({call.request_id for call in calls}) < len(self._running):
             return 1
         if len(calls) < len(self._by_call):
             return 1
-        return max(1, int(STANDING_ORDER_S / max(predicted_s, 1e-4)))
+        num_left = calls[0].num_steps - calls[0].step_index if len(calls) == self._num_ranks == 1 else 1
+        return max(1, int(STANDING_ORDER_S / max(predicted_s, 1e-4)), num_left)
 
 
 def _is_exclusive(request: Tracked) -> bool:

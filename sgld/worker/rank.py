@@ -217,7 +217,8 @@ class Rank:
 
     def _is_interrupted(self, wait_s: float) -> bool:
         """Whether something comes up that ends a standing order, within so many seconds."""
-        return self._adapters.has_news or self._filters.has_news or self._channel.is_readable(wait_s)
+        has_news = self._adapters.has_news or self._filters.has_news or self._judged() != self._told
+        return has_news or self._channel.is_readable(wait_s)
 
     @property
     def _is_loading(self) -> bool:
@@ -289,12 +290,15 @@ class Rank:
 
     def _tell_verdicts(self) -> None:
         """Tell how components merge, if that is news."""
+        judged = self._judged()
+        if judged != self._told:
+            self._told = judged
+            self._channel.send(judged)
+
+    def _judged(self) -> Judged:
         verdicts = self._executor.verdicts
         reasons = {name: reason[:MAX_REASON_CHARS] for name, reason in verdicts.reasons.items()}
-        told = Judged(modes=dict(verdicts.modes), reasons=reasons)
-        if told != self._told:
-            self._told = told
-            self._channel.send(told)
+        return Judged(modes=dict(verdicts.modes), reasons=reasons)
 
     def _pulse(self) -> None:
         """Say that the rank lives while one command takes several forwards."""

@@ -281,13 +281,28 @@ def test_suspects_share_no_forward_until_they_are_gone() -> None:
     assert sorted(batches) == [("a",), ("b",), ("c", "d")]
 
 
-def test_lone_request_runs_on_a_standing_order() -> None:
-    batch = batch_of(running(LinearCost(row_s=STANDING_ORDER_S / 10), call("a")))
-    assert batch.num_ticks in (9, 10)
+def test_lone_call_runs_to_its_last_step_on_one_order() -> None:
+    """However long steps take: whoever comes ends it."""
+    slow = LinearCost(row_s=60.0)
+    assert batch_of(running(slow, call("a", num_steps=10, step=3))).num_ticks == 7
+    assert batch_of(running(slow, call("a", num_steps=10, step=10, kind="decode"))).num_ticks == 1
 
 
-def test_standing_order_is_at_least_one_tick() -> None:
-    assert batch_of(running(LinearCost(row_s=60.0), call("a"))).num_ticks == 1
+def test_those_that_run_together_are_decided_on_again_after_a_while() -> None:
+    """With time deadlines press, and what is learned may part them."""
+    cost = LinearCost(fixed_s=STANDING_ORDER_S / 10, row_s=0.0)
+    assert batch_of(running(cost, call("a"), call("b"))).num_ticks in (9, 10)
+    slow = LinearCost(fixed_s=60.0, row_s=0.0)
+    assert batch_of(running(slow, call("a"), call("b"))).num_ticks == 1
+    assert batch_of(running(slow, call("a"), call("a"))).num_ticks == 1
+
+
+def test_how_many_ranks_share_a_forward_is_decided_on_again_after_a_while() -> None:
+    scheduler = Scheduler(LinearCost(row_s=60.0), num_ranks=2)
+    scheduler.add("a", 0.0)
+    scheduler.admit(0.0)
+    scheduler.pending(call("a", max_degree=2))
+    assert batch_of(scheduler).num_ticks == 1
 
 
 def test_no_standing_order_while_others_wait() -> None:

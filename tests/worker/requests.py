@@ -116,6 +116,10 @@ class Doubling(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x
 

@@ -4,18 +4,22 @@ import asyncio
 import dataclasses
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from engine.streams import completed, difference, events_of, params_of, plain
 from pipelines import build
+from torch import nn
 
 from sgld.config import EngineConfig, MemoryConfig
 from sgld.engine.engine import Engine
-from sgld.events import Completed, Preview, Progress
+from sgld.events import Completed, Preview, Progress, Started
+from sgld.messages import AnyReply, Judged, Stepped
 from sgld.models.load import LoadedModel
 from sgld.models.performance import Compilation
 from sgld.models.placement import regions
@@ -27,6 +31,7 @@ from sgld.worker.clock import DeviceClock
 from sgld.worker.compiler import CompileJob, TorchState
 from sgld.worker.sketch import sketched
 from worker.devices import LateEvent
+from worker.requests import Doubling
 
 CONFIG = EngineConfig(device="cpu", merge=False)
 
@@ -40,6 +45,83 @@ class Replica(InlineReplica):
 
     def _model(self, config: EngineConfig) -> LoadedModel:
         return dataclasses.replace(super()._model(config), **self._changed)
+
+
+class Steps(DiffusionPipeline):  # type: ignore[misc]
+    """A pipeline that does nothing but steps; before each it says whose it is and which."""
+
+    before_step: Callable[[Any, str, int], None]
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, num_inference_steps: int, output_type: str = "pt") -> tuple[torch.Tensor]:
+        sample = torch.zeros(1, 3, 8, 8)
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for step in range(num_inference_steps):
+                self.before_step(self, prompt, step)
+                sample = self.transformer(sample)
+                bar.update()
+        return (sample,)
+
+
+def stepping(before_step: Callable[[Any, str, int], None]) -> InlineReplica:
+    pipeline = Steps(Doubling())
+    pipeline.before_step = before_step
+    return InlineReplica(pipeline)
+
+
+def asked(prompt: str, num_steps: int) -> SamplingParams:
+    return SamplingParams(prompt=prompt, num_inference_steps=num_steps)
+
+
+async def test_newcomer_waits_for_no_more_than_the_tick_that_runs() -> None:
+    begun: list[str] = []
+    is_there, may_go_on = threading.Event(), threading.Event()
+
+    def before_step(_pipeline: Any, prompt: str, step: int) -> None:
+        begun.append(prompt)
+        if (prompt, step) == ("long", 5):
+            is_there.set()
+            assert may_go_on.wait(30)
+
+    async with Engine(CONFIG, rank_factory=stepping(before_step)) as engine:
+        # Without knowing what a step takes there are no standing orders.
+        await completed(engine, asked("first", 2))
+        long = asyncio.create_task(completed(engine, asked("long", 30)))
+        assert await asyncio.to_thread(is_there.wait, 30)
+        async for event in engine.generate(asked("newcomer", 1)):
+            if isinstance(event, Started):
+                may_go_on.set()
+        await long
+    assert begun == ["first"] * 2 + ["long"] * 6 + ["newcomer"] + ["long"] * 24
+
+
+async def test_front_hears_while_an_order_stands_that_a_request_turned_out_to_be_exclusive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def before_step(pipeline: Any, _prompt: str, step: int) -> None:
+        if step == 5:
+            pipeline.transformer.mark = "changed"
+
+    replies: list[AnyReply] = []
+    async with Engine(CONFIG, rank_factory=stepping(before_step)) as engine:
+        handle = engine._handle
+
+        async def heard(replica: Any, rank: Any, reply: AnyReply) -> None:
+            replies.append(reply)
+            await handle(replica, rank, reply)
+
+        monkeypatch.setattr(engine, "_handle", heard)
+        await completed(engine, asked("first", 2))
+        await completed(engine, asked("a", 30))
+    news = next(
+        n for n, reply in enumerate(replies) if isinstance(reply, Judged) and "exclusive" in reply.modes.values()
+    )
+    steps = [reply.step for reply in replies[:news] if isinstance(reply, Stepped)]
+    assert steps == [1, 2, *range(1, 6)]
 
 
 async def test_offloaded_components_make_the_same_pictures_and_previews() -> None:
