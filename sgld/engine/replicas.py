@@ -125,8 +125,8 @@ class Replica:
         for first, batch in self.running.items():
             if first != reply.ranks.first:
                 self._beside_s[first] = self._beside_s.get(first, 0.0) + reply.elapsed_s
-                limit_s = self._limit_s(batch.predicted_s) * batch.num_ticks
-                if self._beside_s[first] > self._num_lanes * limit_s:
+                # Beside others an order is of one forward.
+                if self._beside_s[first] > self._num_lanes * self._limit_s(batch.predicted_s):
                     raise RankLost(f"{batch.ranks} hung: others computed for {self._beside_s[first]:.0f} s meanwhile")
 
     def _limit_s(self, predicted_s: float | None) -> float:

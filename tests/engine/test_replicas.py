@@ -131,7 +131,7 @@ def test_ranks_that_hang_beside_others_are_found_by_what_these_compute() -> None
     config = EngineConfig(run_timeout_s=60.0, parallel=ParallelConfig(num_gpus=2, elastic_sp=True))
     cost = CostModel()
     replica = Replica(0, config, cost, Profiles(cost))
-    replica.running = {0: Batch((1,), ("a",), 1, 1.0), 1: Batch((2,), ("b",), 1, 1.0, Ranks(1, 1))}
+    replica.running = {0: Batch((1,), ("a",), 1, 1.0), 1: Batch((2,), ("b",), 25, 1.0, Ranks(1, 1))}
     reply = Ran(call_ids=(1,), cost_key="c", rows=1, elapsed_s=50.0, is_timed=True, ranks=Ranks(0, 1))
     for _ in range(2):
         replica.ran(reply)
