@@ -16,6 +16,7 @@ from torch import nn
 
 from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
+from sgld.models.group_norm import spread_norms
 from sgld.models.placement import compile_components, decompile, dtype_of
 from sgld.outcome import message_of
 from sgld.worker.graph_orders import GraphOrder
@@ -92,11 +93,18 @@ class Runtime:
         """Run a component on this rank."""
         module, is_exact = invocation.module, invocation.is_exact
         is_eager = (is_exact and self._has_code(module)) or (self.are_changed and self._has_swapped(module))
-        with _eagerly(is_eager), native_only() if is_exact else contextlib.nullcontext():
+        with _eagerly(is_eager), self._kernels(invocation):
             result = self._run(invocation)
         if is_exact:
             self.variant = "eager"
         return result
+
+    def _kernels(self, invocation: Invocation) -> AbstractContextManager[Any]:
+        """Which compute what has no code of its own: torch's choice, or what is faster here."""
+        if invocation.is_exact:
+            return native_only()
+        is_coder = invocation.method in ("encode", "decode")
+        return spread_norms(self.residency.device) if is_coder else contextlib.nullcontext()
 
     def _run(self, invocation: Invocation) -> Any:
         # What a module computes in is asked for only where it matters: that walks through all of its parts.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from sgld.models import group_norm
 from sgld.models.placement import compile_components, decompile
 from sgld.worker.compilation import watched_compilations
 from sgld.worker.executor import Executor
@@ -229,3 +230,25 @@ def test_forward_inside_of_which_other_ranks_wait_is_not_begun_once_more() -> No
         runtime.run_here(Invocation(hungry, "forward", (torch.ones(1),), is_shared=True))
     # The next one has the room.
     assert (hungry.num_calls, residency.held) == (1, ())
+
+
+class Decoder(nn.Module):
+    """A decoder of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(latents)
+        return result
+
+
+def test_decoders_take_fast_kernels_on_a_gpu_and_exact_requests_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_norm, "spread_group_norm", lambda x, *_, **__: x)
+    vae, latents = Decoder().bfloat16(), torch.randn(1, 4, group_norm.MIN_VALUES, dtype=torch.bfloat16)
+    on_gpu, on_cpu = (Runtime(Residency(torch.device(name))) for name in ("cuda", "cpu"))
+    assert on_gpu.run(Invocation(vae, "decode", (latents,))) is latents
+    for runtime, is_exact in ((on_gpu, True), (on_cpu, False)):
+        result = runtime.run(Invocation(vae, "decode", (latents,), is_exact=is_exact))
+        assert torch.equal(result, vae.decode(latents))
