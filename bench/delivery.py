@@ -1,6 +1,6 @@
 """What does a request cost beside its model, from the decoder to the client?
 
-`sgld serve` with a pipeline that has no models (bench/stills.py): what a picture takes from the client's request to its
+`sgld serve` with a pipeline that has no models (bench/drawn.py): what a picture takes from the client's request to its
 bytes, as base64 in JSON and as the file behind a URL, and what each part of that takes by itself. A picture of noise is
 what nothing compresses, as that of a model with random weights; a scene has the grain of a photograph.
 
@@ -23,11 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import drawn
 import httpx2
 import numpy as np
 import reports
-import stills
-from diffusers import FlowMatchEulerDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 from served import picture, ready_s, serving
@@ -71,17 +70,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def save_stills(folder: Path) -> None:
-    """The pipeline as a model in a folder."""
-    (folder / "pipeline.py").write_text((Path(__file__).parent / "stills.py").read_text())
-    stills.StillPipeline(FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
-
-
 async def requests(side: int, repeats: int) -> list[dict[str, Any]]:
     """What requests take over HTTP."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_stills(Path(folder))
+        drawn.save(Path(folder))
         flags = ["--model-path", folder, "--custom-pipeline", folder, "--trust-remote-code", "--device", "cpu"]
         async with serving(Path(folder), [*flags, "--num-cpu-threads", "1"]) as server, server.client() as http:
             await ready_s(server, http)
@@ -110,14 +103,14 @@ def by_pillow(frame: NDArray[np.uint8]) -> bytes:
 def parts(side: int, folder: Path) -> Iterator[tuple[str, str, Callable[[], Any], int]]:
     """Of what, the part, how it is done, and the bytes that come of it."""
     for kind in KINDS:
-        frame = np.ascontiguousarray(stills.shown(kind, 1, side, side)[0].permute(1, 2, 0).numpy())
+        frame = np.ascontiguousarray(drawn.still(kind, 1, side, side)[0].permute(1, 2, 0).numpy())
         content, pillows = encode_image(frame, "png"), by_pillow(frame)
         yield kind, "PNG by Pillow", functools.partial(by_pillow, frame), len(pillows)
         yield kind, "PNG", functools.partial(encode_image, frame, "png"), len(content)
         written = functools.partial(write_atomically, folder / "picture", content, is_durable=True)
         yield kind, "file, forced to the disk", written, len(content)
         yield kind, "base64", functools.partial(base64.b64encode, content), 4 * -(-len(content) // 3)
-    clip = np.ascontiguousarray(stills.shown("scene", *CLIP).permute(0, 2, 3, 1).numpy())
+    clip = np.ascontiguousarray(drawn.still("scene", *CLIP).permute(0, 2, 3, 1).numpy())
     yield "clip", "frames kept as they come", functools.partial(kept, clip), clip.nbytes
     yield (
         "clip",

@@ -1,6 +1,6 @@
 """How good are frames made in between, how equal are tiles to the whole, and what memory does a video take?
 
-Interpolation: the middle of two frames of a known motion (bench/films.py), against repeating the first frame and
+Interpolation: the middle of two frames of a known motion (bench/drawn.py), against repeating the first frame and
 blending both, and where OpenCV is there against its flow. Upscaling: a small network of Real-ESRGAN's layout, trained
 for `--train-s` seconds on landscapes, against Lanczos on others; and the largest difference of tiles to the whole.
 Memory: a video of 81 frames goes from a rank of its own through interpolation and upscaling into an MP4; of both
@@ -30,12 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import anyio
-import films
+import drawn
 import numpy as np
 import reports
 import torch
 from anyio.to_thread import run_sync
-from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch.nn import functional
 
@@ -69,9 +68,9 @@ def psnr(picture: torch.Tensor, expected: torch.Tensor) -> float:
 def interpolation(speeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """How near middle frames are to the true ones."""
     rows = []
-    for motion in films.MOTIONS:
+    for motion in drawn.MOTIONS:
         for speed in speeds:
-            first, middle, last = (films.scene(motion, at, speed=speed, **SIZE) for at in (0, 0.5, 1))
+            first, middle, last = (drawn.frame_at(motion, at, speed=speed, **SIZE) for at in (0, 0.5, 1))
             made = {"repeat": first, "blend": (first + last) / 2, "flow": OpticalFlow()(first, last, 0.5)}
             if importlib.util.find_spec("cv2"):
                 made["OpenCV's DIS"] = by_dis(first, last)
@@ -136,7 +135,7 @@ def tiles(network: Compact | Rrdb, edge: int, height: int, width: int) -> dict[s
     """The largest and the mean difference of a picture in tiles to the whole, in levels of 255."""
     about: dict[str, Any] = {"scale": network.scale, "radius": network.radius, "multiple": network.multiple}
     upscaler = Upscaler(network, label="", bytes_per_pixel=1, **about)
-    picture = (films.scene("textures", 0, height=height, width=width, speed=0) * 255).round().byte().permute(0, 2, 3, 1)
+    picture = drawn.to_bytes(drawn.frame_at("textures", 0, height=height, width=width, speed=0)).permute(0, 2, 3, 1)
     size = height * network.scale, width * network.scale
     results = []
     for longest in (10**6, edge):
@@ -243,17 +242,11 @@ def rank_pid() -> int:
     return process.pid
 
 
-def save_films(folder: Path) -> None:
-    """The pipeline of films as a model in a folder."""
-    (folder / "pipeline.py").write_text((Path(__file__).parent / "films.py").read_text())
-    films.FilmPipeline(FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
-
-
 async def memory(choices: dict[str, Any], video: dict[str, Any], *, in_file: bool) -> dict[str, Any]:
     """What both processes hold at most while a video is made and written."""
     vars(entry)["FrameStore"] = FrameStore if in_file else functools.partial(FrameStore, 2**62)
     with tempfile.TemporaryDirectory() as folder:
-        save_films(Path(folder))
+        drawn.save(Path(folder))
         config = EngineConfig(
             model_path=folder,
             source=SourceConfig(custom_pipeline=folder),

@@ -51,7 +51,6 @@ class Findings:
     slow_delays: Counter[int] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     num_events: int = 0
-    num_chunks: int = 0
     cpu_s: float = 0.0
 
 
@@ -106,7 +105,6 @@ class Watcher:
         now = time.time()
         events, self._rest = parse(self._rest + bytes(buffer[:size]))
         findings.num_events += len(events)
-        findings.num_chunks += 1
         for event in events:
             self._check(event, findings.problems)
             if event.time is not None and is_measuring:

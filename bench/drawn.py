@@ -1,6 +1,8 @@
-"""A pipeline without weights, whose films show a known motion; bench/post_processing.py loads it as any model."""
+"""A pipeline without models, whose pictures and videos are drawn; benches load it as any model."""
 
 import math
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ _DISCS = (
 )
 
 
-class Film(BaseOutput):  # type: ignore[misc]
-    """What `FilmPipeline` returns."""
+class Drawn(BaseOutput):  # type: ignore[misc]
+    """What `DrawnPipeline` returns: one of these."""
 
+    images: Any = None
     frames: Any = None
 
 
-class FilmPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Shows a motion, `speed` pixels a frame."""
+class DrawnPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Draws what its prompt names: one of MOTIONS, `speed` pixels a frame, or what `still` knows."""
 
     def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         super().__init__()
@@ -33,23 +36,52 @@ class FilmPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str = "pan",
-        num_frames: int = 3,
-        height: int = 96,
-        width: int = 128,
+        prompt: str = "noise",
+        num_frames: int = 1,
+        height: int = 1024,
+        width: int = 1024,
         num_inference_steps: int = 1,
         speed: float = 4.0,
         output_type: str = "pt",
-    ) -> Film:
+    ) -> Drawn:
         with self.progress_bar(total=num_inference_steps) as bar:
             bar.update()
-        frames = torch.empty(1, num_frames, 3, height, width, dtype=torch.uint8)
-        for index in range(num_frames):
-            frames[0, index] = (scene(prompt, index, height=height, width=width, speed=speed)[0] * 255).round()
-        return Film(frames=frames)
+        if prompt in MOTIONS:
+            frames = torch.empty(num_frames, 3, height, width, dtype=torch.uint8)
+            for index in range(num_frames):
+                frames[index] = to_bytes(frame_at(prompt, index, height=height, width=width, speed=speed)[0])
+        else:
+            frames = still(prompt, num_frames, height, width)
+        return Drawn(images=frames) if num_frames == 1 else Drawn(frames=frames[None])
 
 
-def scene(motion: str, time: float, *, height: int, width: int, speed: float) -> torch.Tensor:
+def save(folder: Path) -> None:
+    """The pipeline as a model in a folder, with its code."""
+    (folder / "pipeline.py").write_text(Path(__file__).read_text())
+    DrawnPipeline(FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+
+
+def to_bytes(picture: torch.Tensor) -> torch.Tensor:
+    """From [0, 1] to uint8."""
+    return (picture * 255).round().to(torch.uint8)
+
+
+@cache
+def still(what: str, num_frames: int, height: int, width: int) -> torch.Tensor:
+    """(F, 3, H, W), uint8, made once.
+
+    :param what: `noise`, which nothing compresses; else smooth shapes with the grain of a photograph.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(num_frames, 3, height, width, generator=generator)
+    if what == "noise":
+        return to_bytes(noise)
+    coarse = torch.rand(num_frames, 3, height // 64 + 1, width // 64 + 1, generator=generator)
+    shapes = functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    return to_bytes(shapes * 0.9 + noise * 0.04)
+
+
+def frame_at(motion: str, time: float, *, height: int, width: int, speed: float) -> torch.Tensor:
     """One frame of a motion at a time in frames, (1, 3, H, W) in [0, 1].
 
     Textures pan, zoom or turn as a whole; discs of texture or of one colour pass over a still ground.
