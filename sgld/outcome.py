@@ -5,7 +5,8 @@ work is needed; then the reason stands beside it.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -43,6 +44,16 @@ def outcome_of(
     except catches as error:
         forget_locals(error)
         return Raised(error)
+
+
+@contextmanager
+def on_failure(undo: Callable[[], object]) -> Iterator[None]:
+    """Undo something if the block doesn't come to its end, whatever ends it."""
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def message_of(error: BaseException, max_chars: int | None = None) -> str:

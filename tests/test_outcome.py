@@ -5,7 +5,7 @@ import weakref
 import pytest
 
 from sgld.errors import Cancelled
-from sgld.outcome import Raised, Value, message_of, outcome_of
+from sgld.outcome import Raised, Value, message_of, on_failure, outcome_of
 
 
 class Large:
@@ -54,3 +54,12 @@ def test_message_is_one_line() -> None:
     assert message_of(ValueError("a\n  b"), 2) == "a "
     assert message_of(ValueError("a\n  b")) == "a b"
     assert message_of(ValueError()) == "ValueError"
+
+
+def test_what_was_begun_is_undone_only_on_failure() -> None:
+    undone: list[str] = []
+    with on_failure(lambda: undone.append("never")):
+        pass
+    with pytest.raises(Cancelled), on_failure(lambda: undone.append("once")):
+        raise Cancelled
+    assert undone == ["once"]

@@ -21,6 +21,7 @@ from sgld.ipc.channel import ChannelStatistics, FrontEnd, RankEnd, channel_pair
 from sgld.ipc.seats import seats
 from sgld.ipc.tensor_queue import TensorQueueStatistics, TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Exit
+from sgld.outcome import on_failure
 from sgld.worker.main import follower_main, rank_environment, rank_main
 
 # A rank that was told to leave ends its tasks at their next call; after this time it is killed.
@@ -170,17 +171,17 @@ def _start(
     """
     of = "" if replica == 0 else f"-of-replica-{replica}"
     processes: list[Any] = []
-    with seats(config.parallel.num_ranks, meeting) as (seat, *others):
-        try:
-            args = (rank_end, writer, config, replica, niceness, seat)
-            _started(processes, process(target=rank_main, args=args, name=f"sgld-rank-0{of}"))
-            for other in others:
-                args_ = (config, replica, niceness, other)
-                _started(processes, process(target=follower_main, args=args_, name=f"sgld-rank-{other.index}{of}"))
-        except BaseException:
-            for started in processes:
-                started.kill()
-            raise
+
+    def kill() -> None:
+        for started in processes:
+            started.kill()
+
+    with on_failure(kill), seats(config.parallel.num_ranks, meeting) as (seat, *others):
+        args = (rank_end, writer, config, replica, niceness, seat)
+        _started(processes, process(target=rank_main, args=args, name=f"sgld-rank-0{of}"))
+        for other in others:
+            args_ = (config, replica, niceness, other)
+            _started(processes, process(target=follower_main, args=args_, name=f"sgld-rank-{other.index}{of}"))
     rank_end.close()
     writer.close()
     return processes

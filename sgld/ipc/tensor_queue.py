@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from sgld.errors import Cancelled, ChannelClosed
 from sgld.messages import TensorRef
+from sgld.outcome import on_failure
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +134,8 @@ class TensorWriter:
         shape = tuple(pixels.shape)
         num_bytes = self._checked_size(str(pixels.dtype), shape)
         ref = TensorRef(slots=self._acquire(-(-num_bytes // slots.slot_bytes), timeout_s, should_stop), shape=shape)
-        try:
+        with on_failure(lambda: slots.free(ref.slots)):
             _copy(pixels, slots.runs(ref.slots, num_bytes))
-        except BaseException:
-            slots.free(ref.slots)
-            raise
         return ref
 
     def pin(self) -> bool:

@@ -14,6 +14,8 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from threading import Timer
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from sgld.outcome import on_failure
+
 MAX_REDIRECTS = 5
 _CHUNK_BYTES = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -198,8 +200,5 @@ class _TLSConnection(HTTPSConnection):
 
     def connect(self) -> None:
         sock = self._connect(self.host, self.port)
-        try:
+        with on_failure(sock.close):
             self.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=self.host)
-        except BaseException:
-            sock.close()
-            raise

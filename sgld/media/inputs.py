@@ -26,6 +26,7 @@ from sgld.errors import InvalidRequest
 from sgld.media.download import Refused, download
 from sgld.media.files import sync
 from sgld.media.images import MAX_INPUT_PIXELS, check_image
+from sgld.outcome import on_failure
 from sgld.sampling_params import SamplingParams
 
 MAX_INPUTS = 64
@@ -209,12 +210,8 @@ def _check_size(source: str, size: tuple[int, int], policy: InputPolicy) -> None
 def _in_memory(content: bytes) -> int:
     """The descriptor of an anonymous file with this content."""
     descriptor = os.memfd_create("sgld-input")
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-    except BaseException:
-        os.close(descriptor)
-        raise
+    with on_failure(lambda: os.close(descriptor)), open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
     return descriptor
 
 

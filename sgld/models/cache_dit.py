@@ -20,7 +20,6 @@ from sgld.errors import ModelError
 from sgld.models.backend import Backend
 from sgld.outcome import message_of
 
-PACKAGE = "cache-dit"
 Options = dict[str, Any]
 """Of one model, by cache-dit's names."""
 _PRESETS = ("slow", "medium", "fast", "ultra")

@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self, assert_never
 
-import anyio
 import msgspec
 from anyio.to_thread import run_sync
 from starlette.requests import Request
@@ -136,18 +136,12 @@ class ImageWork:
     async def _store(self, live: LiveRequest) -> None:
         jobs = self._services.jobs
         files = [picture.file for picture in self._in_order]
-        try:
+        async with nullcontext() if self._is_job else jobs.forgotten_on_failure(live.id):
             if not self._is_job:
                 await jobs.announce(live, files)
             for picture in self._in_order:
                 await jobs.storage.put(picture.file.key, picture.content, picture.file.media_type)
             await jobs.keep(live, files)
-        except BaseException:
-            if not self._is_job:
-                # Nobody else knows of these files.
-                with anyio.CancelScope(shield=True):
-                    await jobs.forget(live.id)
-            raise
 
     @property
     def _in_order(self) -> list[Picture]:

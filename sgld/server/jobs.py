@@ -148,15 +148,11 @@ class Jobs:
             if key is not None and (known := await self._store.find(owner, key, body_hash)) is not None:
                 return known
             job = Job(id=new_id(kind), kind=kind, owner=owner, created_at=int(self._clock()), asked=asked)
-            try:
+            async with self.forgotten_on_failure(job.id):
                 params = await kept_in(self._folder / job.id, asked.params, self._policy)
                 job = msgspec.structs.replace(job, asked=msgspec.structs.replace(asked, params=params))
                 await self._store.add(job, key=key, body_hash=body_hash)
                 await self._launch(job)
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await self.forget(job.id)
-                raise
             return job
 
     async def get(self, job_id: str, kind: str, owner: str) -> Job | None:
@@ -234,6 +230,16 @@ class Jobs:
         await self.storage.delete(job_id)
         await run_sync(shutil.rmtree, self._folder / job_id, True)
         await self._store.delete(job_id)
+
+    @asynccontextmanager
+    async def forgotten_on_failure(self, job_id: str) -> AsyncIterator[None]:
+        """Leave nothing of a job if the block doesn't come to its end: nobody else knows of it."""
+        try:
+            yield
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.forget(job_id)
+            raise
 
     async def _launch(self, job: Job, waited_s: float = 0.0) -> RunningJob:
         work = self._works[job.kind](job)

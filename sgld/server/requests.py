@@ -28,6 +28,7 @@ from sgld.events import (
 )
 from sgld.media.inputs import InputPolicy
 from sgld.messages import ModelInfo
+from sgld.outcome import on_failure
 from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld.server.subscription import Subscription
@@ -271,11 +272,8 @@ class Requests:
         live.observers = self.observers
         self._live[live.id] = live
         self._tasks.start_soon(self._run, live)
-        try:
+        with on_failure(live.cancel):
             await live.admitted()
-        except BaseException:
-            live.cancel()
-            raise
         return live
 
     def get(self, request_id: str, owner: str) -> LiveRequest | None:

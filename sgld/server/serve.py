@@ -44,6 +44,7 @@ from sgld.server.metrics import RequestMetrics
 from sgld.server.requests import Generates, Requests
 from sgld.server.services import Services
 from sgld.server.stats import stats_after
+from sgld.server.video_work import video_work
 from sgld.storage.cloud import open_storage
 from sgld.storage.settings import resolved
 
@@ -151,7 +152,7 @@ async def serve(
             requests.observers.append(lambda live, event: counted.observe(live, event, time.monotonic()))
             works: Works = {
                 images.KIND: partial(image_work, services),
-                videos.KIND: partial(videos.video_work, services),
+                videos.KIND: partial(video_work, services),
             }
             async with jobs.open(works), anyio.create_task_group() as tasks:
                 tasks.start_soon(_watch_signals, services, tasks.cancel_scope)

@@ -33,7 +33,8 @@ from sgld.server.limits import number_in
 from sgld.server.requests import LiveRequest
 from sgld.server.services import services_of
 from sgld.server.sse import HEADERS, EventStream, encode_event
-from sgld.server.videos import KIND, VideoWork, get_content, output_index, video_job, video_of
+from sgld.server.video_work import VideoWork
+from sgld.server.videos import KIND, get_content, output_index, video_job, video_of
 
 # More than a request has to tell.
 _MAX_EVENTS = 10**9

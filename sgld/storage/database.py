@@ -8,6 +8,8 @@ from typing import TypeVar
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 
+from sgld.outcome import on_failure
+
 T = TypeVar("T")
 # A server that was told to leave may still be closing the file.
 _LEAVE_S = 1.0
@@ -48,7 +50,7 @@ class Database:
 
 def _open(path: Path, schema: str, version: int) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=_LEAVE_S, isolation_level=None, check_same_thread=False)
-    try:
+    with on_failure(db.close):
         # Before WAL: then it needs no memory that processes share, and keeps others out.
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("PRAGMA journal_mode = WAL")
@@ -63,7 +65,4 @@ def _open(path: Path, schema: str, version: int) -> sqlite3.Connection:
         elif found != version:
             raise sqlite3.DatabaseError(f"it has version {found}, this sgld knows {version}; move it away")
         db.execute("COMMIT")
-    except BaseException:
-        db.close()
-        raise
     return db

@@ -17,7 +17,7 @@ from sgld.messages import LorasHeld
 from sgld.models.lora import Adaptable, Adapter, LoraLayer, adaptable, read
 from sgld.models.lora_files import identity_now
 from sgld.models.resolve import one_line
-from sgld.outcome import Raised, Value, outcome_of
+from sgld.outcome import Raised, Value, on_failure, outcome_of
 from sgld.sampling_params import LoraChoice
 from sgld.worker.slots import Applied, Slots
 
@@ -225,16 +225,17 @@ class Adapters:
     def _combined(self, key: str, pairs: Sequence[tuple[Adapter, LoraChoice]]) -> _Combination:
         self._check_targets(pairs)
         applied: dict[str, Applied] = {}
-        try:
+
+        def remove() -> None:
+            """Memory was too small for it."""
+            for part in applied.values():
+                part.slots.remove(key)
+
+        with on_failure(remove):
             for component, slots in self._slots.items():
                 if changes := _changes(component, pairs):
                     slots.put(key, changes)
                     applied[component] = Applied(slots, key)
-        except BaseException:
-            # Memory was too small for it.
-            for part in applied.values():
-                part.slots.remove(key)
-            raise
         return _Combination(frozenset(adapter.id for adapter, _ in pairs), applied)
 
     def _check_targets(self, pairs: Sequence[tuple[Adapter, LoraChoice]]) -> None:

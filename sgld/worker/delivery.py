@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sgld.errors import PipelineFailed
 from sgld.messages import Start
 from sgld.models.filters import Filter
+from sgld.outcome import on_failure
 from sgld.worker.calls import enter_around, real_of
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
@@ -140,13 +141,13 @@ class Delivery:
     @contextmanager
     def _streaming(self, vae: Any) -> Iterator[None]:
         """Around a decode. One that fails for want of memory runs again: its frames replace those that were sent."""
-        num_sent = len(self._streamed)
-        try:
-            with streamed(vae, self._stream):
-                yield
-        except BaseException:
-            del self._streamed[num_sent:]
-            raise
+        before = list(self._streamed)
+
+        def forget() -> None:
+            self._streamed = before
+
+        with on_failure(forget), streamed(vae, self._stream):
+            yield
 
     def _stream(self, samples: torch.Tensor) -> None:
         """In the executor's thread: frames that were just decoded, (B, 3, F, H, W) in [-1, 1]."""

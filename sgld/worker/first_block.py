@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sgld.errors import InvalidRequest
-from sgld.outcome import Raised, outcome_of
+from sgld.outcome import Raised, on_failure, outcome_of
 from sgld.worker.blocks import ELSE, Split, States
 from sgld.worker.calls import Call
 from sgld.worker.comparison import relative_error
@@ -100,12 +100,13 @@ def _settled(members: Sequence[Member], one: "_Pass", values: list[Any], forward
     before = [member.site.residuals for member in members]
     for member, residuals in zip(members, one.residuals(), strict=True):
         member.site.residuals = residuals
-    try:
-        _test(members, values, forward)
-    except BaseException:
+
+    def restore() -> None:
         for member, residuals_before in zip(members, before, strict=True):
             member.site.residuals = residuals_before
-        raise
+
+    with on_failure(restore):
+        _test(members, values, forward)
     for member in members:
         member.site.computed()
     return values

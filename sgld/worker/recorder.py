@@ -2,7 +2,6 @@
 
 import gc
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sgld.outcome import Raised, outcome_of
 from sgld.worker.axes import is_constant
 from sgld.worker.trees import opened, rebuilt, values
 
@@ -166,32 +166,28 @@ class CudaRecorder:
                 outer.wait_stream(self._stream)
 
     def _capture(self, graph: torch.cuda.CUDAGraph, forward: Forward, tree: Any) -> Any:
-        problem = ""
-        kind: type[Unfit] = CaptureFailed
+        def captured() -> Any:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            return forward(tree)
+
         had_gc = gc.isenabled()
         gc.disable()  # what it frees may need calls that a capture forbids
         torch.clear_autocast_cache()
         try:
             with self._on_stream():
-                try:
-                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                    result = forward(tree)
-                except Exception as error:  # noqa: BLE001 - whatever it raises, it isn't captured
-                    traceback.clear_frames(error.__traceback__)  # they hold tensors
-                    problem = _in_short(error)
-                    kind = _kind(error)
+                outcome = outcome_of(captured)
                 torch.clear_autocast_cache()
-                try:
-                    graph.capture_end()
-                except Exception as error:  # noqa: BLE001 - of the device, or of torch
-                    problem, kind = problem or _in_short(error), Broken if kind is CaptureFailed else kind
+                ended = outcome_of(graph.capture_end)
+                if isinstance(ended, Raised):
                     self._clean_up(graph)
         finally:
             if had_gc:
                 gc.enable()
-        if problem:
-            raise kind(_FULL if kind is Full else problem)
-        return result
+        if isinstance(outcome, Raised):
+            raise _unfit(outcome.error, is_broken=isinstance(ended, Raised))
+        if isinstance(ended, Raised):
+            raise Broken(_in_short(ended.error))
+        return outcome.value
 
     def _clean_up(self, graph: torch.cuda.CUDAGraph) -> None:
         """After a capture that the device cut off torch leaves its allocators and its generators inside of it."""
@@ -262,10 +258,12 @@ def check_result(result: Any, device_type: str) -> None:
             raise Unfit(f"it returns a tensor on {leaf.device}")
 
 
-def _kind(error: Exception) -> type[Unfit]:
-    if isinstance(error, Unfit):
-        return type(error)
-    return Full if isinstance(error, torch.OutOfMemoryError) else CaptureFailed
+def _unfit(error: BaseException, *, is_broken: bool) -> Unfit:
+    """What it means for a capture that a forward raised this; `is_broken`: the capture couldn't be ended either."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Full(_FULL)
+    kind = type(error) if isinstance(error, Unfit) else CaptureFailed
+    return (Broken if is_broken and kind is CaptureFailed else kind)(_in_short(error))
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sgld.outcome import on_failure
 from sgld.worker.randomness import default_states
 from sgld.worker.trees import leaves, values
 
@@ -98,13 +99,14 @@ def shared(vae: Any, rank: int, num_ranks: int, shapes: Shapes, share: Share) ->
 
     def decode(*args: Any, **kwargs: Any) -> Any:
         known = dict(shapes.known)
-        try:
+
+        def forget() -> None:
+            """Others may have come further, or not as far; all know the same again."""
+            shapes.known = known
+
+        with on_failure(forget):
             recorder = _Recorder(vae, (args, kwargs), rank, num_ranks, shapes)
             return _decoded(vae, own, args, kwargs, recorder, share)
-        except BaseException:
-            # Others may have come further, or not as far; all know the same again.
-            shapes.known = known
-            raise
 
     vars(vae)["decode"] = decode
     try:
