@@ -18,7 +18,7 @@ from sgld.engine.scheduler import Scheduler
 from sgld.errors import ModelError
 from sgld.ipc.channel import channel_pair
 from sgld.ipc.tensor_queue import tensor_queue
-from sgld.messages import Launched, Pending, Ran, Stepped
+from sgld.messages import Idle, Launched, Pending, Ran, Stepped
 from sgld.models.backend import choose_backend
 from sgld.models.load import LoadedModel, load
 from sgld.models.lora import adaptable
@@ -125,6 +125,8 @@ class _Watched:
                     self.scheduler.ran(call_ids, elapsed_s)
                 case Stepped(request_id=request_id, step=step):
                     self.scheduler.stepped(request_id, step)
+                case Idle():
+                    pass  # of ranks that run forwards side by side: there is one
                 case unknown:
                     assert_never(unknown)
 

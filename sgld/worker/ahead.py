@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from sgld.messages import Launched, Pending, Ran, Stepped
+from sgld.messages import Idle, Launched, Pending, Ran, Stepped
 from sgld.worker.clock import Span
 from sgld.worker.recent import Recent
 
@@ -24,7 +24,7 @@ MARGIN_SHARE = 0.03
 LEAST_S = 1e-4
 # How long a rank that waits for its device may overlook that a tick is over.
 LOOK_S = 0.002
-News = Launched | Pending | Ran | Stepped
+News = Idle | Launched | Pending | Ran | Stepped
 
 
 @dataclass(frozen=True)

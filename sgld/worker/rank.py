@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, assert_never
@@ -137,7 +137,9 @@ class Rank:
                 self._session.look()
                 if not self._is_order_told and not self._session.hold(self._channel.is_readable):
                     self._tell_order()
-                self._tell_free(self._session.ended_lanes())
+                if self._session.ended_lanes():
+                    self._tell_verdicts()
+                    self._memory.keep(self._executor.verdicts)
                 match self._receive():
                     case Start() as asked:
                         self._admission.add(asked)
@@ -175,14 +177,6 @@ class Rank:
             self._session.run(call_ids, num_ticks, self._is_interrupted, ranks)
             self._is_order_told = False
         elif not self._session.begin(call_ids, ranks):
-            self._tell_free([ranks])
-
-    def _tell_free(self, freed: Sequence[Ranks]) -> None:
-        """Tell that ranks have nothing to do."""
-        if freed:
-            self._tell_verdicts()
-            self._memory.keep(self._executor.verdicts)
-        for ranks in freed:
             self._channel.send(Idle(first_rank=ranks.first))
 
     def _receive(self) -> AnyCommand | None:

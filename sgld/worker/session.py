@@ -123,12 +123,14 @@ class Session:
             self.lanes.begin(calls, ranks)
         return bool(calls)
 
-    def ended_lanes(self) -> list[Ranks]:
-        """Tell what came of forwards that are over, and run their tasks on; returns the ranks that are free by that."""
-        freed = []
+    def ended_lanes(self) -> bool:
+        """Tell what came of forwards that are over, and run their tasks on; whether there were any."""
+        has_ended = False
         for lane, tick in self.lanes.over(self._may_run) if self.lanes is not None else ():
-            freed.append(lane.ranks)
+            has_ended = True
+            self._telling.free(lane.ranks)
             if tick is None:
+                self._telling.tell()
                 continue
             # Of requests that were cancelled meanwhile nobody waits for it.
             waiting = [self._is_waiting(call) for call in lane.calls]
@@ -136,7 +138,7 @@ class Session:
             outcomes = [outcome for outcome, waits in zip(tick.outcomes, waiting, strict=True) if waits]
             self._ran(calls, replace(tick, outcomes=outcomes, is_timed=tick.is_timed and all(waiting)), lane.ranks)
             self._telling.tell()
-        return freed
+        return has_ended
 
     def _may_run(self, call: Call) -> bool:
         """Whether components are what the call's task expects."""

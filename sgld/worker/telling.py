@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from sgld.messages import CallInfo, Launched, Pending, Ran, Stepped, TickMode
+from sgld.messages import CallInfo, Idle, Launched, Pending, Ran, Stepped, TickMode
 from sgld.parallel import Ranks
 from sgld.worker.ahead import LOOK_S, Ahead, News
 from sgld.worker.calls import Call
@@ -58,6 +58,10 @@ class Telling:
     def pending(self, call: CallInfo) -> None:
         """A call waits."""
         self._news.append(Pending(call=call))
+
+    def free(self, ranks: Ranks) -> None:
+        """Some ranks have nothing to do: told with the calls that follow, which have the choice of these by that."""
+        self._news.append(Idle(first_rank=ranks.first))
 
     def ran(self, calls: Sequence[Call], tick: Tick, ranks: Ranks | None = None) -> None:
         """A tick was launched.

@@ -11,13 +11,13 @@ import torch
 from pipelines import BUILDERS, build
 from torch import nn
 
-from sgld.messages import Launched, Pending, Ran, Stepped
+from sgld.messages import Idle, Launched, Pending, Ran, Stepped
 from sgld.outcome import Outcome, Value
 from sgld.parallel import FIRST, Ranks
 from sgld.testing import run_together
 from sgld.worker.ahead import News
 from sgld.worker.calls import Call
-from sgld.worker.executor import Executor
+from sgld.worker.executor import Executor, Tick
 from sgld.worker.invocation import Invocation
 from sgld.worker.job import Job
 from sgld.worker.lanes import Lane
@@ -243,15 +243,37 @@ def test_what_failed_elsewhere_runs_here_only_when_components_are_what_it_expect
         log.session.start(Job(request_id, pipeline, arguments))
     [other] = log.session._waiting([log.waiting()["b"].call.id])
     log.session.lanes = lanes = FailingLanes(other)  # type: ignore[assignment]
-    assert log.session.ended_lanes() == [Ranks(1, 1)]
+    assert log.session.ended_lanes()
     assert lanes.may_run == [True]
     log.session.lanes = None
     while not (call := log.waiting()["a"].call).is_exclusive:
         log.session.run([call.id])
     log.session.lanes = lanes = FailingLanes(other, *log.session._waiting([call.id]))  # type: ignore[assignment]
     log.messages.clear()
-    assert log.session.ended_lanes() == [Ranks(1, 1)]
-    assert (lanes.may_run, log.replies) == ([False, True], [])
+    assert log.session.ended_lanes()
+    assert (lanes.may_run, log.replies) == ([False, True], [Idle(first_rank=1)])
+
+
+class EndedLanes(FakeLanes):
+    """One of another rank is over."""
+
+    def __init__(self, call: Call, tick: Tick) -> None:
+        super().__init__()
+        self._ended = Lane(Ranks(1, 1), [call]), tick
+
+    def over(self, may_run: Callable[[Call], bool]) -> Iterator[tuple[Lane, Tick]]:
+        yield self._ended
+
+
+def test_calls_that_follow_have_the_choice_of_the_ranks_that_are_free_by_that(log: Log) -> None:
+    """Else they go to others, which may be fewer, while their own are still thought to be busy."""
+    log.start("a")
+    [call] = log.session._waiting([log.waiting()["a"].call.id])
+    log.session.lanes = EndedLanes(call, log.session.executor.run([call]))  # type: ignore[assignment]
+    log.messages.clear()
+    assert log.session.ended_lanes()
+    [message] = log.messages
+    assert {type(news) for news in message} >= {Idle, Ran, Pending}
 
 
 def test_exclusive_is_what_the_last_request_was(log: Log) -> None:
