@@ -7,6 +7,7 @@ from typing import Any
 
 import policies
 import queueing
+import ranks
 from measured import Measured
 
 _SIMULATED = ("FIFO", "sgld")
@@ -33,17 +34,19 @@ def percentile(ordered: Sequence[float], percent: int) -> float:
     return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
 
-def simulated(asked: Sequence[Asked], mix: Sequence[Measured]) -> list[float]:
+def simulated(asked: Sequence[Asked], mix: Sequence[Measured], num_ranks: int = 1, gap_s: float = 0.0) -> list[float]:
     """Latencies of the same arrivals in the simulation, by a scheduler that has served such requests before."""
     by_name = {of.name: of for of in mix}
     jobs = [policies.Job(number, by_name[one.kind], one.arrives_at) for number, one in enumerate(asked)]
-    queueing.simulate(policies.Sgld(known=mix), jobs, noise=0.0)
+    ranks.play(ranks.copies_of(1, num_ranks, gap_s=gap_s, known=mix), jobs)
     return [job.latency_s for job in jobs]
 
 
-def against_simulation(asked: Sequence[Asked], mix: Sequence[Measured]) -> dict[str, Any]:
+def against_simulation(
+    asked: Sequence[Asked], mix: Sequence[Measured], num_ranks: int = 1, gap_s: float = 0.0
+) -> dict[str, Any]:
     """The difference of each request that was answered, and of means and tails, by class and of all."""
-    expected_s = simulated(asked, mix)
+    expected_s = simulated(asked, mix, num_ranks, gap_s)
     pairs = [(one.kind, one.latency_s, s) for one, s in zip(asked, expected_s, strict=True) if one.is_done]
     differences = sorted(abs(seen / expected - 1) for _, seen, expected in pairs)
     by_class = {

@@ -18,26 +18,17 @@ smaller ones, too.
 """
 
 import argparse
-import heapq
 import json
-import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 
-import msgspec
 from charts import line_chart
-from policies import MAX_BATCH_SIZE, MIXES, Class, Job, call_of, cost_key
+from policies import MIXES, Class
 from queueing import NOISE, arrivals, p95
-
-from sgld.engine.cost import CostModel, at_degree
-from sgld.engine.demand import Demand, Profiles
-from sgld.engine.routing import Load, busiest, choose
-from sgld.engine.scheduler import Batch, Scheduler
-from sgld.messages import CallInfo
+from ranks import Copy, copies_of, play
 
 TABLE = Path(__file__).with_name("flux_on_h200.json")
 LOADS = (0.3, 0.5, 0.7, 0.85, 0.95)
@@ -79,128 +70,23 @@ class Shared(Class):
         further_s = (one[largest] - one[1]) / (largest - 1) if largest > 1 else one[1]
         return own[1] * (1 + (rows - 1) * further_s / one[1])
 
-    def seconds(self, stage: int, rows: int, degree: int) -> float:
-        """Seconds of a forward."""
+    def tick_s(self, stage: int, rows: int, degree: int = 1) -> float:
         if 0 < stage <= self.num_steps:
             return self.shared_step_s(rows, degree)
         gain = 1 + DECODE_GAIN * (degree - 1) if stage else 1.0
-        return self.tick_s(stage, rows) / gain
+        return super().tick_s(stage, rows) / gain
+
+    def max_degree(self, stage: int) -> int:
+        return NUM_GPUS if stage else 1
 
 
-class Copy:
-    """One copy of the model, as the engine's replica of it.
-
-    :param num_ranks: so many forwards may run side by side.
-    :param degree: so many GPUs share each one, where it isn't chosen; 0: it is.
-    :param gap_s: from a decision to the begin of a forward that isn't launched ahead.
-    """
-
-    def __init__(self, cost: CostModel, profiles: Profiles, num_ranks: int, degree: int, gap_s: float) -> None:
-        self.scheduler = Scheduler(
-            cost, profiles, max_running_requests=32, max_batch_size=MAX_BATCH_SIZE, num_ranks=num_ranks
-        )
-        self.running: dict[int, tuple[float, Batch, list[Job]]] = {}
-        """By the first GPU: when it ends."""
-        self.jobs: dict[str, Job] = {}
-        self._cost, self._degree, self._num_ranks, self._gap_s = cost, degree, num_ranks, gap_s
-        self._random = random.Random(0)
-        self._ids = count(1)
-
-    def add(self, job: Job) -> None:
-        """A request comes."""
-        self.jobs[str(job.number)] = job
-        work = job.of.side**2 * float(job.of.num_steps)
-        self.scheduler.add(str(job.number), job.arrives_at, Demand(like=job.of.name, work=work))
-
-    def begin(self, now: float) -> None:
-        """Begin what can begin."""
-        for name in self.scheduler.admit(now):
-            self.scheduler.pending(self._call(self.jobs[name]))
-        while (batch := self.scheduler.next_batch(now, [other for _, other, _ in self.running.values()])) is not None:
-            jobs = [self.jobs[name] for name in batch.request_ids]
-            elapsed_s = self._seconds(batch, jobs) * (1 + self._random.expovariate(1 / NOISE))
-            gap_s = self._gap_s if batch.ranks.num < self._num_ranks else 0.0
-            self.running[batch.ranks.first] = now + gap_s + elapsed_s, batch, jobs
-
-    def _seconds(self, batch: Batch, jobs: Sequence[Job]) -> float:
-        of = jobs[0].of
-        assert isinstance(of, Shared)
-        return of.seconds(jobs[0].stage, len(jobs), self._degree or batch.ranks.num)
-
-    def end(self, first: int) -> list[Job]:
-        """A forward is over; the requests that are done by that."""
-        ends_at, batch, jobs = self.running.pop(first)
-        elapsed_s = self._seconds(batch, jobs)
-        self._cost.observe(at_degree(cost_key(jobs[0], jobs[0].stage), batch.ranks.num), len(jobs), elapsed_s)
-        self.scheduler.ran(batch.call_ids, elapsed_s)
-        done = []
-        for job in jobs:
-            job.stage, job.ends_at = job.stage + 1, ends_at
-            if 1 < job.stage <= job.of.num_steps + 1:
-                self.scheduler.stepped(str(job.number), job.stage - 1)
-            if job.is_done:
-                done.append(job)
-                del self.jobs[str(job.number)]
-                self.scheduler.remove(str(job.number), is_completed=True)
-            else:
-                self.scheduler.pending(self._call(job))
-        return done
-
-    def _call(self, job: Job) -> CallInfo:
-        call = call_of(job, next(self._ids))
-        max_degree = self._num_ranks if job.stage else 1
-        return msgspec.structs.replace(call, max_degree=max_degree, is_bound=job.stage == 0)
-
-
-def play(copies: Sequence[Copy], jobs: Sequence[Job]) -> None:
-    """Run all jobs to their ends."""
-    num_done, coming = 0, list(reversed(jobs))
-    events: list[tuple[float, int, int]] = []
-    while num_done < len(jobs):
-        now = min([coming[-1].arrives_at] if coming else [], default=float("inf"))
-        now = min(now, events[0][0]) if events else now
-        while events and events[0][0] <= now:
-            _, index, first = heapq.heappop(events)
-            num_done += len(copies[index].end(first))
-        while coming and coming[-1].arrives_at <= now:
-            copies[choose(_loads(copies, now)) if len(copies) > 1 else 0].add(coming.pop())
-        _balance(copies, now)
-        for index, copy in enumerate(copies):
-            before = set(copy.running)
-            copy.begin(now)
-            for first in copy.running.keys() - before:
-                heapq.heappush(events, (copy.running[first][0], index, first))
-
-
-def _loads(copies: Sequence[Copy], now: float) -> list[Load]:
-    return [Load(True, len(c.jobs), c.scheduler.backlog_s(now), num_queued=c.scheduler.num_queued) for c in copies]
-
-
-def _balance(copies: Sequence[Copy], now: float) -> None:
-    """As in the engine: who has nothing to do takes what others haven't started."""
-    for idle in [copy for copy in copies if not copy.jobs]:
-        source = busiest(_loads(copies, now)) if len(copies) > 1 else None
-        if source is None:
-            return
-        giving = copies[source]
-        for tracked in giving.scheduler.give_up(now, -(-len(giving.jobs) // 2)):
-            idle.jobs[tracked.id] = giving.jobs.pop(tracked.id)
-            idle.scheduler.adopt(tracked)
-
-
-def copies_of(num: int, num_ranks: int, degree: int, gap_s: float = GAP_S) -> list[Copy]:
-    cost = CostModel()
-    profiles = Profiles(cost)
-    return [Copy(cost, profiles, num_ranks, degree, gap_s) for _ in range(num)]
-
-
-WAYS: dict[str, Callable[[], list[Copy]]] = {
-    f"sp {NUM_GPUS}": lambda: copies_of(1, 1, NUM_GPUS),
-    f"dp {NUM_GPUS}": lambda: copies_of(NUM_GPUS, 1, 1),
-    "elastic": lambda: copies_of(1, NUM_GPUS, 0),
+WAYS: dict[str, Callable[..., list[Copy]]] = {
+    f"sp {NUM_GPUS}": partial(copies_of, 1, 1, NUM_GPUS, noise=NOISE),
+    f"dp {NUM_GPUS}": partial(copies_of, NUM_GPUS, 1, 1, noise=NOISE),
+    "elastic": partial(copies_of, 1, NUM_GPUS, gap_s=GAP_S, noise=NOISE),
 }
-GAPS: dict[str, Callable[[], list[Copy]]] = {
-    f"elastic, gap {1000 * gap_s:g} ms": partial(copies_of, 1, NUM_GPUS, 0, gap_s) for gap_s in GAPS_S
+GAPS: dict[str, Callable[..., list[Copy]]] = {
+    f"elastic, gap {1000 * gap_s:g} ms": partial(copies_of, 1, NUM_GPUS, gap_s=gap_s, noise=NOISE) for gap_s in GAPS_S
 }
 
 
@@ -232,11 +118,7 @@ def point(mix: Sequence[Class], load: float, way: str, num_requests: int) -> Poi
 def _needed(mix: Sequence[Class], load: float) -> float:
     """How busy all GPUs are together, if each forward is shared by all of them."""
     alone = sum(of.share * of.alone_s for of in mix)
-    shared = sum(
-        of.share * sum(of.seconds(stage, 1, NUM_GPUS) for stage in range(of.num_steps + 2))
-        for of in mix
-        if isinstance(of, Shared)
-    )
+    shared = sum(of.share * sum(of.tick_s(stage, 1, NUM_GPUS) for stage in range(of.num_steps + 2)) for of in mix)
     return load * NUM_GPUS * shared / alone
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import count
 from typing import Protocol
 
-from sgld.engine.cost import CostModel
+from sgld.engine.cost import CostModel, LearnedTime, at_degree
 from sgld.engine.demand import CallClass, Demand, Profile, Profiles
 from sgld.engine.scheduler import Batch, Scheduler
 from sgld.messages import CallInfo, CallKind
@@ -43,11 +43,15 @@ class Class:
         """Seconds of a request, from when it is sent to its answer, when there is no other."""
         return sum(self.tick_s(stage, 1) for stage in range(self.num_steps + 2)) + self.rest_s
 
-    def tick_s(self, stage: int, rows: int) -> float:
-        """Seconds of a forward. Stage 0 encodes, the last one decodes, each other one is a step."""
+    def tick_s(self, stage: int, rows: int, degree: int = 1) -> float:
+        """Seconds of a forward on so many ranks. Stage 0 encodes, the last one decodes, each other one is a step."""
         if stage == 0:
             return self.encode_s
         return self.step_s(rows) if stage <= self.num_steps else self.decode_s
+
+    def max_degree(self, stage: int) -> int:
+        """So many ranks can share a forward."""
+        return 1
 
     @property
     def rest_s(self) -> float:
@@ -254,8 +258,8 @@ class Sgld(Policy):
             self._cost, profiles, max_running_requests=max_running_requests, max_batch_size=MAX_BATCH_SIZE
         )
         for of in known:
-            self._cost.recall((key, rows, "eager", of.tick_s(at, rows)) for (_, key, rows), at in _forwards(of))
-        profiles.recall(_profile(of) for of in known)
+            self._cost.recall(times_of(of))
+        profiles.recall(profile_of(of) for of in known)
         self._jobs: dict[str, Job] = {}
         self._ids = count(1)
         self._batch: Batch | None = None
@@ -318,6 +322,17 @@ def cost_key(job: Job, stage: int) -> str:
     return f"vae.decode(16x{side}x{side})"
 
 
+def times_of(of: Class) -> list[LearnedTime]:
+    """What a scheduler knows that has served such requests."""
+    degrees = [2**n for n in range(max(map(of.max_degree, range(of.num_steps + 2))).bit_length())]
+    return [
+        (at_degree(key, degree), rows, "eager", of.tick_s(stage, rows, degree))
+        for degree in degrees
+        for (_, key, rows), stage in _forwards(of)
+        if degree <= of.max_degree(stage)
+    ]
+
+
 def _forwards(of: Class) -> list[tuple[CallClass, int]]:
     """All that differ, each with a stage in which it runs."""
     job, last = Job(0, of, 0.0), of.num_steps + 1
@@ -327,7 +342,7 @@ def _forwards(of: Class) -> list[tuple[CallClass, int]]:
     return [(("encode", cost_key(job, 0), 1), 0), *steps, (("decode", cost_key(job, last), 1), last)]
 
 
-def _profile(of: Class) -> Profile:
+def profile_of(of: Class) -> Profile:
     """The calls of a request."""
     calls = [(call, of.num_steps if call[0] == "denoise" else 1) for call, _ in _forwards(of) if call[2] == 1]
     return Profile(of.name, of.work, tuple(calls))

@@ -86,10 +86,14 @@ async def _address(process: asyncio.subprocess.Process, log: IO[str]) -> str:
 async def ready_s(server: Server, http: httpx2.AsyncClient, limit_s: float = 600.0) -> float:
     """Seconds from the start of the process until its model is loaded.
 
-    :raises RuntimeError: it isn't after so many; says what its processes do.
+    :raises RuntimeError: it isn't after so many, and says what its processes do; or it is gone.
     """
     while True:
-        answer = await http.get("/health")
+        try:
+            answer = await http.get("/health")
+        except httpx2.TransportError as error:
+            server.log.seek(0)
+            raise RuntimeError(f"sgld serve is gone:\n{server.log.read()[-6000:]}") from error
         if answer.status_code == 200:
             return time.monotonic() - server.started_at
         if answer.status_code != 503:

@@ -2,15 +2,16 @@
 
     python bench/serving.py --model-path FOLDER [--mix C] [--load 0.7] [--minutes 8] [--out bench/results/serving_c]
     python bench/serving.py --make flux ...        makes the model first (bench/real_models.py)
+    python bench/serving.py --elastic 4 ...        on so many GPUs, which share forwards as it pays (`--elastic-sp`)
     python bench/serving.py --url http://...       asks a server that runs; then nothing is simulated
     python bench/serving.py --again REPORT.json --out ...      simulates what an earlier run measured, on any machine
 
-What a request of each class takes alone is measured first; so load 1 is what the server does without merging. Arrivals
-don't wait for answers. "In time" is within 3 times what such a request takes alone; goodput counts those. Then the
-same arrivals go through the simulation of bench/queueing.py, with the times of forwards in the server's own trace
-(bench/ticks.py): at once, or later with `--no-simulation` and `--again`. The report is written again and again while
-requests have their answers, with all that the simulation needs, and a run that is ended early has those that were
-answered; with `--seconds` the trace is as long as there is time for.
+What a request of each class takes alone is measured first, on a GPU of its own; so load 1 is what the server does
+without merging, each GPU for itself. Arrivals don't wait for answers. "In time" is within 3 times what such a request
+takes alone; goodput counts those. Then the same arrivals go through the simulation of bench/ranks.py, with the times of
+forwards in the server's own trace (bench/ticks.py): at once, or later with `--no-simulation` and `--again`. The report
+is written again and again while requests have their answers, with all that the simulation needs, and a run that is
+ended early has those that were answered; with `--seconds` the trace is as long as there is time for.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, product
@@ -49,8 +50,6 @@ from policies import SLO_SCALE, Class
 from real_models import MODELS, prompt
 from served import image_body, ready_s, serving
 
-from sgld.engine.learned import Learned
-
 HERE = Path(__file__).parent
 RAM_DISK = "/dev/shm"
 # So many requests alone, or fewer if they take longer than that together.
@@ -60,7 +59,9 @@ _REST_S, _REST_FACTOR = 5.0, 2.0
 # What each kind of request begins with: so many at once, with so many steps. So each of its forwards comes four times,
 # and has been captured as a graph and compared with that. Two share forwards only where one like them was served.
 _FEW_STEPS = ((1, 4), (2, 4), (1, 4))
-# Prompts and seeds of requests that aren't part of the trace begin here.
+# A number of ranks runs a call so often until it is replayed as a graph and its time is known.
+_TRIES = 8
+# Prompts and seeds of requests that aren't part of the trace begin here: no text is encoded twice.
 _ALONE, _WARM_UP = 700, 800
 _POLL_S = 0.2
 _KEEP_S = 20.0
@@ -139,22 +140,28 @@ async def ask(http: httpx2.AsyncClient, kind: Kind, index: int) -> int:
     return 500 if answer.status_code == 200 and answer.json()["status"] != "completed" else answer.status_code
 
 
-async def alone_s(http: httpx2.AsyncClient, kinds: Sequence[Kind]) -> dict[str, float]:
-    """What a request of each kind takes when there is no other: the median of some, or of one that takes long.
+async def alone_s(
+    http: httpx2.AsyncClient, kinds: Sequence[Kind], indices: Iterator[int], num: int
+) -> dict[str, float]:
+    """What a request of each kind takes among so many, one for each GPU: the median of some, or of one that takes long.
 
     :raises RuntimeError: one was refused, or failed.
     """
-    return {kind.name: statistics.median([s async for s in _some_alone(http, kind)]) for kind in kinds}
+    return {kind.name: statistics.median([s async for s in _some_alone(http, kind, indices, num)]) for kind in kinds}
 
 
-async def _some_alone(http: httpx2.AsyncClient, kind: Kind) -> AsyncIterator[float]:
-    begun = time.perf_counter()
-    for index in range(_NUM_ALONE):
+async def _some_alone(http: httpx2.AsyncClient, kind: Kind, indices: Iterator[int], num: int) -> AsyncIterator[float]:
+    async def one() -> float:
         start = time.perf_counter()
-        status = await ask(http, kind, _ALONE + index)
+        status = await ask(http, kind, next(indices))
         if status != 200:
             raise RuntimeError(f"a request of {kind.name} was answered with {status}")
-        yield time.perf_counter() - start
+        return time.perf_counter() - start
+
+    begun = time.perf_counter()
+    for _ in range(_NUM_ALONE):
+        for seconds in await asyncio.gather(*(one() for _ in range(num))):
+            yield seconds
         if time.perf_counter() - begun > _ALONE_S:
             return
 
@@ -223,6 +230,9 @@ class Replay:
     where: Mapping[str, Any]
     """This machine."""
     alone_s: Mapping[str, float] = field(default_factory=dict)
+    """What a request of each kind takes on a GPU of its own, and"""
+    lone_s: Mapping[str, float] = field(default_factory=dict)
+    """while there is no other: it may have several."""
     since_s: float = 0.0
     """When everything was warm, by time.monotonic."""
     begins_s: float = 0.0
@@ -254,6 +264,8 @@ class Replay:
             "minutes": round(min(self.seconds, until) / 60, 2),
             "steps": self.args.steps,
             "alone_s": self.alone_s,
+            "lone_s": self.lone_s,
+            "num_ranks": self.args.elastic,
             "summary": summary(decided(sent, self.alone_s, until), self.alone_s),
             "server": self.server,
             "eta_errors": self.eta_errors,
@@ -270,7 +282,8 @@ class Replay:
         except FileNotFoundError:
             return {}
         learned = measured.with_forwards(learned, ticks.forwards(trace, self.since_s))
-        return {"learned": msgspec.to_builtins(learned), "leads_s": ticks.leads_s(trace)}
+        found = {"learned": msgspec.to_builtins(learned), "leads_s": ticks.leads_s(trace)}
+        return {**found, **measured.gaps(ticks.gaps_s(trace, self.since_s))}
 
     def keep(self) -> None:
         """Write it down, once there is something."""
@@ -286,11 +299,14 @@ async def run(replaying: Replay, budget: Budget) -> None:
     args, kinds = replaying.args, replaying.kinds
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(_client(args, replaying))
-        await _warm_up(http, kinds, args.warm_up_s)
-        replaying.since_s = time.monotonic()
-        replaying.alone_s = alone = await alone_s(http, kinds)
+        await _warm_up(http, kinds, args.warm_up_s, args.elastic)
+        replaying.since_s, indices = time.monotonic(), count(_ALONE)
+        replaying.lone_s = replaying.alone_s = alone = await alone_s(http, kinds, indices, 1)
+        if args.elastic > 1:
+            print("lone:", {name: round(s, 3) for name, s in alone.items()}, flush=True)
+            replaying.alone_s = alone = await alone_s(http, kinds, indices, args.elastic)
         print("alone:", {name: round(s, 3) for name, s in alone.items()}, flush=True)
-        replaying.rate = args.load / sum(kind.share * alone[kind.name] for kind in kinds)
+        replaying.rate = args.elastic * args.load / sum(kind.share * alone[kind.name] for kind in kinds)
         replaying.seconds = min(60 * args.minutes, budget.left_s - _REST_FACTOR * max(alone.values()) - _REST_S)
         if replaying.seconds <= 0:
             raise SystemExit(f"of {args.seconds:g} s none are left for the trace; give more --seconds")
@@ -333,6 +349,7 @@ async def _client(args: argparse.Namespace, replaying: Replay) -> AsyncIterator[
             yield http
         return
     flags = ["--model-path", str(args.model_path), "--device", args.device, "--trace", str(replaying.trace)]
+    flags += [] if args.elastic == 1 else ["--num-gpus", str(args.elastic), "--elastic-sp"]
     flags += args.serve_flags
     environment = {"SGLANG_DIFFUSION_CACHE_ROOT": str(replaying.folder / "cache")}
     async with serving(replaying.folder, flags, environment) as server, server.client() as http:
@@ -344,27 +361,44 @@ def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]
     """The same arrivals, simulated with the times that were measured; and so many more."""
     steps = [kind.num_steps for kind in mix_of(report["mix"], report["steps"])]
     classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[report["mix"]], steps, strict=True)]
-    learned = msgspec.convert(report["learned"], Learned)
-    mix = measured.classes(learned, classes, policies.MAX_BATCH_SIZE, report["alone_s"], report["leads_s"])
+    mix, num_ranks = measured.mix_of(report, classes), report.get("num_ranks", 1)
     asked = [Asked(**one) for one in report["asked"]]
-    found = {"simulation": agreement.against_simulation(asked, mix), "times": measured.as_rows(mix)}
-    return {**report, **found, "claim": agreement.claim(mix, num_requests)}
+    simulation = agreement.against_simulation(asked, mix, num_ranks, report.get("gap_s", 0.0))
+    # bench/degrees.py makes the claim of several GPUs.
+    claim = agreement.claim(mix, num_requests) if num_ranks == 1 else []
+    return {**report, "simulation": simulation, "times": measured.as_rows(mix), "claim": claim}
 
 
-async def _warm_up(http: httpx2.AsyncClient, kinds: Sequence[Kind], seconds: float) -> None:
-    """Requests with few steps, alone and two at once: things are compiled, captured and proved.
+async def _warm_up(http: httpx2.AsyncClient, kinds: Sequence[Kind], seconds: float, num_ranks: int) -> None:
+    """Requests with few steps, alone and several at once: things are compiled, captured and proved.
 
     Each kind once, and then for so long.
     """
     until, indices = time.monotonic() + seconds, count(_WARM_UP)
     # Some at once encode together, too.
-    asked = [*product(kinds, _FEW_STEPS), (kinds[0], (4, _FEW_STEPS[0][1]))]
+    asked = [*product(kinds, _rounds(num_ranks)), (kinds[0], (4, _FEW_STEPS[0][1]))]
     while True:
         for kind, (together, num_steps) in asked:
-            short = replace(kind, num_steps=min(kind.num_steps, num_steps))
+            short = replace(kind, num_steps=num_steps)
             await asyncio.gather(*(ask(http, short, next(indices)) for _ in range(together)))
         if time.monotonic() > until:
             return
+
+
+def _rounds(num_ranks: int) -> Sequence[tuple[int, int]]:
+    """So many requests at once, and with how many steps.
+
+    1. A rank for each, so that each knows its own graphs.
+    2. One that tries all numbers of ranks, and decodes until all of these are known.
+    3. Several for each number of ranks that some share.
+    4. More than there are ranks: they share forwards.
+    """
+    if num_ranks == 1:
+        return _FEW_STEPS
+    num_degrees = num_ranks.bit_length() - 1
+    some = [(num_ranks >> n, _TRIES) for n in range(1, num_degrees)]
+    lone = [(1, (num_degrees + 1) * _TRIES), *[(1, 2)] * (2 * num_degrees)]
+    return [(num_ranks, _TRIES), *lone, *some, (2 * num_ranks, _FEW_STEPS[1][1])]
 
 
 def text(report: dict[str, Any]) -> str:
@@ -401,6 +435,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="all in all, without the simulation")
     parser.add_argument("--ready-s", type=float, default=180.0, help="seconds until the server must be ready")
     parser.add_argument("--url", help="a server that runs")
+    parser.add_argument("--elastic", type=int, default=1, help="GPUs that share forwards as it pays")
     parser.add_argument("--mix", choices=list(MIXES), default="C")
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument(
