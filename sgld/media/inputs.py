@@ -57,6 +57,11 @@ class Reference:
     source: str
     mode: str = "RGB"
 
+    @property
+    def written(self) -> dict[str, str]:
+        """As requests write it."""
+        return {_IMAGE: self.source, _MODE: self.mode}
+
 
 def scheme_of(source: str, policy: InputPolicy) -> Scheme:
     """How a source is read.
@@ -141,7 +146,7 @@ async def as_files(params: SamplingParams, policy: InputPolicy) -> AsyncIterator
         yield msgspec.structs.replace(
             params,
             image_path=tuple(paths[source] for source in params.image_path),
-            diffusers_kwargs=replaced(params.diffusers_kwargs, lambda r: {_IMAGE: paths[r.source], _MODE: r.mode}),
+            diffusers_kwargs=replaced(params.diffusers_kwargs, lambda r: Reference(paths[r.source], r.mode).written),
         )
 
 
@@ -175,7 +180,7 @@ def _copied_to(folder: Path, params: SamplingParams) -> SamplingParams:
             sync(Path(copies[path]))
         return copies[path]
 
-    kwargs = replaced(params.diffusers_kwargs, lambda r: {_IMAGE: copy_of(r.source), _MODE: r.mode})
+    kwargs = replaced(params.diffusers_kwargs, lambda r: Reference(copy_of(r.source), r.mode).written)
     image_path = tuple(copy_of(path) for path in params.image_path)
     return msgspec.structs.replace(params, image_path=image_path, diffusers_kwargs=kwargs)
 

@@ -92,7 +92,7 @@ def create_app(services: Services, keys: Keys, activity: Activity) -> Starlette:
         Middleware(Auth, keys=keys),
         Middleware(BodyLimit, max_bytes=config.max_body_bytes),
     ]
-    handled: tuple[type[Exception], ...] = (ApiError, SgldError, msgspec.MsgspecError, HTTPException, OSError)
+    handled = (ApiError, SgldError, msgspec.MsgspecError, HTTPException, OSError, RecursionError)
     app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=dict.fromkeys(handled, on_error))
     app.state.services = services
     app.state.keys = keys

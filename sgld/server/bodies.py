@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from sgld.errors import InvalidRequest
 from sgld.media.images import check_image
+from sgld.media.inputs import Reference, replaced
 from sgld.server.errors import ApiError
 from sgld.server.schemas import CONTAINERS, in_words
 
@@ -61,7 +62,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 async def read_form(request: Request, pictures: frozenset[str], *, max_bytes: int, max_pixels: int) -> Form:
     """The form that a request carries.
 
-    Nested fields are written as OpenAI's client does: `lora[scale]` in an object, `sigmas[]` in a list.
+    Nested fields are written as OpenAI's client does: `lora[scale]` in an object, `sigmas[]` in a list. Inside
+    of objects `{"$image": name}` is the file with this name.
 
     :param pictures: fields that hold pictures, as files or URLs; `mask` is a file.
     :raises ApiError: it carries something else, or a form that can't be read.
@@ -71,16 +73,38 @@ async def read_form(request: Request, pictures: frozenset[str], *, max_bytes: in
         message = f"the body is {media_type(request) or 'of no type'}; send multipart/form-data"
         raise ApiError(415, message, "unsupported_media_type")
     form = Form()
+    files: dict[str, str] = {}
     async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=max_bytes) as parts:
         for name, value in parts.multi_items():
             base = name.partition("[")[0]
             if base in pictures and value and _LIST.fullmatch(name):
                 form.pictures.setdefault(base, []).append(await _source(name, value, max_pixels))
             elif isinstance(value, UploadFile):
-                raise InvalidRequest(f"{name} is a file, but no picture is expected there", name)
+                if name in files:
+                    raise InvalidRequest(f"the form gives {name} twice", name)
+                files[name] = await _source(name, value, max_pixels)
             elif value:
                 _put(form.fields, name, _parsed(value) if base in _OBJECTS else value)
+    if files:
+        form.fields = _with_files(form.fields, files)
     return form
+
+
+def _with_files(fields: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+    """The fields with the sources of files in the place of their names.
+
+    :raises InvalidRequest: no picture is expected where one of the files is.
+    """
+    unused = dict(files)
+
+    def sourced(reference: Reference) -> dict[str, str]:
+        unused.pop(reference.source, None)
+        return Reference(files.get(reference.source, reference.source), reference.mode).written
+
+    found = {name: replaced(value, sourced) if name in _OBJECTS else value for name, value in fields.items()}
+    for name in unused:
+        raise InvalidRequest(f"{name} is a file, but no picture is expected there", name)
+    return found
 
 
 async def _source(name: str, value: UploadFile | str, max_pixels: int) -> str:

@@ -160,6 +160,9 @@ async def on_error(request: Request, error: Exception) -> Response:
             return from_sgld(error).response
         case msgspec.MsgspecError():
             return from_validation(error).response
+        case RecursionError():
+            # All that is walked by recursion is what clients send.
+            return ApiError(400, "the body is nested too deeply", "invalid_value").response
         case OSError():
             logger.error("%s %s: %s", request.method, request.url.path, error)
             message = f"the server can't use its files: {error.strerror or error}"

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from sgld.errors import InvalidRequest
 from sgld.media.images import check_format
+from sgld.media.inputs import references
 from sgld.server import results
 from sgld.server.auth import owner_of
 from sgld.server.bodies import data_url, read_form, read_json, unless_gone
@@ -104,7 +105,7 @@ async def _edit_request(request: Request) -> ImageRequest:
     form = await read_form(request, _PICTURES, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels)
     images = (*form.pictures.get("image", ()), *form.pictures.get("url", ()))
     masks = form.pictures.get("mask", [])
-    if not images:
+    if not images and not any(references([*form.fields.values()])):
         raise InvalidRequest("there is no picture to edit: send it as image, or its URL as url", "image")
     if len(masks) > 1:
         raise InvalidRequest(f"there are {len(masks)} masks; send one", "mask")

@@ -162,9 +162,13 @@ def _components(config: ServerConfig) -> Schema:
     uploads["url"] = {"description": "of a picture, in the place of a file", "type": "string", "pattern": "^https?://"}
     forms = [{name: _in_form(schema) for name, schema in fields.items()} for fields in (of_images, of_videos)]
     schemas["ImageGeneration"] = _struct("A request for pictures.", of_images | prompt, "prompt")
-    schemas["ImageEdit"] = _struct("Pictures made of others.", forms[0] | uploads, "image")
+    # Beside these there may be files that diffusers_kwargs names.
+    files = {"additionalProperties": FILE}
+    schemas["ImageEdit"] = _struct("Pictures made of others.", forms[0] | uploads) | files
     schemas["VideoGeneration"] = _struct("A request for a video.", of_videos | prompt, "prompt")
-    schemas["VideoUpload"] = _struct("The same, with a file.", forms[1] | prompt | {"input_reference": FILE}, "prompt")
+    schemas["VideoUpload"] = (
+        _struct("The same, with a file.", forms[1] | prompt | {"input_reference": FILE}, "prompt") | files
+    )
     schemas["VideoRemix"] = _struct("The same with another prompt.", prompt, "prompt")
     # A snapshot has its requests as they were encoded.
     schemas["Snapshot"] = _struct(

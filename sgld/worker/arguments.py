@@ -5,13 +5,14 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 
 from sgld.errors import InvalidRequest
 from sgld.media.images import load_image
-from sgld.media.inputs import replaced
+from sgld.media.inputs import references, replaced
 from sgld.sampling_params import SamplingParams
 
 # Fields that the pipeline gets under their own name, if it has such a parameter.
@@ -107,7 +108,7 @@ def _video(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any
     return chosen
 
 
-def _extra(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any]:
+def _extra(params: SamplingParams, accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     for name, value in params.diffusers_kwargs.items():
         if _OWNED.fullmatch(name):
             raise InvalidRequest(f"diffusers_kwargs.{name} is set by sgld itself; leave it out", "diffusers_kwargs")
@@ -123,7 +124,23 @@ def _extra(params: SamplingParams, accepted: Mapping[str, Any]) -> dict[str, Any
             raise InvalidRequest(
                 f'diffusers_kwargs.{name} holds text; a picture is written as {{"$image": "..."}}', "diffusers_kwargs"
             )
-    return params.diffusers_kwargs
+    return {name: _as_declared(accepted[name], value) for name, value in params.diffusers_kwargs.items()}
+
+
+def _as_declared(parameter: inspect.Parameter, value: Any) -> Any:
+    """A value of JSON, which has lists where pipelines declare pairs.
+
+    :raises InvalidRequest: the pipeline declares a tensor, which JSON doesn't have.
+    """
+    declared = parameter.annotation
+    kinds = set(get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)) - {NoneType}
+    is_tensor = bool(kinds) and all("Tensor" in str(kind) for kind in kinds)
+    if is_tensor and value is not None and not any(references(value)):
+        raise InvalidRequest(
+            f"diffusers_kwargs.{parameter.name} is a tensor for the pipeline, which can't be sent", "diffusers_kwargs"
+        )
+    is_tuple = isinstance(parameter.default, tuple) or {get_origin(kind) for kind in kinds} == {tuple}
+    return tuple(value) if is_tuple and isinstance(value, list) else value
 
 
 def _has_text(value: Any) -> bool:

@@ -28,7 +28,7 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_commands_do_what_they_say(tmp_path: Path, command: str) -> None:
-    for name in ("room.png", "mask.png"):
+    for name in ("room.png", "mask.png", "pose.png"):
         (tmp_path / name).write_bytes(png())
     async with running(tmp_path) as server:
         words = [word.replace("http://localhost:30000", server.url) for word in shlex.split(command)]

@@ -1,6 +1,7 @@
 """/v1/images/edits and variations: uploads, URLs and masks on their way to the engine."""
 
 import base64
+import json
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,42 @@ async def test_what_is_no_edit_is_said(tmp_path: Path, fields: dict[str, str], f
     assert answer.status_code == 400, answer.text
     assert error_of(answer)["param"] == param
     assert server.engine.params == []
+
+
+async def test_files_of_a_form_are_pictures_where_objects_name_them(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    images = [{"$image": "pose"}, {"$image": "depth", "mode": "L"}]
+    fields = {"prompt": "a cat", "diffusers_kwargs": json.dumps({"control_image": images, "strength": 0.5})}
+    files = [upload("pose", png(color="red")), upload("depth", png(color="blue"))]
+    async with running(tmp_path, engine) as server:
+        answer = await server.http.post("/v1/images/edits", data=fields, files=files)
+        video = await server.http.post("/v1/videos", data=fields, files=files)
+        twice = await server.http.post("/v1/images/edits", data=fields, files=[*files, upload("pose", png())])
+        unused = await server.http.post("/v1/images/edits", data=fields, files=[*files, upload("edge", png())])
+
+    assert (answer.status_code, video.status_code) == (200, 200), (answer.text, video.text)
+    kwargs = engine.params[0].diffusers_kwargs
+    pose, depth = kwargs["control_image"]
+    assert [opened(picture["$image"]).getpixel((0, 0)) for picture in (pose, depth)] == [(255, 0, 0), (0, 0, 255)]
+    assert (pose["mode"], depth["mode"], kwargs["strength"]) == ("RGB", "L", 0.5)
+    assert [(refused.status_code, error_of(refused)["param"]) for refused in (twice, unused)] == [
+        (400, "pose"),
+        (400, "edge"),
+    ]
+
+
+@pytest.mark.parametrize("depth", [600, 5000])
+async def test_what_is_nested_too_deeply_is_said(tmp_path: Path, depth: int) -> None:
+    nested = '{"x": ' + "[" * depth + "]" * depth + "}"
+    async with running(tmp_path) as server:
+        body = f'{{"prompt": "a cat", "diffusers_kwargs": {nested}}}'
+        headers = {"content-type": "application/json"}
+        generation = await server.http.post("/v1/images/generations", content=body, headers=headers)
+        data = {"prompt": "a cat", "diffusers_kwargs": nested}
+        edit = await server.http.post("/v1/images/edits", data=data, files=[upload("pose", png())])
+
+    for answer in (generation, edit):
+        assert (answer.status_code, error_of(answer)["message"]) == (400, "the body is nested too deeply")
 
 
 async def test_json_is_no_form(tmp_path: Path) -> None:

@@ -116,6 +116,20 @@ def test_references_to_pictures_may_be_anywhere() -> None:
     assert made("wan_i2v", prompt="a cat", diffusers_kwargs=kwargs).items() >= kwargs.items()
 
 
+def test_lists_are_the_pairs_that_pipelines_declare() -> None:
+    kwargs = {"original_size": [64, 32], "crops_coords_top_left": [8, 0], "sigmas": [1.0, 0.5]}
+    found = made("sdxl", prompt="a cat", diffusers_kwargs=kwargs)
+    assert found.items() >= {"original_size": (64, 32), "crops_coords_top_left": (8, 0), "sigmas": [1.0, 0.5]}.items()
+    modular = made("modular_sdxl", prompt="a cat", diffusers_kwargs={"crops_coords_top_left": [8, 0]})
+    assert modular["crops_coords_top_left"] == (8, 0)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("sdxl", "latents"), ("z_image", "prompt_embeds"), ("flux", "latents")])
+def test_tensors_are_refused_as_json_has_none(name: str, argument: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{argument} is a tensor for the pipeline, which can't be sent"):
+        made(name, prompt="a cat", diffusers_kwargs={argument: [[1.0]]})
+
+
 def test_steps_come_from_the_arguments_or_the_signature() -> None:
     pipeline, _ = build("flux")
     assert num_steps(pipeline, {"num_inference_steps": 4}) == 4
