@@ -4,10 +4,10 @@ They go the ordinary way, so that what is compiled or captured is what will run.
 step, until more rows gain nothing.
 """
 
-import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import anyio
@@ -40,8 +40,6 @@ _PROMPT = "a lighthouse on a cliff above the sea at dusk"
 NUM_STEPS = 8
 # More rows are tried while twice as many take less than this share of twice the time.
 PAYS = 0.97
-# Between requests that wait for code.
-PAUSE_S = 5.0
 
 
 def sizes_of(given: Sequence[str], model: ModelInfo) -> tuple[str, ...]:
@@ -55,84 +53,79 @@ def params_of(size: str, seed: int = 0) -> SamplingParams:
     return SamplingParams(prompt=_PROMPT, width=width, height=height, seed=seed, num_inference_steps=NUM_STEPS)
 
 
-async def calibrate(
-    sizes: Sequence[str],
-    generate: Generate,
-    profiles: Profiles,
-    cost: Cost,
-    *,
-    max_rows: int,
-    limit_s: float,
-    num_replicas: int = 1,
-    code: Callable[[], Code] = lambda: NO_NEWS,
-    pause_s: float = PAUSE_S,
-    clock: Callable[[], float] = time.monotonic,
-) -> list[str]:
-    """Measure forwards of these sizes; returns those that were done.
+@dataclass(frozen=True, kw_only=True)
+class Calibrator:
+    """Measures forwards.
 
     :param generate: runs a request; those that run at the same time share all forwards that they can.
     :param max_rows: as many requests run together at most.
+    :param limit_s: no request begins after so many seconds.
     :param num_replicas: each gets as many, for requests are spread evenly: all are to be warm.
     :param code: what is known of code that forwards will run instead of what they run now.
-    :param limit_s: no request begins after so many seconds.
+    :param pause_s: between requests that wait for code.
     """
-    done: list[str] = []
-    until = clock() + limit_s
-    for index, size in enumerate(sizes):
+
+    generate: Generate
+    profiles: Profiles
+    cost: Cost
+    max_rows: int
+    limit_s: float
+    num_replicas: int = 1
+    code: Callable[[], Code] = lambda: NO_NEWS
+    pause_s: float = 5.0
+    clock: Callable[[], float] = time.monotonic
+
+    async def measure(self, sizes: Sequence[str]) -> list[str]:
+        """Measure forwards of these sizes; returns those that were done."""
+        done: list[str] = []
+        until = self.clock() + self.limit_s
+        for index, size in enumerate(sizes):
+            try:
+                done += [size] if await self._measure(size, until) else []
+            except TimeoutError:
+                logger.warning("calibration ends after %g s; not done: %s", self.limit_s, ", ".join(sizes[index:]))
+                break
+        return done
+
+    async def _measure(self, size: str, until: float) -> bool:
+        """Measure a size with ever more rows; whether that was possible.
+
+        :raises TimeoutError: it isn't done in time.
+        """
         num, before_s = 1, None
-        while num <= max_rows:
-            if clock() > until:
-                logger.warning("calibration ends after %g s; not done: %s", limit_s, ", ".join(sizes[index:]))
-                return done
-            problem = await _settled(
-                functools.partial(_run, size, num * num_replicas, generate),
-                code,
-                pause_s,
-                is_late=lambda: clock() > until,
-                said=f"calibration: {size}, {num} at a time, again, as code is being compiled",
-            )
-            if problem is None and code().is_pending:
-                continue
-            if problem is not None:
+        while True:
+            if (problem := await self._run(size, num, until)) is not None:
                 logger.warning("calibration of %s with %d at a time failed: %s", size, num, problem)
                 # What no single request can be isn't done; for what memory has no room for that is the answer.
-                done += [size] if num > 1 else []
-                break
-            step = profiles.step_of(demand_of(params_of(size)))
-            step_s = cost.estimate(step[0], num * step[1]) if step is not None else None
+                return num > 1
+            step = self.profiles.step_of(demand_of(params_of(size)))
+            step_s = self.cost.estimate(step[0], num * step[1]) if step is not None else None
             logger.info("calibration: %s, %d at a time, %s a step", size, num, _ms(step_s))
             has_gained = step_s is not None and (before_s is None or step_s <= 2 * PAYS * before_s)
-            if not has_gained or 2 * num > max_rows:
-                done.append(size)
-                break
+            if not has_gained or 2 * num > self.max_rows:
+                return True
             num, before_s = 2 * num, step_s
-    return done
+
+    async def _run(self, size: str, num: int, until: float) -> str | None:
+        """Run requests until other code neither is on its way nor came while they ran; why one of them failed.
+
+        A rank takes code over between its calls, so waiting needs some; in pauses a compiler has the cores for itself.
+
+        :raises TimeoutError: that isn't reached in time.
+        """
+        while self.clock() <= until:
+            before = self.code()
+            problem = await _run_together(size, num * self.num_replicas, self.generate)
+            now = self.code()
+            if problem is not None or (now == before and not now.is_pending):
+                return problem
+            logger.info("calibration: %s, %d at a time, again, as code is being compiled", size, num)
+            if now.is_pending:
+                await anyio.sleep(self.pause_s)
+        raise TimeoutError
 
 
-async def _settled(
-    run: Callable[[], Awaitable[str | None]],
-    code: Callable[[], Code],
-    pause_s: float,
-    *,
-    is_late: Callable[[], bool],
-    said: str,
-) -> str | None:
-    """Run requests until other code neither is on its way nor came while they ran; why one of them failed.
-
-    A rank takes code over between its calls, so waiting needs some; in pauses a compiler has the cores for itself.
-    """
-    while True:
-        before = code()
-        problem = await run()
-        now = code()
-        if problem is not None or (now == before and not now.is_pending) or is_late():
-            return problem
-        logger.info(said)
-        if now.is_pending:
-            await anyio.sleep(pause_s)
-
-
-async def _run(size: str, num: int, generate: Generate) -> str | None:
+async def _run_together(size: str, num: int, generate: Generate) -> str | None:
     """So many requests at the same time; why one of them failed."""
     problems: list[str] = []
 

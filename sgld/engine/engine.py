@@ -1,67 +1,36 @@
 """The engine: requests in, events out. One event loop owns the schedulers and the handles of the ranks."""
 
 import dataclasses
-import logging
+import functools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self, assert_never
+from typing import Self
 
 import anyio
 from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.adapters import EngineLoras
-from sgld.engine.calibration import Code
-from sgld.engine.cost import CostModel, at_degree
+from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.entry import Entry
 from sgld.engine.memory import Memory
-from sgld.engine.replica import Rank, RankFactory, rank_process, refuse_unguarded_spawn
-from sgld.engine.replicas import Replica, balance, place
+from sgld.engine.replica import RankFactory, rank_process, refuse_unguarded_spawn
+from sgld.engine.replicas import Replica, place, tell_ranks
 from sgld.engine.requests import Requests, check_fits, output_id
 from sgld.engine.served import Served
 from sgld.engine.statistics import CostStatistics, Statistics, Tally
+from sgld.engine.supervisor import Supervisor
 from sgld.engine.trace import open_trace
-from sgld.errors import EngineClosed, RankLost
+from sgld.errors import EngineClosed
 from sgld.events import AnyEvent, Terminal
 from sgld.media.inputs import InputPolicy, as_files
-from sgld.messages import (
-    Alive,
-    AnyReply,
-    Cancel,
-    Compiling,
-    Decoded,
-    Finished,
-    Heard,
-    Idle,
-    Judged,
-    Launched,
-    LoadFailed,
-    LoadLora,
-    LoraFailed,
-    LoraLoaded,
-    LorasHeld,
-    ModelInfo,
-    Noted,
-    Pending,
-    Previewed,
-    Ran,
-    Ready,
-    Stepped,
-    TaskCancelled,
-    TaskFailed,
-    UnloadLora,
-)
+from sgld.messages import Cancel, ModelInfo
 from sgld.request import NO_LIMITS, Limits, RequestState
 from sgld.sampling_params import SamplingParams
 
-logger = logging.getLogger(__name__)
-# So many ranks in a row may be lost before they are ready, where one was ready before.
-MAX_LOST_LOADS = 3
-# So long at most a replica pauses before it tries again to load, while others serve.
-MAX_PAUSE_S = 60
 _ANY_INPUT = InputPolicy()
 
 
@@ -75,7 +44,6 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, rank_factory: RankFactory = rank_process) -> None:
         self._config = config
-        self._rank_factory = rank_factory
         self._cost = CostModel()
         profiles = Profiles(self._cost)
         self._memory = Memory(config, self._cost, profiles)
@@ -86,16 +54,26 @@ class Engine:
         self._tally = Tally(None)
         self._requests = Requests([replica.scheduler for replica in self._replicas], self._tally)
         self._opened_at = time.monotonic()
-        self._loras = EngineLoras(config.adapters, self._tell_ranks)
+        self._loras = EngineLoras(config.adapters, functools.partial(tell_ranks, self._replicas))
+        self._supervisor = Supervisor(
+            config=config,
+            rank_factory=rank_factory,
+            replicas=self._replicas,
+            requests=self._requests,
+            loras=self._loras,
+            served=self._served,
+            memory=self._memory,
+            tally=self._tally,
+            generate=self.generate,
+        )
 
     async def __aenter__(self) -> Self:
         refuse_unguarded_spawn()
         self._tally.trace = await to_thread.run_sync(open_trace, self._config.trace)
-        self._tasks = tasks = await self._stack.enter_async_context(anyio.create_task_group())
+        tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._stack.callback(tasks.cancel_scope.cancel)
         self._is_open = True
-        for replica in self._replicas:
-            tasks.start_soon(self._serve, replica)
+        self._supervisor.start(tasks)
         tasks.start_soon(self._memory.keep_forever)
         return self
 
@@ -114,12 +92,7 @@ class Engine:
     @property
     def model(self) -> ModelInfo | None:
         """The model, while it is served; None before, and while all ranks are lost."""
-        return self._served.model if self._served.is_decided and self._has_rank else None
-
-    @property
-    def _has_rank(self) -> bool:
-        """Whether one of the replicas has a rank that is ready."""
-        return any(replica.rank is not None for replica in self._replicas)
+        return self._served.model if self._served.is_decided and self._supervisor.has_rank else None
 
     @property
     def loras(self) -> EngineLoras:
@@ -235,149 +208,3 @@ class Engine:
             replica.send(Cancel(request_id=entry.request.id))
         self._requests.cancel(entry)
         replica.tick(self._requests)
-
-    async def _serve(self, replica: Replica) -> None:
-        """Keep the rank of a replica alive as long as the engine is open."""
-        while self._is_open and self._served.error is None:
-            async with self._rank_factory(self._config, replica.index) as rank:
-                problem = await self._drive(replica, rank)
-            if problem is not None:
-                where = f"replica {replica.index}: " if len(self._replicas) > 1 else ""
-                logger.warning("%s%s; it is started again", where, problem)
-                self._tally.num_restarts += 1
-                batches, replica.running = replica.running, {}
-                given = {name for batch in batches.values() for name in batch.request_ids}
-                blamed = {*given, *self._tally.lost(replica.index)}
-                self._requests.run_again(problem, blamed or None, replica.index)
-                self._balance()
-                await anyio.sleep(min(replica.num_lost_loads, MAX_PAUSE_S))
-
-    async def _drive(self, replica: Replica, rank: Rank) -> str | None:
-        """Work with a rank until it is lost; returns how that came about, None if the model can't be served."""
-        rank.expect_reply(self._config.load_timeout_s)
-        try:
-            while self._served.error is None:
-                reply: AnyReply | None = await rank.receive()
-                while reply is not None:
-                    await self._handle(replica, rank, reply)
-                    reply = rank.receive_nowait()
-                replica.tick(self._requests)
-                self._balance()
-        except RankLost as error:
-            was_ready = replica.rank is not None
-            replica.num_lost_loads = 0 if was_ready else replica.num_lost_loads + 1
-            if was_ready or self._loads_again(replica):
-                return str(error)
-            self._fail_load(f"{self._config.model_path} can't be loaded: {error}")
-        finally:
-            replica.lost()
-            self._loras.lost(replica.index)
-        return None
-
-    def _loads_again(self, replica: Replica) -> bool:
-        """Whether a rank that couldn't load is started again.
-
-        A model that was there before is there still, but a device may be in use by the rank that is leaving. Where
-        others serve, a replica that doesn't come back is no reason to end their requests.
-        """
-        others_serve = replica.has_served and self._has_rank
-        return self._served.model is not None and (others_serve or replica.num_lost_loads < MAX_LOST_LOADS)
-
-    def _balance(self) -> None:
-        """Let replicas without work take requests that wait elsewhere."""
-        if len(self._replicas) > 1:
-            for replica in balance(self._replicas, self._requests):
-                replica.tick(self._requests)
-
-    async def _calibrate(self, model: ModelInfo) -> None:
-        """Measure what wasn't measured at an earlier start; then the model is said to be served."""
-        try:
-            await self._memory.calibrate(model, self.generate, len(self._replicas), self._code)
-        finally:
-            for replica in self._replicas:
-                replica.scheduler.is_calibrating = False
-            self._served.decide()
-
-    def _code(self) -> Code:
-        codes = [replica.code for replica in self._replicas]
-        return Code(any(code.is_pending for code in codes), sum(code.num_changes for code in codes))
-
-    def _tell_ranks(self, command: LoadLora | UnloadLora) -> list[int]:
-        """Tell the ranks that are there; returns the indices of their replicas."""
-        return [replica.index for replica in self._replicas if replica.send_adapter(command)]
-
-    async def _handle(self, replica: Replica, rank: Rank, reply: AnyReply) -> None:
-        match reply:
-            case Alive(stage=stage):
-                replica.heard(stage)
-            case Ready(model=model):
-                await self._ready(replica, rank, model)
-            case LoadFailed(message=message):
-                self._cannot_load(replica, message)
-            case Pending(call=call):
-                # Of requests that have ended meanwhile nobody would forget it.
-                if call.request_id in self._requests:
-                    self._tally.pending(call, replica.index)
-                replica.scheduler.pending(call)
-            case Judged():
-                self._tally.judged(reply)
-            case Noted(component=component, note=note):
-                self._served.noted(component, note)
-            case Compiling(is_pending=is_pending):
-                replica.code = Code(is_pending, replica.code.num_changes + 1)
-            case Launched(call_ids=call_ids):
-                self._tally.launched(call_ids, replica.index)
-                replica.scheduler.launched(call_ids)
-            case Ran(call_ids=call_ids, elapsed_s=elapsed_s):
-                self._tally.ran(reply, replica.index)
-                replica.ran(reply)
-                if reply.is_timed:
-                    key = at_degree(reply.cost_key, reply.ranks.num if reply.ranks is not None else 1)
-                    self._cost.observe(key, reply.rows, elapsed_s, reply.variant)
-            case LoraLoaded() | LoraFailed() | LorasHeld():
-                self._loras.heard(reply, replica.index)
-            case Idle(first_rank=first_rank):
-                replica.running.pop(first_rank, None)
-            case Previewed() | Decoded() | Heard():
-                await self._requests.take(reply, rank.tensors)
-            case Stepped() | Finished() | TaskFailed() | TaskCancelled():
-                if (completed := self._requests.report(reply)) is not None:
-                    self._tasks.start_soon(self._requests.tell_completed, completed)
-            case unknown:
-                assert_never(unknown)
-
-    async def _ready(self, replica: Replica, rank: Rank, model: ModelInfo) -> None:
-        """A rank has loaded the model."""
-        await self._memory.recall(model)
-        known = self._served.model
-        if known is not None and model.device != known.device:
-            where = f"replica {replica.index} is on {model.device}, but the model is served on"
-            self._cannot_load(replica, f"{where} {known.device}; see that each has GPUs of its own")
-            return
-        # What was noted since the others were ready holds as long as one of them serves.
-        if known is None or not self._has_rank:
-            self._served.model = model
-        self._requests.fps = model.fps
-        replica.served(rank)
-        if model.is_whole:
-            replica.scheduler.run_singly()
-        if not self._config.calibration.calibrate or self._served.is_decided:
-            self._served.decide()
-        elif not replica.scheduler.is_calibrating and all(other.rank for other in self._replicas):
-            for each in self._replicas:
-                each.scheduler.is_calibrating = True
-            self._tasks.start_soon(self._calibrate, model)
-
-    def _cannot_load(self, replica: Replica, message: str) -> None:
-        """A rank says that it can't serve the model.
-
-        :raises RankLost: it could before, and there are others: it is tried again.
-        """
-        if replica.has_served and len(self._replicas) > 1:
-            raise RankLost(f"the model can't be loaded again: {message}")
-        self._fail_load(message)
-
-    def _fail_load(self, message: str) -> None:
-        """The model can't be served: everybody is told, and nothing is accepted any more."""
-        self._served.fail(message)
-        self._requests.abandon_all()

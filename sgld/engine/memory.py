@@ -1,12 +1,12 @@
 """What the engine learned, kept while it is open and between starts; and what it measures at start for that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import anyio
 from anyio import to_thread
 
 from sgld.config import EngineConfig
-from sgld.engine.calibration import Code, Generate, calibrate, sizes_of
+from sgld.engine.calibration import Calibrator, Code, Generate, sizes_of
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles
 from sgld.engine.learned import LearnedFile
@@ -65,16 +65,16 @@ class Memory:
         :param code: what is known of code that forwards will run instead of what they run now.
         """
         given = self._config.calibration
-        wanted: Sequence[str] = sizes_of(given.calibrate_sizes, model)
-        done = await calibrate(
-            [size for size in wanted if size not in self._calibrated],
-            generate,
-            self._profiles,
-            self._cost,
-            num_replicas=num_replicas,
+        calibrator = Calibrator(
+            generate=generate,
+            profiles=self._profiles,
+            cost=self._cost,
             max_rows=min(self._config.max_batch_size, self._config.max_running_requests),
             limit_s=given.calibrate_limit_s,
+            num_replicas=num_replicas,
             code=code,
         )
+        wanted = sizes_of(given.calibrate_sizes, model)
+        done = await calibrator.measure([size for size in wanted if size not in self._calibrated])
         self._calibrated = (*self._calibrated, *done)
         await self.keep()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sgld.config import EngineConfig
 from sgld.engine.calibration import NO_NEWS
-from sgld.engine.cost import CostModel
+from sgld.engine.cost import CostModel, at_degree
 from sgld.engine.demand import Profiles
 from sgld.engine.remaining import Tracked
 from sgld.engine.replica import Rank
@@ -32,6 +32,7 @@ class Replica:
 
     def __init__(self, index: int, config: EngineConfig, cost: CostModel, profiles: Profiles) -> None:
         self.index = index
+        self._cost = cost
         self.scheduler = Scheduler(
             cost,
             profiles,
@@ -120,6 +121,9 @@ class Replica:
             meanwhile: a replica isn't silent while only some of its ranks hang, and clocks go on while it is suspended.
         """
         self.scheduler.ran(reply.call_ids, reply.elapsed_s)
+        if reply.is_timed:
+            key = at_degree(reply.cost_key, reply.ranks.num if reply.ranks is not None else 1)
+            self._cost.observe(key, reply.rows, reply.elapsed_s, reply.variant)
         if reply.ranks is None:
             return
         for first, batch in self.running.items():
@@ -168,12 +172,19 @@ def place(params: SamplingParams, replicas: Sequence[Replica], requests: Request
     return replicas[choose([replica.load(requests) for replica in replicas], adapters_of(params))]
 
 
-def balance(replicas: Sequence[Replica], requests: Requests) -> list[Replica]:
-    """Let replicas take requests that others haven't started; returns those that took some.
+def tell_ranks(replicas: Sequence[Replica], command: LoadLora | UnloadLora) -> list[int]:
+    """Tell the ranks that are there; returns the indices of their replicas."""
+    return [replica.index for replica in replicas if replica.send_adapter(command)]
+
+
+def balance(replicas: Sequence[Replica], requests: Requests) -> None:
+    """Let replicas take requests that others haven't started.
 
     1. One whose rank was lost gives all that it has, evenly: to load a model may take minutes.
     2. One without work takes so many that both have as many.
     """
+    if len(replicas) == 1:
+        return
     ready = [replica for replica in replicas if replica.rank is not None]
     took: dict[int, Replica] = {}
     for lost in [replica for replica in replicas if replica.rank is None and replica.has_served and ready]:
@@ -185,7 +196,8 @@ def balance(replicas: Sequence[Replica], requests: Requests) -> list[Replica]:
             break
         for tracked in replicas[source].scheduler.give_up(time.monotonic(), -(-requests.num_of(source) // 2)):
             _move(tracked, idle, requests, took)
-    return list(took.values())
+    for replica in took.values():
+        replica.tick(requests)
 
 
 def _move(tracked: Tracked, replica: Replica, requests: Requests, took: dict[int, Replica]) -> None:

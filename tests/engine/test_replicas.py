@@ -9,7 +9,7 @@ from sgld.config import EngineConfig, ParallelConfig
 from sgld.engine.cost import CostModel
 from sgld.engine.demand import Profiles
 from sgld.engine.engine import Engine
-from sgld.engine.replicas import Replica
+from sgld.engine.replicas import Replica, balance
 from sgld.engine.scheduler import Batch
 from sgld.errors import ModelError, QueueFull, RankLost
 from sgld.events import Completed, Failed
@@ -85,7 +85,7 @@ async def test_all_requests_of_a_lost_rank_go_elsewhere_at_once() -> None:
             assert engine._requests.num_of(replica.index) == 2
         lost.lost()
         engine._requests.run_again("it is lost", (), lost.index)
-        engine._balance()
+        balance(engine._replicas, engine._requests)
         assert [engine._requests.num_of(replica.index) for replica in (lost, other)] == [0, 4]
         ranks.go.set()
         await until(lambda: engine.statistics().num_completed == 4)

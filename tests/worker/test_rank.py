@@ -108,13 +108,13 @@ async def test_front_hears_while_an_order_stands_that_a_request_turned_out_to_be
 
     replies: list[AnyReply] = []
     async with Engine(CONFIG, rank_factory=stepping(before_step)) as engine:
-        handle = engine._handle
+        handle = engine._supervisor.handle
 
         async def heard(replica: Any, rank: Any, reply: AnyReply) -> None:
             replies.append(reply)
             await handle(replica, rank, reply)
 
-        monkeypatch.setattr(engine, "_handle", heard)
+        monkeypatch.setattr(engine._supervisor, "handle", heard)
         await completed(engine, asked("first", 2))
         await completed(engine, asked("a", 30))
     news = next(
