@@ -195,7 +195,9 @@ def test_on_a_gpu_nothing_waits_either(name: str, dtype: torch.dtype) -> None:
             scaled = scheduler.scale_model_input(made[-1], t) if hasattr(scheduler, "scale_model_input") else made[-1]
             torch.cuda.set_sync_debug_mode("error" if is_watched and index else "default")
             try:
-                made.append(scheduler.step(outputs[index % NUM_STEPS] + 0 * scaled, t, made[-1], return_dict=False, **given)[0])
+                made.append(
+                    scheduler.step(outputs[index % NUM_STEPS] + 0 * scaled, t, made[-1], return_dict=False, **given)[0]
+                )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return made
