@@ -11,6 +11,9 @@ from sgld.messages import Variant
 
 # Keys hold the length of a prompt, too, so a long-lived server meets ever new ones.
 MAX_KEYS = 512
+# So many runs tell what several ranks take. The first one is slow for reasons of its own, and from the third on, which
+# captures a graph and isn't timed, they may replay that: who believed the first two would never try it again.
+FIRST_SHARED = 3
 _ON = " on "
 LearnedTime = tuple[str, int, Variant, float]
 """Cost key, rows, how it ran, seconds."""
@@ -59,8 +62,7 @@ class CostModel:
         curve = self._curves.get(key)
         if curve is None:
             base, degree = degree_of(key)
-            # The first run of several ranks is slow for reasons of its own, and nobody would try them again.
-            curve = self._curves[key] = Curve(1 if degree == 1 else MIN_SAMPLES)
+            curve = self._curves[key] = Curve(1 if degree == 1 else FIRST_SHARED)
             self._degrees.setdefault(base, set()).add(degree)
         self._curves.move_to_end(key)
         if len(self._curves) > MAX_KEYS:
@@ -124,7 +126,7 @@ class CostModel:
     def recall(self, learned: Iterable[LearnedTime]) -> None:
         """Begin with what an earlier start learned; it is outvoted by the first runs that differ."""
         for key, rows, variant, elapsed_s in learned:
-            for _ in range(MIN_SAMPLES):
+            for _ in range(MIN_SAMPLES if degree_of(key)[1] == 1 else FIRST_SHARED):
                 self.observe(key, rows, elapsed_s, variant)
 
     def learned(self) -> list[LearnedTime]:

@@ -8,7 +8,7 @@ ever asked for a second forward before it has answered.
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from sgld.errors import PipelineFailed
 from sgld.messages import Variant
 from sgld.outcome import Raised, outcome_of
 from sgld.parallel import FIRST, Ranks
+from sgld.worker.graph_orders import Obeyed, Refusal
 from sgld.worker.invocation import Invocation
 from sgld.worker.leader import Leader
 from sgld.worker.member import Member, performed
@@ -33,8 +34,8 @@ from sgld.worker.wire import Parcel, Unsendable, packed, space_for, unpacked
 class Done:
     """A forward of other ranks is over: what came of it, when it began, what it took, and how it ran.
 
-    `random`: the states of the default generators, if something was drawn. `has_lost_graphs`: among these may be some
-    that rank 0 would have it replay.
+    `random`: the states of the default generators, if something was drawn. `obeyed`: what came of a graph that it was
+    to capture or compare. `has_lost_graphs`: among these may be some that rank 0 would have it replay.
     """
 
     seq: int
@@ -44,6 +45,7 @@ class Done:
     variant: Variant
     is_timed: bool
     random: tuple[bytes, ...] | None
+    obeyed: Obeyed | None = None
     has_lost_graphs: bool = False
 
 
@@ -51,13 +53,15 @@ class Done:
 class Away:
     """A forward that other ranks run.
 
-    `reply`: what the first of them said of it; None: it hasn't, or nobody has listened.
+    `reply`: what the first of them said of it; None: it hasn't, or nobody has listened. `heard`: is told what came of
+    its graph.
     """
 
     leader: "ElasticLeader"
     invoke: Invoke
     ranks: Ranks
     reply: Done | FollowerFailed | None = None
+    heard: Callable[[Obeyed], None] | None = None
 
     def is_over(self) -> bool:
         """Whether an answer is there; never waits."""
@@ -125,7 +129,7 @@ class ElasticLeader(Leader):
         if self._on == FIRST or (self._on.first == 0 and self.changed_by is not None):
             return self._member.run_alone(invocation, runtime)
         if self._on.first:
-            return self._sent(invocation)
+            return self._sent(invocation, runtime)
         self._see_what_is_lost(runtime)
         shared = outcome_of(functools.partial(super().run, invocation, runtime), passes=(torch.OutOfMemoryError,))
         if not isinstance(shared, Raised):
@@ -158,7 +162,7 @@ class ElasticLeader(Leader):
         fixed = invocation.fixed if self._on.first and self._on.num == 1 else None
         return replace(super()._invoke(invocation, parcel), ranks=self._on, fixed=fixed)
 
-    def _sent(self, invocation: Invocation) -> Away:
+    def _sent(self, invocation: Invocation, runtime: Runtime) -> Away:
         if self.changed_by is not None:
             raise PipelineFailed(f"the pipeline changes its models while it runs ({self.changed_by})")
         try:
@@ -166,11 +170,16 @@ class ElasticLeader(Leader):
         except Unsendable as error:
             raise PipelineFailed(f"{error}, which other ranks can't be given") from None
         self._seq += 1
-        invoke = replace(self._invoke(invocation, parcel), seq=self._seq)
+        invoke, heard = replace(self._invoke(invocation, parcel), seq=self._seq), None
+        if self._on.num > 1 and not self._member.is_tiled(invoke.component):
+            self._see_what_is_lost(runtime)
+            invoke = replace(invoke, graph=runtime.order(invocation, None, self._on))
+        if invoke.graph is not None and runtime.graphs is not None:
+            heard = functools.partial(runtime.graphs.heard, invoke.graph, invocation.module, invocation.method)
         self._tell(invoke, self._on)
         if buffer is not None:
             dist.send(buffer, dst=self._on.first)
-        away = self._away[self._on.first] = Away(self, invoke, self._on)
+        away = self._away[self._on.first] = Away(self, invoke, self._on, heard=heard)
         return away
 
     def drew(self, random: OwnRandom, states: tuple[bytes, ...]) -> None:
@@ -210,6 +219,10 @@ class ElasticLeader(Leader):
             away.reply = self._heard(first)
         del self._away[first]
         self._has_lost |= away.reply.has_lost_graphs
+        if away.heard is not None:
+            # Where it failed it may have been the graph.
+            failed = Obeyed(Refusal(is_passing=True))
+            away.heard(failed if isinstance(away.reply, FollowerFailed) else away.reply.obeyed or Obeyed())
         if isinstance(away.reply, FollowerFailed):
             self._see_that_all_failed(away)
 
@@ -267,7 +280,8 @@ def _served(member: Member, invoke: Invoke, runtime: Runtime) -> tuple[Done, tor
     parcel, buffer = packed(result, device)
     states, is_timed = random_states(device), runtime.num_irregular == num_irregular
     random = states if states != invoke.random else None
-    return Done(invoke.seq, parcel, started_ns, elapsed_s, runtime.variant, is_timed, random), buffer
+    obeyed = runtime.graphs.obeyed if runtime.graphs is not None and invoke.graph is not None else None
+    return Done(invoke.seq, parcel, started_ns, elapsed_s, runtime.variant, is_timed, random, obeyed), buffer
 
 
 def _has_lost_graphs(runtime: Runtime) -> bool:

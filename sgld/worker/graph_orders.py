@@ -42,6 +42,17 @@ class Refusal:
     is_leaking: bool = False
 
 
+@dataclass(frozen=True)
+class Obeyed:
+    """What came of an order on ranks of which rank 0 isn't one.
+
+    `refusal`: what any of them has against the graph; None: nothing. `size_bytes`: what it takes, if it was captured.
+    """
+
+    refusal: Refusal | None = None
+    size_bytes: int = 0
+
+
 Agreement = Callable[[Refusal | None], Refusal | None]
 """From what this rank has against a graph to what any of them has; all are asked at the same places."""
 

@@ -19,7 +19,7 @@ from sgld.messages import Variant
 from sgld.worker.comparison import relative_error
 from sgld.worker.effects import Effects
 from sgld.worker.graph_keys import Key, flattened, key_of, unfit
-from sgld.worker.graph_orders import Agreement, GraphOrder, Ordered, Refusal, Shared, refusal_of
+from sgld.worker.graph_orders import Agreement, GraphOrder, Obeyed, Ordered, Refusal, Shared, refusal_of
 from sgld.worker.graph_policy import Decision, GraphPolicy, is_worth_capturing, pays
 from sgld.worker.invocation import Invocation, Tree
 from sgld.worker.recorder import (
@@ -64,6 +64,8 @@ class Graphs:
         self.num_replays = 0
         self.has_replayed = False
         """Whether the last call was a replay."""
+        self.obeyed = Obeyed()
+        """What came of the last order."""
         self._device_type = device.type
         self._policy = policy
         self._is_led = False
@@ -123,9 +125,21 @@ class Graphs:
             gone = {Key(modules[name], *rest) for name, *rest in order.gone if name in modules}
             self._remove(self._ordered.forget(gone.__contains__))
             self._gone.clear()
+        self.obeyed = Obeyed()
         key = Key(invocation.module, invocation.method, *order.rest)
         _, tensors = flattened(invocation.tree, self._device_type)
         return self.perform(order.decision, key, invocation, tensors, ordered.agree)
+
+    def heard(self, order: GraphOrder, module: nn.Module, method: str, obeyed: Obeyed) -> None:
+        """What came of an order to ranks of which this one isn't one: it keeps account of their graphs."""
+        key = Key(module, method, *order.rest)
+        if obeyed.refusal is not None:
+            # What leaks there nothing writes to here.
+            self._refuse(key, replace(obeyed.refusal, is_leaking=False))
+        elif order.decision is Decision.CAPTURE:
+            self._remove(self._policy.captured(key, obeyed.size_bytes, 0))
+        elif order.decision is Decision.COMPARE:
+            self._policy.proved(key)
 
     def key(self, invocation: Invocation, variant: Variant = "eager") -> tuple[Key, list[torch.Tensor]]:
         """What an invocation must share with others that use its graph, and the tensors that may differ.
@@ -209,9 +223,9 @@ class Graphs:
             self._uploading.add((key.module, key.method))
             self._uploads[key] = uploads
         recording, num_uploaded = self._recordings[key], uploads.size_bytes if uploads is not None else 0
-        self._remove(
-            self._policy_of(key).captured(key, recording.size_bytes + num_uploaded, recording.pool_growth_bytes)
-        )
+        size_bytes = recording.size_bytes + num_uploaded
+        self.obeyed = Obeyed(size_bytes=size_bytes + recording.pool_growth_bytes)
+        self._remove(self._policy_of(key).captured(key, size_bytes, recording.pool_growth_bytes))
         return warmed.result
 
     def _objection(self, key: Key, effects: Effects, warmed: Warmed) -> Refusal | None:
@@ -287,6 +301,7 @@ class Graphs:
         return self._ordered if self._is_led and _is_shared(key) else self._policy
 
     def _refuse(self, key: Key, refusal: Refusal) -> None:
+        self.obeyed = Obeyed(refusal)
         if refusal.is_passing:
             self._policy_of(key).postpone(key)
         else:

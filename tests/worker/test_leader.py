@@ -18,7 +18,7 @@ from sgld.worker.invocation import Invocation
 from sgld.worker.leader import Leader
 from sgld.worker.member import performed
 from sgld.worker.orders import Invoke, receive
-from sgld.worker.recorder import Leaking
+from sgld.worker.recorder import Leaking, Unfit
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
 from worker.recordings import FakeRecorder
@@ -106,6 +106,40 @@ def test_graphs_that_one_rank_loses_by_a_call_of_its_own_no_rank_replays() -> No
     assert again == [False] * (2 * CAPTURES_AFTER + 1) + [True]
     alone()
     assert together()
+
+
+@torch.no_grad()
+def test_ranks_that_share_forwards_without_rank_0_replay_graphs_of_which_it_keeps_account() -> None:
+    module, pairs, recorders = nn.Linear(2, 2), [Pipe() for _ in range(3)], [FakeRecorder() for _ in range(3)]
+    names: dict[nn.Module, str] = {module: "transformer"}
+    ranks = Ranks(2, 2)
+    here, *there = (Runtime(graphs=Graphs(CPU, GraphPolicy(10_000), recorder, names)) for recorder in recorders)
+    leading: Any = FakeMember(module, Seat(0, 4, "", tuple(own for own, _ in pairs)))
+    following: list[Any] = [FakeMember(module, Seat(rank, 4, "", (pairs[rank - 1][1],))) for rank in ranks.every]
+    here.ranks = leader = ElasticLeader(leading, lambda name, note: None)
+
+    def replays(rows: int = 1) -> bool:
+        x = torch.ones(rows, 2)
+        with leader.on(ranks):
+            away = here.run(Invocation(module, "forward", (x,), fixed=()))
+        for member, runtime in zip(following, there, strict=True):
+            serve(member, receive(member.seat.wires[0]), runtime)
+        torch.testing.assert_close(away.result(), module(x))
+        [has_replayed] = {runtime.graphs is not None and runtime.graphs.has_replayed for runtime in there}
+        return has_replayed
+
+    def num_trials() -> list[int]:
+        return [runtime.graphs.num_trials for runtime in (here, *there) if runtime.graphs is not None]
+
+    assert [replays() for _ in range(CAPTURES_AFTER + 2)] == [False] * (CAPTURES_AFTER + 1) + [True]
+    assert here.graphs is not None
+    assert here.graphs.make_room() is False, "it has none itself"
+    assert not replays(), "they hear that it has given up theirs"
+    for recorder in recorders:
+        recorder.problem = Unfit("this model can't")
+    before = num_trials()
+    assert not any(replays(rows=3) for _ in range(2 * CAPTURES_AFTER))
+    assert num_trials() == [before[0], before[1] + 1, before[2] + 1]
 
 
 @torch.no_grad()
