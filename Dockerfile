@@ -2,14 +2,17 @@
 #
 #   docker build -t sgld .
 #   docker run --rm --gpus all -v sgld-cache:/cache -v "$PWD/outputs:/outputs" sgld generate --prompt "A sunset"
+#   docker run --rm --gpus all -v sgld-cache:/cache -v sgld-data:/data -p 127.0.0.1:30000:30000 \
+#       sgld serve --host 0.0.0.0 --model-path Qwen/Qwen-Image
 #
-# With several GPUs, add `--num-gpus 4` and the like to sgld's own arguments. Without --gpus it runs on the CPU. A folder mounted to /outputs must be writable for user 1000. The tensor queue is a
-# memfd, so --shm-size may stay as it is.
+# With several GPUs add `--num-gpus 4` and the like to the command. Without --gpus it runs on the CPU. A folder mounted to
+# /outputs must be writable for user 1000. The tensor queue is a memfd, so --shm-size may stay as it is.
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
+# With a compiler: torch.compile needs one, and Triton builds the launchers of its kernels.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev g++ \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/sgld
@@ -29,11 +32,13 @@ RUN --mount=type=bind,target=.,rw \
     --mount=type=cache,target=/root/.cache/pip \
     pip install --no-deps .
 
-# Models of the hub, and what sgld learns of models, outlive the container. 1000 is `ubuntu` in the base image.
-RUN mkdir -p /cache/huggingface /cache/sgl_diffusion /outputs && chown -R 1000:1000 /cache /outputs
+# Models of the hub and what sgld learns of models (/cache), and jobs with their results (/data), outlive the container.
+# 1000 is `ubuntu` in the base image.
+RUN mkdir -p /cache/huggingface /cache/sgl_diffusion /data /outputs && chown -R 1000:1000 /cache /data /outputs
 ENV HF_HOME=/cache/huggingface \
-    SGLANG_DIFFUSION_CACHE_ROOT=/cache/sgl_diffusion
-VOLUME /cache
+    SGLANG_DIFFUSION_CACHE_ROOT=/cache/sgl_diffusion \
+    XDG_DATA_HOME=/data
+VOLUME ["/cache", "/data"]
 USER 1000:1000
 # Outputs go to outputs/ in the working folder.
 WORKDIR /
@@ -41,8 +46,9 @@ WORKDIR /
 # The default port of the HTTP server.
 EXPOSE 30000
 
-# There is no server to ask yet, so this says that the program starts; it becomes a request to /health.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=10s --retries=3 CMD ["sgld", "version"]
+# Of `sgld serve` on the default port, whose model may take long to come from the hub; it says nothing of other commands.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30m --retries=3 \
+    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:30000/health')"]
 
 ENTRYPOINT ["sgld"]
 CMD ["--help"]
