@@ -1,18 +1,21 @@
 """How many GPUs should share a forward: always all, never any, or what pays for each? A simulation; no GPU is needed.
 
 Mix C on four GPUs, from a table of t(size, rows, degree): that of bench/flux_on_h200.json, or what
-`python bench/parallel.py --out FILE` measured. The schedulers and cost models are the real ones, and
-learn from what they see.
+`python bench/serving.py --elastic 4 --out FILE` or `python bench/parallel.py --out FILE` measured. The schedulers and
+cost models are the real ones, and learn from what they see.
 
     sp 4      one copy of the model; all GPUs share the tokens of each forward
     dp 4      four copies; requests go to the one that is done with them first, as in the engine
     elastic   one copy; the scheduler chooses for each forward
 
-What the table doesn't have: a further row costs what the largest known number costs for each; or, on several GPUs, that
-in proportion to what these gain. Text is encoded on the first GPU. Decoding is shared with 0.8 of what it could gain.
 Load 1 is what four GPUs can do, each for itself. Where forwards have ranks of their own none is launched ahead of time:
-each begins GAP_S later. Launched ahead, it takes no time that passes. As that gap isn't measured, "elastic" comes with
-smaller ones, too.
+each begins some time after the one that it waited for. Launched ahead, it takes no time that passes. Text is encoded on
+the first GPU.
+
+With the report of `bench/serving.py --elastic 4` as its table, all of that was measured: forwards, the gap between
+them, and what requests take beside these. Other tables don't have everything: a further row costs what the largest
+known number costs for each; or, on several GPUs, that in proportion to what these gain. Decoding is shared with 0.8 of
+what it could gain. The gap is GAP_S; as that is a guess, "elastic" comes with smaller ones, too.
 
     python bench/degrees.py [--table bench/flux_on_h200.json] [--requests 10000] [--results bench/results]
 """
@@ -21,12 +24,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import measured
 from charts import line_chart
-from policies import MIXES, Class
+from policies import MIXES, Class, mix_of
 from queueing import NOISE, arrivals, p95
 from ranks import Copy, copies_of, play
 
@@ -41,14 +46,6 @@ GAP_LOADS = (0.85, 0.95)
 DECODE_GAIN = 0.8
 Known = Mapping[tuple[int, int], Mapping[int, float]]
 """Side and degree to seconds by rows."""
-
-
-def read(path: Path) -> Known:
-    """The times of a table."""
-    known: dict[tuple[int, int], dict[int, float]] = {}
-    for row in json.loads(path.read_text())["rows"]:
-        known.setdefault((row["side"], row["degree"]), {})[row["rows"]] = row["seconds"]
-    return known
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,58 @@ class Shared(Class):
         return NUM_GPUS if stage else 1
 
 
-WAYS: dict[str, Callable[..., list[Copy]]] = {
-    f"sp {NUM_GPUS}": partial(copies_of, 1, 1, NUM_GPUS, noise=NOISE),
-    f"dp {NUM_GPUS}": partial(copies_of, NUM_GPUS, 1, 1, noise=NOISE),
-    "elastic": partial(copies_of, 1, NUM_GPUS, gap_s=GAP_S, noise=NOISE),
-}
-GAPS: dict[str, Callable[..., list[Copy]]] = {
-    f"elastic, gap {1000 * gap_s:g} ms": partial(copies_of, 1, NUM_GPUS, gap_s=gap_s, noise=NOISE) for gap_s in GAPS_S
-}
+@dataclass(frozen=True)
+class Table:
+    """What forwards take; `gaps_s`: before those of some GPUs, as it was measured or what it might be."""
+
+    mix: Sequence[Class]
+    gaps_s: Sequence[float]
+    modelled: Sequence[str]
+    """What isn't measured of it."""
+
+    def ways(self, load: float) -> dict[str, Callable[[], list[Copy]]]:
+        """All that is compared at a load, by name."""
+        gap_s, *others = self.gaps_s
+        elastic = {f"elastic, gap {1000 * other:g} ms": other for other in others if load in GAP_LOADS}
+        return {
+            f"sp {NUM_GPUS}": partial(copies_of, 1, 1, NUM_GPUS, noise=NOISE),
+            f"dp {NUM_GPUS}": partial(copies_of, NUM_GPUS, 1, 1, noise=NOISE),
+            **{
+                name: partial(copies_of, 1, NUM_GPUS, gap_s=each, noise=NOISE)
+                for name, each in {"elastic": gap_s, **elastic}.items()
+            },
+        }
+
+
+def read(path: Path) -> Table:
+    """A table.
+
+    :raises ValueError: it is of another number of GPUs.
+    """
+    content = json.loads(path.read_text())
+    if "learned" in content:
+        return _of_replay(content)
+    known: dict[tuple[int, int], dict[int, float]] = {}
+    for row in content["rows"]:
+        known.setdefault((row["side"], row["degree"]), {})[row["rows"]] = row["seconds"]
+    modelled = [f"{r['side']}² on {r['degree']} ({r['modelled']})" for r in content["rows"] if "modelled" in r]
+    mix = [Shared(of.side, of.num_steps, of.share, known) for of in MIXES["C"]]
+    return Table(mix, (GAP_S, *GAPS_S), modelled)
+
+
+def _of_replay(report: Mapping[str, Any]) -> Table:
+    """With whole requests, however many of their steps the replay had."""
+    if report["num_ranks"] != NUM_GPUS:
+        raise ValueError(f"the table is of {report['num_ranks']} GPUs, not of {NUM_GPUS}")
+    mix = [
+        replace(of, num_steps=whole.num_steps)
+        for of, whole in zip(measured.mix_of(report), mix_of(report["mix"]), strict=True)
+    ]
+    degrees = [2**n for n in range(1, NUM_GPUS.bit_length())]
+    modelled = [
+        f"{of.name} on {n} (as on one)" for of in mix for n in degrees if of.shared_s.get(n, (None,))[0] is None
+    ]
+    return Table(mix, (report["gap_s"],), modelled)
 
 
 @dataclass(frozen=True)
@@ -103,15 +144,16 @@ class Point:
     p95_by_class: dict[str, float]
 
 
-def point(mix: Sequence[Class], load: float, way: str, num_requests: int) -> Point | None:
+def point(table: Table, load: float, way: str, num_requests: int) -> Point | None:
     """Simulate; None: it is more than can be done so."""
+    mix = table.mix
     jobs = arrivals(mix, NUM_GPUS * load, num_requests, 0)
     if way.startswith("sp") and _needed(mix, load) > 1:
         return None
-    play((WAYS | GAPS)[way](), jobs)
+    play(table.ways(load)[way](), jobs)
     latencies = [job.latency_s for job in jobs]
     by_class = {of.name: p95([job.latency_s for job in jobs if job.of is of]) for of in mix}
-    slo = statistics.fmean(job.ends_at <= job.deadline_at for job in jobs)
+    slo = statistics.fmean(job.is_in_time for job in jobs)
     return Point(load, way, statistics.fmean(latencies), p95(latencies), slo, by_class)
 
 
@@ -122,7 +164,7 @@ def _needed(mix: Sequence[Class], load: float) -> float:
     return load * NUM_GPUS * shared / alone
 
 
-def text_of(points: Sequence[Point], modelled: Sequence[str], args: argparse.Namespace) -> str:
+def text_of(points: Sequence[Point], table: Table, args: argparse.Namespace) -> str:
     names = list(points[0].p95_by_class)
     head = ["load", "way", "mean", "p95", "in time", *(f"p95 of {name}" for name in names)]
     lines = [
@@ -131,8 +173,8 @@ def text_of(points: Sequence[Point], modelled: Sequence[str], args: argparse.Nam
         f"`python bench/degrees.py --table {args.table.name}`: a simulation of four GPUs, {args.requests} requests of "
         'mix C for each point; its docstring says how. Seconds; "in time" is within 3 times what a request takes alone '
         "on one GPU. Where a way is missing, requests are more than it can do. A gap of "
-        f"{1000 * GAP_S:g} ms comes before each forward that isn't launched ahead, where no other one is named. "
-        f"Of the table these times are no measurements: {'; '.join(modelled) or 'none'}.",
+        f"{1000 * table.gaps_s[0]:.2g} ms comes before each forward that isn't launched ahead, where no other one is "
+        f"named. Of the table these times are no measurements: {'; '.join(table.modelled) or 'none'}.",
         "",
         "![mean](degrees_mean.svg)",
         "",
@@ -158,22 +200,18 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="for each point")
     parser.add_argument("--results", type=Path, help="folder of the report, its numbers and chart")
     args = parser.parse_args()
-    known = read(args.table)
-    mix = [Shared(of.side, of.num_steps, of.share, known) for of in MIXES["C"]]
-    points = []
+    table, points = read(args.table), []
     for load in LOADS:
-        for way in [*WAYS, *(GAPS if load in GAP_LOADS else ())]:
-            if (found := point(mix, load, way, args.requests)) is not None:
+        for way in table.ways(load):
+            if (found := point(table, load, way, args.requests)) is not None:
                 points.append(found)
                 print(f"{load} {way}: mean {found.mean_s:.2f} s, p95 {found.p95_s:.2f}", flush=True)
-    rows = json.loads(args.table.read_text())["rows"]
-    modelled = [f"{r['side']}² on {r['degree']} ({r['modelled']})" for r in rows if "modelled" in r]
-    text = text_of(points, modelled, args)
+    text = text_of(points, table, args)
     print(text)
     if args.results:
         (args.results / "degrees.md").write_text(text)
         (args.results / "degrees.json").write_text(json.dumps({"points": [asdict(p) for p in points]}, indent=1) + "\n")
-        lines = {way: [(p.load, p.mean_s) for p in points if p.way == way] for way in WAYS}
+        lines = {way: [(p.load, p.mean_s) for p in points if p.way == way] for way in table.ways(0.0)}
         chart = line_chart("Mix C on four GPUs", "load", "mean latency, s", lines, is_log=True)
         (args.results / "degrees_mean.svg").write_text(chart)
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
+import policies
 from policies import MAX_BATCH_SIZE, Class
 from ranks import lone_s
 
@@ -175,8 +176,9 @@ def gaps(of: Sequence[tuple[Ranks, float]]) -> dict[str, Any]:
     return {"gap_s": statistics.fmean(seconds for _, seconds in of), "gaps": by_ranks}
 
 
-def mix_of(report: Mapping[str, Any], mix: Sequence[Class]) -> list[Measured]:
+def mix_of(report: Mapping[str, Any]) -> list[Measured]:
     """The mix of a report of bench/serving.py, with what was measured there."""
+    mix = policies.mix_of(report["mix"], report["steps"])
     learned = msgspec.convert(report["learned"], Learned)
     alone_s, num_ranks = report.get("lone_s", report["alone_s"]), report.get("num_ranks", 1)
     gap_s = report.get("gap_s", 0.0)

@@ -4,7 +4,7 @@ import bisect
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from typing import Protocol
@@ -84,6 +84,14 @@ MIXES = {
     "C": (Class(512, 20, 0.15), Class(768, 20, 0.25), Class(1024, 25, 0.45), Class(1536, 35, 0.15)),
     "A": (Class(512, 20, 1.0),),
 }
+# As mix C with sides of three sixteenths, for the model that ships.
+SMALL = tuple(replace(of, side=3 * of.side // 16) for of in MIXES["C"])
+
+
+def mix_of(name: str, share: float = 1.0) -> list[Class]:
+    """A mix by its name, whose requests have this share of their steps."""
+    every = {**MIXES, "small": SMALL}
+    return [replace(of, num_steps=max(round(share * of.num_steps), 2)) for of in every[name]]
 
 
 @cache

@@ -97,9 +97,7 @@ def _clip(frames: int, height: int, width: int) -> dict[str, int]:
     return {"num_frames": frames, "height": height, "width": width}
 
 
-# As mix C with sides of three sixteenths, for the model that ships.
-_SMALL = tuple(replace(of, side=3 * of.side // 16) for of in policies.MIXES["C"])
-PICTURES: Mapping[str, Sequence[Class]] = {**policies.MIXES, "small": _SMALL}
+PICTURES: Mapping[str, Sequence[Class]] = {**policies.MIXES, "small": policies.SMALL}
 
 
 def mix_of(name: str, share: float, others: Mapping[str, Any] = MappingProxyType({})) -> tuple[Kind, ...]:
@@ -359,9 +357,7 @@ async def _client(args: argparse.Namespace, replaying: Replay) -> AsyncIterator[
 
 def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]:
     """The same arrivals, simulated with the times that were measured; and so many more."""
-    steps = [kind.num_steps for kind in mix_of(report["mix"], report["steps"])]
-    classes = [replace(of, num_steps=n) for of, n in zip(PICTURES[report["mix"]], steps, strict=True)]
-    mix, num_ranks = measured.mix_of(report, classes), report.get("num_ranks", 1)
+    mix, num_ranks = measured.mix_of(report), report.get("num_ranks", 1)
     asked = [Asked(**one) for one in report["asked"]]
     simulation = agreement.against_simulation(asked, mix, num_ranks, report.get("gap_s", 0.0))
     # bench/degrees.py makes the claim of several GPUs.

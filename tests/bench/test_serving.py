@@ -10,9 +10,10 @@ from measured import Measured
 from policies import Class
 from serving import MIXES
 
-from sgld.engine.cost import LearnedTime
+from sgld.engine.cost import LearnedTime, at_degree
 from sgld.engine.demand import CallClass, Profile
 from sgld.engine.learned import Learned
+from sgld.worker.graph_policy import CAPTURES_AFTER
 
 STEP, ENCODE, DECODE = "transformer.forward(1024x64)", "text_encoder.forward(77)", "vae.decode(16x64x64)"
 CLASS = Class(512, 20, 1.0)
@@ -67,6 +68,30 @@ def test_times_of_the_simulation_are_those_that_the_server_learned() -> None:
     assert (of.encode_s, of.step_s(1), of.step_s(2), of.decode_s) == pytest.approx((0.02, 0.1, 0.15, 0.05))
     assert of.alone_s == pytest.approx(2.07)
     assert of.step_s(4) == pytest.approx(0.3)
+
+
+def test_ranks_that_shared_forwards_have_times_of_their_own() -> None:
+    times: list[LearnedTime] = [
+        (at_degree(STEP, 2), 1, "eager", 0.06),
+        (at_degree(STEP, 4), 1, "eager", 0.04),
+        (at_degree(DECODE, 2), 1, "eager", 0.03),
+    ]
+
+    (of,) = measured.classes(measured.with_forwards(learned(), times), [CLASS], 2, {"512²": 2.0}, num_ranks=4)
+
+    assert [of.tick_s(1, 1, degree) for degree in (1, 2, 4)] == pytest.approx([0.1, 0.06, 0.04])
+    assert of.tick_s(1, 2, 2) == pytest.approx(0.09), "several gain as much of more rows"
+    assert [of.tick_s(21, 1, degree) for degree in (1, 2)] == pytest.approx([0.05, 0.03])
+    assert [of.max_degree(stage) for stage in (0, 1, 21)] == [1, 4, 2]
+    assert of.rest_s == pytest.approx(2.0 - 0.02 - 20 * 0.04 - 0.03)
+
+
+def test_warm_up_lets_each_number_of_ranks_become_a_graph() -> None:
+    rounds = serving._rounds(4)
+
+    assert {together for together, _ in rounds} == {1, 2, 4, 8}
+    assert max(num_steps for together, num_steps in rounds if together == 1) >= 3 * (2 * CAPTURES_AFTER + 2)
+    assert serving._rounds(1) == serving._FEW_STEPS
 
 
 def test_a_class_that_was_never_served_has_no_times() -> None:

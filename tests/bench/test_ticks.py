@@ -6,6 +6,7 @@ import ticks
 
 from sgld.engine.trace import Trace
 from sgld.messages import CallInfo, CallKind, Ran, TickMode
+from sgld.parallel import Ranks
 
 
 def ran(
@@ -16,6 +17,7 @@ def ran(
     kind: CallKind = "denoise",
     mode: TickMode = "single",
     launch_s: float = 0.0,
+    ranks: Ranks | None = None,
 ) -> None:
     """A tick of one call of a request."""
     call = CallInfo(
@@ -31,7 +33,7 @@ def ran(
     )
     elapsed_s, started_ns = end_s - start_s, round(1e9 * start_s)
     told = Ran(call_ids=(1,), cost_key=kind, rows=1, elapsed_s=elapsed_s, is_timed=True, mode=mode, variant="eager")
-    trace.ran(msgspec.structs.replace(told, started_ns=started_ns, launch_s=launch_s), [call])
+    trace.ran(msgspec.structs.replace(told, started_ns=started_ns, launch_s=launch_s, ranks=ranks), [call])
 
 
 def two_requests(path: Path) -> None:
@@ -80,6 +82,42 @@ def test_what_follows_is_decided_in_time_to_launch_it_where_the_host_is_ahead(tm
     trace.close()
 
     assert ticks.leads_s(ticks.read(tmp_path / "trace")) == pytest.approx({"denoise": 0.235, "decode": 0.0})
+
+
+def side_by_side(path: Path) -> None:
+    """One has all ranks until another one comes; then each has its own."""
+    trace = Trace(path)
+    trace.span("r1-0", "queued", 0.0, 0.0)
+    ran(trace, "r1-0", 0.0, 1.0, ranks=Ranks(0, 2), launch_s=0.2)
+    trace.span("r2-0", "queued", 0.5, 0.5)
+    ran(trace, "r2-0", 1.0, 1.5, "encode", ranks=Ranks(0, 1))
+    ran(trace, "r1-0", 1.0, 3.0, ranks=Ranks(1, 1))
+    ran(trace, "r2-0", 1.51, 2.5, ranks=Ranks(0, 1))
+    ran(trace, "r1-0", 3.03, 4.0, "decode", ranks=Ranks(0, 1))
+    trace.close()
+
+
+def test_forwards_are_those_of_the_ranks_that_shared_them(tmp_path: Path) -> None:
+    side_by_side(tmp_path / "trace")
+
+    trace = ticks.read(tmp_path / "trace")
+    found = {key: elapsed_s for key, _, _, elapsed_s in ticks.forwards(trace)}
+
+    assert trace.num_ranks == 2
+    assert found == pytest.approx(
+        {"denoise on 2 ranks": 1.0, "denoise": (2.0 + 0.99) / 2, "encode": 0.5, "decode": 0.97}
+    )
+    assert ticks.leads_s(trace) == pytest.approx({"denoise": 0.235})
+
+
+def test_gap_is_what_passed_since_the_end_of_what_a_forward_waited_for(tmp_path: Path) -> None:
+    """Nothing waits for what is launched ahead, while all ranks share a forward."""
+    side_by_side(tmp_path / "trace")
+
+    found = ticks.gaps_s(ticks.read(tmp_path / "trace"))
+
+    assert [ranks for ranks, _ in found] == [Ranks(0, 1), Ranks(0, 1)]
+    assert [seconds for _, seconds in found] == pytest.approx([0.01, 0.03])
 
 
 def test_there_is_no_trace(tmp_path: Path) -> None:
