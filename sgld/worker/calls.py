@@ -25,7 +25,7 @@ from sgld.worker.randomness import OwnRandom
 from sgld.worker.rows import row_axes
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Applied, Rows, capture_key, selected
-from sgld.worker.trees import values
+from sgld.worker.trees import is_sequence, values
 
 if TYPE_CHECKING:
     from sgld.worker.first_block import FirstBlockSite
@@ -135,14 +135,24 @@ class Call:
         return tuple(leaf for leaf in values(self.tree) if isinstance(leaf, torch.Tensor))
 
     @functools.cached_property
+    def _has_lists(self) -> bool:
+        """Whether its first argument is a list that has a tensor for each sample."""
+        first = next(iter((*self.args, *self.kwargs.values())), None)
+        return is_sequence(first) and bool(first) and all(isinstance(item, torch.Tensor) for item in first)
+
+    @functools.cached_property
     def rows(self) -> int:
-        """Samples along the batch axis, as far as the first tensor tells."""
+        """Samples along the batch axis, as far as the first argument tells."""
+        if self._has_lists:
+            return len(next(iter((*self.args, *self.kwargs.values()))))
         return next((tensor.shape[0] for tensor in self.tensors if tensor.ndim), 1)
 
     @functools.cached_property
     def cost_key(self) -> str:
         """Calls with an equal one take the same time at the same number of rows."""
-        shapes = ",".join("x".join(map(str, tensor.shape[1:])) for tensor in self.tensors)
+        arguments = (*self.args, *self.kwargs.values())
+        of_one = values([a[:1] if self._has_lists and is_sequence(a) else a for a in arguments])
+        shapes = ",".join("x".join(map(str, leaf.shape[1:])) for leaf in of_one if isinstance(leaf, torch.Tensor))
         kind = ("" if self.site is None else " first block") + (" exact" if self.is_exact else "")
         return f"{self.component}.{self.method}({shapes}){kind}"
 

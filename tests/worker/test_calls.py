@@ -161,6 +161,18 @@ def test_rows_and_cost_key_come_from_the_shapes() -> None:
     assert call_of(module, "no tensor").rows == 1
 
 
+def test_rows_of_a_list_are_its_items() -> None:
+    """As Z-Image has them: pictures of 16 channels, and texts of any length."""
+
+    def listed(*lengths: int, width: int = 4) -> Call:
+        pictures = [torch.zeros(16, 1, 4, width) for _ in lengths]
+        return call_of(nn.Identity(), pictures, torch.zeros(len(lengths)), [torch.zeros(n, 8) for n in lengths])
+
+    one, two, wider = listed(5), listed(7, 9), listed(5, width=6)
+    assert (one.rows, two.rows) == (1, 2)
+    assert one.cost_key == two.cost_key != wider.cost_key
+
+
 class Witness(nn.Module):
     """Tells under which state of torch it runs."""
 
