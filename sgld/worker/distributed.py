@@ -124,6 +124,7 @@ def _obey(member: Member, invoke: Invoke, runtime: Runtime) -> None:
     send(wire, FollowerFailed(invoke.seq, f"{type(error).__name__}: {error}"[:2000]))
     if not wire.poll(AGREE_S) or receive(wire) != Agree(invoke.seq):
         raise SystemExit(f"rank {member.seat.index} failed, and rank 0 didn't: {error!r}")
+    send(wire, Loaded())
 
 
 def _obeyed(member: Member, invoke: Invoke, runtime: Runtime) -> None:

@@ -204,13 +204,18 @@ class Leader:
                 self._give_up(f"rank {rank} is gone")
 
     def _agree(self, error: BaseException, ranks: Ranks | None) -> None:
-        """Go on only if all others failed in the same forward, too: else some still wait for the rest of it."""
+        """Go on only if all others failed in the same forward, too: else some still wait for the rest of it.
+
+        One that failed alone has left when rank 0 fails because of that: it must say that it goes on.
+        """
         for rank in self._followers(ranks):
             with contextlib.suppress(OSError):
                 send(self._wires[rank - 1], Agree(self._seq))
         for rank in self._followers(ranks):
-            if not isinstance(self._heard(rank, AGREE_S), FollowerFailed):
+            reply = self._heard(rank, AGREE_S)
+            if not isinstance(reply, FollowerFailed):
                 self._give_up(f"rank 0 failed, and rank {rank} didn't: {type(error).__name__}: {error}")
+            self._heard(rank, AGREE_S)
 
     def _heard(self, rank: int, timeout_s: float | None = None) -> Any:
         """What a follower says of the last message."""

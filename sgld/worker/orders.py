@@ -75,7 +75,7 @@ Order = Invoke | PutAdapters | RemoveAdapters | Agree
 
 @dataclass(frozen=True)
 class Loaded:
-    """A follower has the model."""
+    """A follower has the model, or goes on after `Agree`."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """What rank 0 tells the others."""
 
+import threading
 from collections.abc import Callable
 from multiprocessing import Pipe
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from sgld.ipc.seats import Seat
 from sgld.parallel import Ranks
 from sgld.worker.axes import Batched
+from sgld.worker.distributed import _obey
 from sgld.worker.elastic import ElasticLeader, serve
 from sgld.worker.graph_orders import Ordered, Refusal
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
@@ -17,7 +20,7 @@ from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
 from sgld.worker.leader import Leader
 from sgld.worker.member import performed
-from sgld.worker.orders import Invoke, receive
+from sgld.worker.orders import FollowerFailed, Invoke, receive, send
 from sgld.worker.recorder import Leaking, Unfit
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
@@ -154,3 +157,43 @@ def test_rows_of_what_is_shared_by_tiles_are_not_parted() -> None:
     leader.run(Invocation(module, "decode", (torch.ones(3, 2),), axes=axes), runtime)
     assert receive(pair[1]).rows is None
     assert not pair[1].poll()
+
+
+class Broken(nn.Module):
+    """Its forward fails."""
+
+    def forward(self, _x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no room")
+
+
+class Ended(Exception):
+    """In the place of the end of a process."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stays", [True, False])
+def test_call_fails_alone_only_if_all_ranks_failed_and_are_there(stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails alone leaves, and that makes the others fail, too: then there is nobody to go on with."""
+    module, (wire, its_wire) = Broken(), Pipe()
+    leading: Any = FakeMember(module, Seat(0, 2, "", (wire,)))
+    following: Any = FakeMember(module, Seat(1, 2, "", (its_wire,)))
+    runtime = Runtime()
+    runtime.ranks = Leader(leading, lambda name, note: None)
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def follower() -> None:
+        invoke = receive(its_wire)
+        if stays:
+            _obey(following, invoke, Runtime())
+        else:
+            send(its_wire, FollowerFailed(invoke.seq, "no room"))
+            its_wire.close()
+
+    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
+    thread = threading.Thread(target=follower)
+    thread.start()
+    with pytest.raises(RuntimeError if stays else Ended):
+        runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
+    thread.join()
