@@ -7,7 +7,7 @@ the executor runs; everything else a pipeline asks of a component goes to the re
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count
@@ -135,23 +135,21 @@ class Call:
         return tuple(leaf for leaf in values(self.tree) if isinstance(leaf, torch.Tensor))
 
     @functools.cached_property
-    def _has_lists(self) -> bool:
-        """Whether its first argument is a list that has a tensor for each sample."""
-        first = next(iter((*self.args, *self.kwargs.values())), None)
-        return is_sequence(first) and bool(first) and all(isinstance(item, torch.Tensor) for item in first)
+    def _list_of_rows(self) -> Sequence[torch.Tensor]:
+        """The first argument, where it is a list that has a tensor for each sample."""
+        first: Any = next(iter((*self.args, *self.kwargs.values())), ())
+        return first if is_sequence(first) and all(isinstance(item, torch.Tensor) for item in first) else ()
 
     @functools.cached_property
     def rows(self) -> int:
         """Samples along the batch axis, as far as the first argument tells."""
-        if self._has_lists:
-            return len(next(iter((*self.args, *self.kwargs.values()))))
-        return next((tensor.shape[0] for tensor in self.tensors if tensor.ndim), 1)
+        return len(self._list_of_rows) or next((tensor.shape[0] for tensor in self.tensors if tensor.ndim), 1)
 
     @functools.cached_property
     def cost_key(self) -> str:
         """Calls with an equal one take the same time at the same number of rows."""
         arguments = (*self.args, *self.kwargs.values())
-        of_one = values([a[:1] if self._has_lists and is_sequence(a) else a for a in arguments])
+        of_one = values([a[:1] if self._list_of_rows and is_sequence(a) else a for a in arguments])
         shapes = ",".join("x".join(map(str, leaf.shape[1:])) for leaf in of_one if isinstance(leaf, torch.Tensor))
         kind = ("" if self.site is None else " first block") + (" exact" if self.is_exact else "")
         return f"{self.component}.{self.method}({shapes}){kind}"
