@@ -40,8 +40,8 @@ from sgld.models.linears import fp8_rows
 from sgld.models.quantization import Activations, Family, Quantization, detect
 from sgld.models.quantized import load_weights, quantize
 from sgld.models.requirements import check
-from sgld.models.resolve import one_line
 from sgld.models.weight_files import place_of, read_header, weights_at
+from sgld.outcome import one_line
 
 REAL: dict[str, Any] = {"num_layers": 4, "num_single_layers": 8, "guidance_embeds": True}
 TINY: dict[str, Any] = {

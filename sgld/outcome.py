@@ -61,6 +61,11 @@ def message_of(error: BaseException, max_chars: int | None = None) -> str:
     return " ".join(str(error).split())[:max_chars] or type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type: what follows says what to do in the words of others."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def forget_locals(error: BaseException | None) -> None:
     """Clear the frames of an exception and of those that led to it; they still print."""
     seen: set[int] = set()

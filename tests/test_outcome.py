@@ -5,7 +5,7 @@ import weakref
 import pytest
 
 from sgld.errors import Cancelled
-from sgld.outcome import Raised, Value, message_of, on_failure, outcome_of
+from sgld.outcome import Raised, Value, message_of, on_failure, one_line, outcome_of
 
 
 class Large:
@@ -63,3 +63,11 @@ def test_what_was_begun_is_undone_only_on_failure() -> None:
     with pytest.raises(Cancelled), on_failure(lambda: undone.append("once")):
         raise Cancelled
     assert undone == ["once"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n\n  first\nsecond"), "  first"), (KeyError(), "KeyError"), (OSError("one"), "one")],
+)
+def test_one_line_of_an_error(error: Exception, line: str) -> None:
+    assert one_line(error) == line

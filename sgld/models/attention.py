@@ -20,7 +20,7 @@ import yaml
 from sgld.config import AttentionConfig, Precision
 from sgld.errors import ModelError
 from sgld.models.flash3 import adopt_wheel
-from sgld.outcome import Raised, Value, outcome_of
+from sgld.outcome import Raised, Value, one_line, outcome_of
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,8 @@ def problem_of(backend: str, device_type: str, dtype: "torch.dtype") -> str | No
     outcome = outcome_of(tried)
     if isinstance(outcome, Raised):
         where = f"{device_type} in {str(dtype).removeprefix('torch.')}"
-        return f"{backend} doesn't run on {where}: {_first_line(outcome.error)}"
+        problem = one_line(outcome.error).strip(" .")
+        return f"{backend} doesn't run on {where}: {problem}"
     return f"{backend} computes something else than attention here" if outcome.value > _MAX_ERROR else None
 
 
@@ -309,7 +310,3 @@ def _refuse(backend: str, **_kwargs: Any) -> Any:
         f"this call of attention has a mask, which {backend} doesn't take; with masks=native in "
         "attention_backend_config it runs on torch's own"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip(" .") for line in str(error).splitlines() if line.strip()), type(error).__name__)

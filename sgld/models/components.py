@@ -13,11 +13,11 @@ from sgld.models.blueprints import model_class, without_weights
 from sgld.models.hub import http_error
 from sgld.models.plan import ComponentPlan, Plan
 from sgld.models.quantized import load_weights
-from sgld.models.resolve import one_line
 from sgld.models.sources import ComponentSource
 from sgld.models.tensor_files import load_parts
 from sgld.models.tensor_layers import Team
 from sgld.models.weight_files import Weights
+from sgld.outcome import one_line
 
 # What diffusers, transformers, torch and the hub raise for files that are missing, broken, or don't fit together.
 LOAD_ERRORS = (

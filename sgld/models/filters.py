@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from sgld.errors import InvalidRequest
 from sgld.models.filter_files import Unreadable, cached, find, read
-from sgld.models.lora_files import place
+from sgld.models.lookup import place
 from sgld.models.optical_flow import OpticalFlow
-from sgld.models.resolve import one_line
 from sgld.models.rife import Rife, UnknownLayout, rife_of
 from sgld.models.super_resolution import UnknownNetwork, label_of, network_of, unwrapped
 from sgld.models.tiles import Canvas
+from sgld.outcome import one_line
 from sgld.sampling_params import LANCZOS, OPTICAL_FLOW, RIFE_REPO, UPSCALING_REPO, SamplingParams
 
 Kind = Literal["interpolation", "upscaling"]
@@ -164,7 +164,7 @@ def _interpolator(path: str) -> Interpolator:
     file = cached(RIFE_REPO, _RIFE_FILE) if not path else None
     if path == OPTICAL_FLOW or (not path and file is None):
         return Interpolator(OpticalFlow())
-    file = file or find(path, _FIELDS["interpolation"], ("flownet",))
+    file = file or find(path, _FIELDS["interpolation"], ("flownet.*", "*/flownet.*"))
     try:
         return Interpolator(rife_of(unwrapped(read(file))))
     except (Unreadable, UnknownLayout, UnknownNetwork) as error:

@@ -10,8 +10,8 @@ from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from sgld.errors import ModelError
 from sgld.models.components import DTYPES, load_component
 from sgld.models.plan import Plan
-from sgld.models.resolve import one_line
 from sgld.models.single_file import shapes_in
+from sgld.outcome import one_line
 
 
 def load_from_file(planned: Plan, parts: dict[str, Any]) -> Any:

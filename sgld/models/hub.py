@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from sgld.errors import ModelError
-from sgld.models.resolve import hub_file, one_line
+from sgld.models.resolve import hub_file
+from sgld.outcome import one_line
 
 
 def fetch(

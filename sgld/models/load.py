@@ -24,11 +24,12 @@ from sgld.models.performance import Compilation
 from sgld.models.placement import compile_components, dtype_of, place
 from sgld.models.plan import Plan, plan, with_notes
 from sgld.models.quantized import quantize_components
-from sgld.models.resolve import ModelSource, defaults, is_modular, one_line
+from sgld.models.resolve import ModelSource, defaults, is_modular
 from sgld.models.sharing import NOTHING, Sharing, with_tiles
 from sgld.models.stages import Tell, nobody, reading, size_gb
 from sgld.models.tensor_layers import in_parts
 from sgld.models.verdicts import VerdictFile
+from sgld.outcome import one_line
 
 # What a request gives, the strongest first: the sibling that takes it, what it is, and diffusers' table of these.
 _SIBLINGS = {

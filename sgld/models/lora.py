@@ -20,8 +20,7 @@ from torch import nn
 
 from sgld.errors import InvalidRequest
 from sgld.models.lora_files import LoraFiles, find
-from sgld.models.resolve import one_line
-from sgld.outcome import Raised, message_of, outcome_of
+from sgld.outcome import Raised, message_of, one_line, outcome_of
 
 Tensors = dict[str, torch.Tensor]
 DENOISERS = ("transformer", "unet")

@@ -23,7 +23,8 @@ from sgld.errors import ModelError
 from sgld.models.hub import fetch
 from sgld.models.manifest import Manifest
 from sgld.models.mapping import apply, files_below, inside, overlay_files, place
-from sgld.models.resolve import EMBEDDED, INDEX_FILE, one_line
+from sgld.models.resolve import EMBEDDED, INDEX_FILE
+from sgld.outcome import one_line
 
 MARKER_FILE = ".sgld_materialized.json"
 TEMPORARY = ".sgld-tmp"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sgld.config import NoiseConfig
 from sgld.errors import ModelError
-from sgld.models.resolve import one_line
+from sgld.outcome import one_line
 
 if TYPE_CHECKING:
     from sgld.models.plan import ComponentPlan

@@ -19,7 +19,8 @@ from sgld.models.hub import fetch, has_file
 from sgld.models.manifest import MANIFEST_FILE, read_manifest
 from sgld.models.mapping import NOT_OF_OVERLAYS
 from sgld.models.materialize import Overlay, inputs_of, local_folder, materialize, whole
-from sgld.models.resolve import EMBEDDED, INDEX_FILE, ModelSource, is_hub_id, one_line, resolve
+from sgld.models.resolve import EMBEDDED, INDEX_FILE, ModelSource, is_hub_id, resolve
+from sgld.outcome import one_line
 
 VARIABLE = "SGLANG_DIFFUSION_MODEL_OVERLAY_REGISTRY"
 BUILT_IN = Path(__file__).with_name("overlay_registry.json")

@@ -7,7 +7,8 @@ from typing import Any
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
-from sgld.models.resolve import ModelSource, is_modular, one_line
+from sgld.models.resolve import ModelSource, is_modular
+from sgld.outcome import one_line
 
 
 def with_class(config: EngineConfig, source: ModelSource, index: dict[str, Any]) -> dict[str, Any]:

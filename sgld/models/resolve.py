@@ -7,6 +7,7 @@ from typing import Any
 
 from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
 from sgld.errors import ModelError
+from sgld.outcome import one_line
 
 EMBEDDED = {
     EMBEDDED_IMAGE_MODEL: Path(__file__).parent / "embedded" / "tiny_image",
@@ -144,8 +145,3 @@ def defaults(source: ModelSource) -> dict[str, Any]:
         return dict(json.loads(path.read_text())) if path and path.is_file() else {}
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{DEFAULTS_FILE} of {source.model_path} can't be read: {one_line(error)}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -6,8 +6,9 @@ from typing import Any
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
-from sgld.models.resolve import ModelSource, hub_file_if_any, one_line, resolve
+from sgld.models.resolve import ModelSource, hub_file_if_any, resolve
 from sgld.models.weights import tensors_in
+from sgld.outcome import one_line
 
 # owner/name/path of the file, or its address on the hub.
 _ON_HUB = re.compile(

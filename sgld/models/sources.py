@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sgld.errors import ModelError
-from sgld.models.resolve import INDEX_FILE, hub_file_if_any, is_hub_id, one_line
+from sgld.models.resolve import INDEX_FILE, hub_file_if_any, is_hub_id
+from sgld.outcome import one_line
 
 # What classes are described by which file.
 _CONFIG_FILES = (

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sgld.errors import ModelError
-from sgld.models.resolve import one_line
 from sgld.models.roles import Role
 from sgld.models.sources import ComponentSource
+from sgld.outcome import one_line
 from sgld.parallel import ParallelConfig
 
 

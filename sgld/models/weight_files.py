@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from sgld.errors import ModelError
 from sgld.models.hub import fetch, names_in
-from sgld.models.resolve import one_line
 from sgld.models.weights import header_of
+from sgld.outcome import one_line
 
 _SUFFIXES = (".safetensors", ".gguf")
 _INDEX_SUFFIX = ".safetensors.index.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgld.errors import ModelError
-from sgld.models.resolve import one_line
+from sgld.outcome import one_line
 
 # The first 8 bytes of a safetensors file are the length of its JSON header. Source: github.com/huggingface/safetensors.
 _HEADER_LENGTH = struct.Struct("<Q")

@@ -11,7 +11,7 @@ from sgld.config import ServerConfig
 from sgld.errors import InvalidRequest
 from sgld.media.inputs import InputPolicy, has_pictures, references, scheme_of, shown
 from sgld.messages import ModelInfo
-from sgld.models.lora_files import is_hub_id, place
+from sgld.models.lookup import is_hub_id, place
 from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import LANCZOS, OPTICAL_FLOW, RIFE_REPO, UPSCALING_REPO, LoraChoice, SamplingParams
 from sgld.server.errors import ApiError
@@ -88,14 +88,8 @@ async def check_adapters(choices: Iterable[LoraChoice], config: ServerConfig, kn
 
 def _check_adapter_paths(paths: list[str], config: ServerConfig) -> None:
     for path in paths:
-        if place(path) is None and is_hub_id(path.partition(":")[0]):
-            if not config.allow_lora_download:
-                message = f"the LoRA adapter {shown(path)} isn't here, and clients may not have any downloaded"
-                raise InvalidRequest(f"{message} (--allow-lora-download)", "lora")
-            continue
-        found = place(path)
-        if found is None or not _is_allowed(found, config.allow_path):
-            raise InvalidRequest(f"the LoRA adapter {shown(path)} {_where_not(path, config.allow_path)}", "lora")
+        flag = "" if config.allow_lora_download else "--allow-lora-download"
+        _check_place(path, f"the LoRA adapter {shown(path)}", "lora", flag, config.allow_path)
 
 
 def _check_filters(params: SamplingParams, config: ServerConfig) -> None:
@@ -107,14 +101,23 @@ def _check_filters(params: SamplingParams, config: ServerConfig) -> None:
             continue
         if "://" in path:
             raise InvalidRequest(f"{field} is {shown(path)}: requests can't name addresses", field)
-        if place(path) is None and is_hub_id(repo):
-            if not config.allow_filter_download:
-                message = f"{field} is {shown(path)}, which isn't here, and clients may not have any downloaded"
-                raise InvalidRequest(f"{message} (--allow-filter-download)", field)
-            continue
-        found = place(path)
-        if found is None or not _is_allowed(found, config.allow_path):
-            raise InvalidRequest(f"{field}: {shown(path)} {_where_not(path, config.allow_path)}", field)
+        flag = "" if config.allow_filter_download else "--allow-filter-download"
+        _check_place(path, f"{field}: {shown(path)}", field, flag, config.allow_path)
+
+
+def _check_place(path: str, called: str, field: str, missing_flag: str, folders: tuple[str, ...]) -> None:
+    """See that a file of weights is where requests may name some.
+
+    :param missing_flag: what the operator would have to give for what isn't here; empty: it is given.
+    """
+    found = place(path)
+    if found is None and is_hub_id(path.partition(":")[0]):
+        if missing_flag:
+            raise InvalidRequest(
+                f"{called} isn't here, and clients may not have any downloaded ({missing_flag})", field
+            )
+    elif found is None or not _is_allowed(found, folders):
+        raise InvalidRequest(f"{called} {_where_not(path, folders)}", field)
 
 
 def _where_not(path: str, folders: tuple[str, ...]) -> str:

@@ -16,8 +16,7 @@ from sgld.errors import InvalidRequest, ModelError
 from sgld.messages import LorasHeld
 from sgld.models.lora import Adaptable, Adapter, LoraLayer, adaptable, read
 from sgld.models.lora_files import identity_now
-from sgld.models.resolve import one_line
-from sgld.outcome import Raised, Value, on_failure, outcome_of
+from sgld.outcome import Raised, Value, on_failure, one_line, outcome_of
 from sgld.sampling_params import LoraChoice
 from sgld.worker.slots import Applied, Slots
 

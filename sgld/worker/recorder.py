@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
-from sgld.outcome import Raised, outcome_of
+from sgld.outcome import Raised, one_line, outcome_of
 from sgld.worker.axes import is_constant
 from sgld.worker.trees import opened, rebuilt, values
 
 # What torch says of it has numbers that differ each time.
 _FULL = "the device is out of memory"
+_MAX_CHARS = 200
 Forward = Callable[[Any], Any]
 """Runs a component on a tree of arguments."""
 
@@ -137,7 +138,7 @@ class CudaRecorder:
         except torch.OutOfMemoryError:
             raise Full(_FULL) from None
         except RuntimeError as error:
-            raise Unfit(_in_short(error)) from None
+            raise Unfit(one_line(error)[:_MAX_CHARS]) from None
         own = iter(inputs)
         static = rebuilt(tree, lambda _path, leaf: next(own) if isinstance(leaf, torch.Tensor) else leaf)
         # What eager forwards left in the allocator's cache has no use inside of a capture.
@@ -186,7 +187,7 @@ class CudaRecorder:
         if isinstance(outcome, Raised):
             raise _unfit(outcome.error, is_broken=isinstance(ended, Raised))
         if isinstance(ended, Raised):
-            raise Broken(_in_short(ended.error))
+            raise Broken(one_line(ended.error)[:_MAX_CHARS])
         return outcome.value
 
     def _clean_up(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -263,12 +264,8 @@ def _unfit(error: BaseException, *, is_broken: bool) -> Unfit:
     if isinstance(error, torch.OutOfMemoryError):
         return Full(_FULL)
     kind = type(error) if isinstance(error, Unfit) else CaptureFailed
-    return (Broken if is_broken and kind is CaptureFailed else kind)(_in_short(error))
+    return (Broken if is_broken and kind is CaptureFailed else kind)(one_line(error)[:_MAX_CHARS])
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in values(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _in_short(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__

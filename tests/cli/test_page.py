@@ -33,7 +33,7 @@ from cli.page_config import PAGE_CONFIG
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
 from sgld.media.metadata import read_metadata
-from sgld.models import filter_files
+from sgld.models import lookup
 from sgld.models.super_resolution import Rrdb
 from sgld.server import serve as server
 from sgld.testing import InlineReplica
@@ -555,7 +555,7 @@ def test_post_processing_as_sglang_shows_it(
     """The weights that it fetches by default are tiny ones of the same layout."""
     state = Rrdb(width=4, growth=2, num_blocks=1, num_doublings=2).state_dict()
     torch.save(state, tmp_path / "RealESRGAN_x4.pth")
-    monkeypatch.setattr(filter_files, "hub_file", lambda _repo, name, _revision: tmp_path / name)
+    monkeypatch.setattr(lookup, "hub_file", lambda _repo, name, _revision: tmp_path / name)
     done = page(command, model=models("wan"), more=kwargs_of("wan", "num_frames"))
     with av.open(done.out[0]) as container:
         video = container.streams.video[0]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sgld.errors import InvalidRequest
-from sgld.models import filter_files
+from sgld.models import lookup
 from sgld.models.filter_files import Unreadable, find, read
 from sgld.models.super_resolution import unwrapped
 
@@ -33,8 +33,8 @@ def test_a_file_is_itself_and_a_folder_is_its_safetensors(folder: Path) -> None:
 
 def test_of_several_the_usual_one_is_meant(folder: Path) -> None:
     (folder / "a.safetensors").unlink()
-    assert find(str(folder), FIELD, ("c",)) == folder / "c.pth"
-    with pytest.raises(InvalidRequest, match=r"several files of weights; name one of them, as :b\.pth"):
+    assert find(str(folder), FIELD, ("c.*",)) == folder / "c.pth"
+    with pytest.raises(InvalidRequest, match=r"several files of weights; name one of them, as path:b\.pth"):
         find(str(folder), FIELD)
 
 
@@ -57,8 +57,8 @@ def test_what_is_not_there_is_said(path: str, message: str, folder: Path) -> Non
 
 def test_a_file_on_the_hub_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {("owner/name", "b.pth"): Path("fetched")}
-    monkeypatch.setattr(filter_files, "hub_file", lambda repo, name, _revision: there[repo, name])
-    monkeypatch.setattr(filter_files, "names_in", lambda _repo, _revision: ["README.md", "b.pth"])
+    monkeypatch.setattr(lookup, "hub_file", lambda repo, name, _revision: there[repo, name])
+    monkeypatch.setattr(lookup, "names_in", lambda _repo, _revision: ["README.md", "b.pth"])
     assert find("owner/name", FIELD) == find("owner/name:b.pth", FIELD) == Path("fetched")
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sgld.errors import InvalidRequest
-from sgld.models import filter_files, filters
+from sgld.models import filters, lookup
 from sgld.models.filters import FilterSource, Interpolator, Lanczos, Upscaler, load_filter, sources_of
 from sgld.models.rife import Rife, RifeSizes
 from sgld.models.super_resolution import Compact
@@ -90,7 +90,7 @@ def test_without_weights_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPat
     def unreachable(*_: object) -> Path:
         raise OSError("no network")
 
-    monkeypatch.setattr(filter_files, "hub_file", unreachable)
+    monkeypatch.setattr(lookup, "hub_file", unreachable)
     (default,) = sources_of(SamplingParams(enable_upscaling=True))
     with pytest.raises(InvalidRequest, match=r"RealESRGAN_x4\.pth': no network\. Name a file of weights, or 'lanczos'"):
         load_filter(default, CPU)

@@ -6,7 +6,8 @@ import huggingface_hub.constants
 import pytest
 
 from sgld.errors import InvalidRequest
-from sgld.models.lora_files import find, identity_now, is_hub_id, place
+from sgld.models.lookup import is_hub_id, place
+from sgld.models.lora_files import find, identity_now
 
 COMMIT = "0" * 40
 
@@ -27,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_has_one_file_or_the_usual_one_or_names_it(folder: Path) -> None:
     assert find(str(folder)).weights.name == "a.safetensors"
     (folder / "b.safetensors").write_text("b")
-    assert f"name one of them as {folder}:a.safetensors" in problem_of(folder)
+    assert "name one of them, as path:a.safetensors" in problem_of(folder)
     assert find(f"{folder}:b.safetensors").weights.name == "b.safetensors"
     (folder / "adapter_model.safetensors").write_text("c")
     (folder / "adapter_config.json").write_text('{"lora_alpha": 2}')
@@ -37,7 +38,7 @@ def test_a_folder_has_one_file_or_the_usual_one_or_names_it(folder: Path) -> Non
 def test_what_is_not_in_a_folder_is_not_read(folder: Path) -> None:
     inner = folder / "inner"
     inner.mkdir()
-    assert "it has no .safetensors file" in problem_of(inner)
+    assert "it has no file of weights (.safetensors)" in problem_of(inner)
     assert "it has no file" in problem_of(f"{inner}:../a.safetensors")
     (inner / "link.safetensors").symlink_to(folder / "a.safetensors")
     assert "it has no file" in problem_of(f"{inner}:link.safetensors")
@@ -75,4 +76,4 @@ def test_repositories_are_read_from_the_cache_of_the_hub(tmp_path: Path, monkeyp
 
     assert (found.weights.read_text(), found.config) == ("a", {"lora_alpha": 2})
     assert "can't be read" in problem_of("owner/name:b.safetensors")
-    assert "can't be read" in problem_of("owner/name")
+    assert find("owner/name") == found

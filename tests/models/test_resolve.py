@@ -5,7 +5,7 @@ import pytest
 
 from sgld.config import EMBEDDED_IMAGE_MODEL, EMBEDDED_VIDEO_MODEL
 from sgld.errors import ModelError
-from sgld.models.resolve import DEFAULTS_FILE, EMBEDDED, INDEX_FILE, defaults, model_index, one_line, resolve
+from sgld.models.resolve import DEFAULTS_FILE, EMBEDDED, INDEX_FILE, defaults, model_index, resolve
 
 
 @pytest.fixture
@@ -64,11 +64,3 @@ def test_recommended_params_are_those_of_the_folder(folder: Path) -> None:
     assert defaults(resolve(str(folder))) == {}
     (folder / DEFAULTS_FILE).write_text('{"num_inference_steps": 7}')
     assert defaults(resolve(str(folder))) == {"num_inference_steps": 7}
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [(ValueError("\n\n  first\nsecond"), "  first"), (KeyError(), "KeyError"), (OSError("one"), "one")],
-)
-def test_one_line_of_an_error(error: Exception, line: str) -> None:
-    assert one_line(error) == line
