@@ -41,21 +41,16 @@ def load_eight_bits(
     state: Named = {}
     for name, tensor in plain.items():
         wanted = torch.float32 if any(part in in_full for part in name.split(".")) else dtype
-        layer = _layer(model, name)
+        scale = scales.get(name, torch.ones(1))
         if tensor.dtype not in _EIGHT_BITS:
             state[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
-        elif layer is None or wanted != dtype:
-            scale = scales.get(name, torch.ones(1))
+        elif _layer(model, name) is None or wanted != dtype:
             state[name] = tensor.to(wanted).mul_(scale.reshape(-1, *[1] * (tensor.ndim - 1)))
         else:
             bias = plain.get(name.removesuffix("weight") + "bias")
-            made = QuantizedLinear(
-                tensor.contiguous(),
-                scales.get(name, torch.ones(1)),
-                None if bias is None else bias.to(wanted),
-                input_scale=input_scales[name].amax() if name in input_scales else None,
-                dtype=dtype,
-            )
+            own_bias = None if bias is None else bias.to(dtype)
+            input_scale = input_scales[name].amax() if name in input_scales else None
+            made = QuantizedLinear(tensor.contiguous(), scale, own_bias, input_scale=input_scale, dtype=dtype)
             model.set_submodule(name.removesuffix(".weight"), made)
     unused = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
     if unused:

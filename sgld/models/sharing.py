@@ -50,14 +50,8 @@ def share(
     if device_type == "cuda":
         _check_gpus(parallel)
     if parallel.num_ranks == 1:
-        return Sharing()
-    if is_whole:
-        problem = "with --backend diffusers pipelines run their models themselves, on one GPU"
-        raise ModelError(f"num_gpus is {parallel.total}, but {problem}; use --dp-size {parallel.total}")
-    if parallel.elastic_sp and config.enable_torch_compile:
-        # Each GPU would compile in its first forward of each size, for minutes in which it seems to hang.
-        problem = "with --elastic-sp denoisers aren't compiled, but run as CUDA graphs"
-        raise ModelError(f"enable_torch_compile is asked for, but {problem}; leave out one of both")
+        return NOTHING
+    _check_choices(config, is_whole=is_whole)
     roles = {part.name: (role(part.name, part.library, part.class_name), part) for part in parts}
     denoisers = [part for does, part in roles.values() if does == "dit" and part.library == "diffusers"]
     vaes = [name for name, (does, part) in roles.items() if does == "vae" and part.library == "diffusers"]
@@ -78,6 +72,17 @@ def share(
     if parallel.vae_sp is False:
         vaes = []
     return Sharing(tuple(part.name for part in denoisers), tuple(vaes), divided, tuple(notes), max_degrees)
+
+
+def _check_choices(config: EngineConfig, *, is_whole: bool) -> None:
+    parallel = config.parallel
+    if is_whole:
+        problem = "with --backend diffusers pipelines run their models themselves, on one GPU"
+        raise ModelError(f"num_gpus is {parallel.total}, but {problem}; use --dp-size {parallel.total}")
+    if parallel.elastic_sp and config.enable_torch_compile:
+        # Each GPU would compile in its first forward of each size, for minutes in which it seems to hang.
+        problem = "with --elastic-sp denoisers aren't compiled, but run as CUDA graphs"
+        raise ModelError(f"enable_torch_compile is asked for, but {problem}; leave out one of both")
 
 
 def _check_gpus(parallel: ParallelConfig) -> None:

@@ -13,7 +13,7 @@ import socket
 import ssl
 import time
 from asyncio import InvalidStateError
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -128,7 +128,7 @@ async def serve(
         allow_private_hosts=config.allow_private_urls, max_bytes=config.max_body_bytes, max_pixels=config.max_pixels
     )
     # The socket, too, unless Hypercorn has it by then.
-    with closing(listener.store) as store, closing(listener.socket):
+    with closing(listener.store), closing(listener.socket):
         # The bucket first: that it can't be used is said before a model is loaded.
         async with (
             open_storage(config.storage, listener.folder) as storage,
@@ -136,7 +136,7 @@ async def serve(
             Requests(engine, inputs, limits_of(config)) as requests,
         ):
             jobs = Jobs(
-                store,
+                listener.store,
                 requests,
                 storage,
                 folder=listener.folder / "inputs",
@@ -144,31 +144,41 @@ async def serve(
                 model_path=engine_config.model_path,
                 config=config,
             )
-            feed = Feed()
-            feed.recall(await jobs.latest(MAX_ENDED))
-            requests.observers.append(feed.observe)
-            services = Services(engine, engine_config, config, requests, jobs, feed)
-            counted = RequestMetrics(services.registry)
-            requests.observers.append(lambda live, event: counted.observe(live, event, time.monotonic()))
-            works: Works = {
-                images.KIND: partial(image_work, services),
-                videos.KIND: partial(video_work, services),
-            }
-            async with jobs.open(works), anyio.create_task_group() as tasks:
-                tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
-                tasks.start_soon(_wait_ready, engine)
-                tasks.start_soon(feed.run)
-                tasks.start_soon(_tell_stats, services)
-                tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
-                task_status.started(services)
+            services = Services(engine, engine_config, config, requests, jobs, Feed())
+            await _observe(services)
+            await _run(services, listener, engine.ready, task_status)
 
 
-async def _wait_ready(engine: Serves) -> None:
+async def _observe(services: Services) -> None:
+    """Have those hear of each event who watch all requests."""
+    services.feed.recall(await services.jobs.latest(MAX_ENDED))
+    counted = RequestMetrics(services.registry)
+    services.requests.observers += [
+        services.feed.observe,
+        lambda live, event: counted.observe(live, event, time.monotonic()),
+    ]
+
+
+async def _run(
+    services: Services, listener: Listener, ready: Callable[[], Awaitable[ModelInfo]], task_status: TaskStatus[Services]
+) -> None:
+    """Work on jobs and answer clients until the server is told to leave."""
+    works: Works = {images.KIND: partial(image_work, services), videos.KIND: partial(video_work, services)}
+    async with services.jobs.open(works), anyio.create_task_group() as tasks:
+        tasks.start_soon(_watch_signals, services, tasks.cancel_scope)
+        tasks.start_soon(_wait_ready, ready)
+        tasks.start_soon(services.feed.run)
+        tasks.start_soon(_tell_stats, services)
+        tasks.start_soon(_serve_http, services, listener, tasks.cancel_scope)
+        task_status.started(services)
+
+
+async def _wait_ready(ready: Callable[[], Awaitable[ModelInfo]]) -> None:
     """See that the model is served.
 
     What was imported by then stays: to look through it for garbage again and again took a tenth of the loop's time.
     """
-    await engine.ready()
+    await ready()
     gc.freeze()
 
 
