@@ -14,8 +14,9 @@ from torch import nn
 from sgld.errors import InvalidRequest
 from sgld.models.backend import NEEDS_GRADIENTS
 from sgld.sampling_params import StepCacheParams
-from sgld.worker.calls import Call, ComponentProxy
+from sgld.worker.calls import Call
 from sgld.worker.deferred import Deferral, forced
+from sgld.worker.proxy import ComponentProxy
 from sgld.worker.runtime import Runtime
 from sgld.worker.step_cache import StepCache
 from sgld.worker.task import Task

@@ -12,11 +12,11 @@ from sgld.errors import PipelineFailed
 from sgld.messages import Start
 from sgld.models.filters import Filter
 from sgld.outcome import on_failure
-from sgld.worker.calls import enter_around, real_of
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.postprocess import Postprocessing
 from sgld.worker.preview import Previewer
+from sgld.worker.proxy import enter_around, real_of
 from sgld.worker.results import Results
 from sgld.worker.runtime import Runtime
 from sgld.worker.steps import count_steps, shift_noise
