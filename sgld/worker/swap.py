@@ -4,10 +4,8 @@ A call whose form isn't known runs as it always did, and what its layers were gi
 compiled, the next call of that form takes their code from the cache, which is a matter of seconds.
 """
 
-import functools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,13 +15,13 @@ import torch
 from torch import nn
 
 from sgld.models.placement import compile_module, regions
-from sgld.outcome import Raised, outcome_of
 from sgld.worker.aside import CompilerProcess, Known, Watch
-from sgld.worker.compiler import CompileJob, CompileResult, run_job
-from sgld.worker.imports import COMPILER, Imports
+from sgld.worker.builder import Builder
+from sgld.worker.compiler import CompileJob
+from sgld.worker.imports import Imports
 from sgld.worker.invocation import Invocation
 from sgld.worker.recent import Recent
-from sgld.worker.sketch import CannotSketch, sketched
+from sgld.worker.sketch import CannotSketch
 
 logger = logging.getLogger(__name__)
 Mode = Literal["eager", "watched", "tried", "taken", "compiled"]
@@ -44,10 +42,6 @@ _NEXT_MODE: dict[State, Mode] = {
 # A pause between two steps that is longer than this isn't one of computing.
 _MAX_STEP_S = 1.0
 _MAX_PROBLEM_CHARS = 300
-# For each second in which code is read so many are left to calls.
-_REST = 2.0
-# How often it is looked whether others are done.
-LOOK_S = 1.0
 
 
 class Swap:
@@ -79,36 +73,32 @@ class Swap:
         imports: Callable[[Sequence[str]], Imports] = Imports,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.num_irregular = 0
-        """Calls that took longer than the next ones will."""
+        self._num_irregular = 0
+        """Calls that took longer than the next ones will, as there was no code for them, or they were watched."""
         self._names = dict(names)
         # A step cache has other modules in the place of these now and then.
         self._regions = {module: regions(module) for module in names}
         self._after_s, self._clock = after_s, clock
-        self._note, self._changed, self._compiling, self._start = note, changed, compiling, start
-        self._inline, self._compiles, self._pending, self._import = inline, compiles, pending, imports
+        self._note, self._changed, self._compiling = note, changed, compiling
+        self._inline, self._compiles = inline, compiles
         self._said: set[tuple[nn.Module, str]] = set()
-        self._known = Known(cache)
         self._states: Recent[State] = Recent()
         self._patched: Recent[nn.Module] = Recent()
         """Of forms that were refused while adapters were in their layers: one of these layers."""
         self._swapped: set[nn.Module] = set()
         self._busy_s = dict.fromkeys(names, 0.0)
         self._last_s = dict.fromkeys(names, clock())
-        self._queue: dict[str, tuple[nn.Module, list[CompileJob]]] = {}
-        """Forms that wait for a process, this one's or another's, and those that one compiles now."""
-        self._readings: deque[Callable[[], None]] = deque()
-        """What is to be done until code of the cache is in this process, a second or two each."""
-        self._read_again_at = 0.0
-        self._read: set[CompileJob] = set()
-        self._to_import: Sequence[str] = self._known.modules() or COMPILER
-        self._imports: Imports | None = None
-        self._look_again_at = 0.0
-        """When another process compiles, that may have the same to do."""
-        self._is_told = False
-        self._process: CompilerProcess | None = None
-        self._compiled_now: list[str] = []
-        """Forms that the process compiles."""
+        self._builder = Builder(
+            self._names,
+            Known(cache),
+            built=self._swap,
+            failed=self._failed,
+            compiling=compiling,
+            pending=pending,
+            start=start,
+            imports=imports,
+            clock=clock,
+        )
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._names
@@ -116,7 +106,12 @@ class Swap:
     @property
     def is_pending(self) -> bool:
         """Whether code is on its way that later calls will run."""
-        return bool(self._queue or self._readings)
+        return self._builder.is_pending
+
+    @property
+    def num_irregular(self) -> int:
+        """Calls that took longer than the next ones will, and pauses between calls in which code was read."""
+        return self._num_irregular + self._builder.num_read
 
     def has_code(self, module: nn.Module) -> bool:
         """Whether some of its calls run compiled."""
@@ -144,7 +139,7 @@ class Swap:
         if mode == "watched":
             with self._stance(module, mode), Watch(self._regions[module]) as watch:
                 result = forward()
-            self.num_irregular += 1
+            self._num_irregular += 1
             self._submit(module, form, watch)
             return result
         with self._stance(module, mode):
@@ -157,31 +152,30 @@ class Swap:
         """Whether a call failed because there is no code for it; then it runs otherwise from now on."""
         if invocation.module not in self._swapped or "fail_on_recompile" not in str(error):
             return False
-        self.num_irregular += 1
+        self._num_irregular += 1
         self._states[self._form(invocation)] = "missed"
         return True
 
+    def look(self) -> None:
+        """Between two calls: see whether a process is done, and read a part of what it compiled."""
+        self._builder.look()
+
+    def expect(self) -> None:
+        """Read what was compiled for such layers before an earlier start, until calls ask for it."""
+        self._builder.expect(part for parts in self._regions.values() for part in parts)
+
     def make_room(self) -> bool:
         """Memory is short: end the process, which has some of the device's, until more was computed; false: none is."""
-        if self._process is None:
+        if (dropped := self._builder.give_up()) is None:
             return False
-        self._process.close()
-        self._process, self._compiled_now = None, []
-        self._known.release()
-        for form, (module, _) in self._queue.items():
+        for form, module in dropped:
             self._states.pop(form, None)
             self._busy_s[module] = 0.0
-        self._queue.clear()
-        self._tell()
         return True
 
     def close(self) -> None:
         """End the process, if there is one."""
-        if self._imports is not None:
-            self._imports.close()
-        if self._process is not None:
-            self._process.close()
-        self._known.release()
+        self._builder.close()
 
     def _stance(self, module: nn.Module, mode: Mode) -> AbstractContextManager[Any]:
         """What torch does where code is missing while a call runs."""
@@ -206,129 +200,17 @@ class Swap:
             self._refuse(module, [form], str(error))
             return
         self._states[form] = "pending"
-        self._queue[form] = module, jobs
-        if self._process is None:
-            self._begin()
-        else:
-            self._build_known()
-        self._tell()
+        self._builder.submit(module, form, jobs)
 
-    def _begin(self) -> None:
-        """Have all that waits compiled, but for what is in the cache. What others compile is looked at again."""
-        # Meanwhile a component may have left: its calls compile it, or nothing does.
-        self._queue = {form: entry for form, entry in self._queue.items() if entry[0] in self._names}
-        self._compiled_now = list(self._queue)
-        try:
-            self._compiled_now = [form for form, (_, jobs) in self._queue.items() if self._known.claim(jobs)]
-            self._build_known()
-            if self._compiled_now:
-                self._start_process()
-                return
-        except OSError as error:
-            self._end(CompileResult(problem=str(error)))
-        self._known.release()
-        self._compiled_now = []
-        self._look_again_at = self._clock() + LOOK_S
-
-    def _start_process(self) -> None:
-        now = [self._queue[form] for form in self._compiled_now]
-        jobs = [job for _, of_form in now for job in of_form]
-        logger.info("compiling %s in a process of its own", ", ".join(self._names[module] for module, _ in now))
-        self._process = self._start(list(dict.fromkeys(jobs)))
-        self._has_imported()
-
-    def _build_known(self) -> None:
-        for form, (module, jobs) in list(self._queue.items()):
-            if all(map(self._known.has, jobs)):
-                del self._queue[form]
-                self._build(module, form, jobs)
-        self._compiled_now = [form for form in self._compiled_now if form in self._queue]
-
-    def look(self) -> None:
-        """Between two calls: see whether the process is done, and read a part of what it compiled."""
-        self._read_next()
-        if self._process is None:
-            if self._queue and self._clock() >= self._look_again_at:
-                self._begin()
-        elif (result := self._process.result()) is not None:
-            self._process.close()
-            self._process = None
-            self._end(result)
-            self._known.release()
-            if self._queue:
-                self._begin()
-        self._tell()
-
-    def _tell(self) -> None:
-        """Tell whether code is on its way, if that is news."""
-        if self.is_pending != self._is_told:
-            self._is_told = self.is_pending
-            self._pending(self.is_pending)
-
-    def _end(self, result: CompileResult) -> None:
-        forms, self._compiled_now = self._compiled_now, []
-        done = {form: entry for form in forms if (entry := self._queue.pop(form))[0] in self._names}
-        if result.problem is not None:
-            for module in dict.fromkeys(module for module, _ in done.values()):
-                self._refuse(module, [form for form, (of, _) in done.items() if of is module], result.problem)
-                if module in self._names and module not in self._swapped:
-                    # Nor is anything else of it.
-                    del self._names[module]
-            return
-        logger.info("compiled in %.0f s", result.elapsed_s)
-        self._known.add_modules(result.imported)
-        self._to_import = result.imported
-        for form, (module, jobs) in done.items():
-            for job in jobs:
-                self._known.add(job)
-            self._build(module, form, jobs)
-
-    def _build(self, module: nn.Module, form: str, jobs: Sequence[CompileJob]) -> None:
-        """The code of a form is in the cache: it is read part by part between calls, then the next one takes it."""
-        self._states[form] = "pending"
-        self._readings.extend(functools.partial(self._read_job, job) for job in jobs)
-        self._readings.append(functools.partial(self._swap, module, form))
-
-    def expect(self) -> None:
-        """Read what was compiled for such layers before an earlier start, until calls ask for it."""
-        if known := self._known.jobs():
-            self._has_imported()
-            sketches = {_sketch(part) for parts in self._regions.values() for part in parts}
-            self._readings.extend(functools.partial(self._read_job, job) for job in known if job.module in sketches)
-
-    def _read_next(self) -> None:
-        """Read a part, if the last one is long enough ago.
-
-        All at once would hold up everybody: for seconds, as torch traces each layer again, and does that in Python.
-        Another thread can't do it meanwhile: torch would tell the models that run that they are being traced, and set
-        its generators of random numbers back to where they were when it began.
-        """
-        if not self._readings or self._clock() < self._read_again_at or not self._has_imported():
-            return
-        start_s = self._clock()
-        self._readings.popleft()()
-        end_s = self._clock()
-        self._read_again_at = end_s + _REST * (end_s - start_s)
-
-    def _has_imported(self) -> bool:
-        """Whether what reading takes is imported; that begins here."""
-        if self._to_import and (self._imports is None or self._imports.is_done):
-            self._imports, self._to_import = self._import(self._to_import), ()
-        return self._imports is None or self._imports.is_done
-
-    def _read_job(self, job: CompileJob) -> None:
-        """What is compiled for one module is there for all that are like it."""
-        if job in self._read:
-            return
-        self._read.add(job)
-        with self._compiling():
-            read = outcome_of(functools.partial(run_job, job))
-        if isinstance(read, Raised):
-            # Memory may be short: then the call that comes reads it itself.
-            logger.debug("not read in advance: %r", read.error)
-        self.num_irregular += 1
+    def _failed(self, module: nn.Module, forms: Sequence[str], problem: str) -> None:
+        """No process could compile these."""
+        self._refuse(module, forms, problem)
+        if module in self._names and module not in self._swapped:
+            # Nor is anything else of it.
+            del self._names[module]
 
     def _swap(self, module: nn.Module, form: str) -> None:
+        """The code of a form is there: the next call takes it."""
         if module not in self._names:
             return
         self._states[form] = "built"
@@ -376,13 +258,6 @@ def _patched(regions: Sequence[nn.Module]) -> nn.Module | None:
     """A layer that isn't what its class makes it, as with an adapter; None: there is none."""
     parts = (part for region in regions for part in region.modules())
     return next((part for part in parts if "forward" in vars(part)), None)
-
-
-def _sketch(part: nn.Module) -> bytes | None:
-    try:
-        return sketched(part)
-    except CannotSketch:
-        return None
 
 
 def _stance(name: Literal["force_eager", "fail_on_recompile"]) -> AbstractContextManager[Any]:

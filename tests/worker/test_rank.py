@@ -177,7 +177,7 @@ async def test_rank_without_requests_reads_what_was_compiled_before_an_earlier_s
 ) -> None:
     read = threading.Event()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("sgld.worker.swap.run_job", lambda job: read.set())
+    monkeypatch.setattr("sgld.worker.builder.run_job", lambda job: read.set())
     pipeline, _ = build("pixart")
     known = Known(tmp_path)
     known.add(CompileJob(sketched(regions(pipeline.transformer)[0]), b"", TorchState.now()))

@@ -12,12 +12,13 @@ from torch import nn
 
 from sgld.models.lora import LoraLayer
 from sgld.worker.aside import CompilerProcess
+from sgld.worker.builder import LOOK_S
 from sgld.worker.compiler import CompileJob, CompileResult
 from sgld.worker.imports import COMPILER, Imports
 from sgld.worker.invocation import Invocation
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Slots
-from sgld.worker.swap import LOOK_S, Swap
+from sgld.worker.swap import Swap
 from worker.layered import Denoiser
 
 
@@ -114,7 +115,7 @@ class Bench:
 @pytest.fixture(autouse=True)
 def _inert(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # What is read of a cache that holds nothing would be compiled.
-    monkeypatch.setattr("sgld.worker.swap.run_job", lambda job: None)
+    monkeypatch.setattr("sgld.worker.builder.run_job", lambda job: None)
     with torch.no_grad():
         yield
     torch._dynamo.reset()
@@ -321,7 +322,7 @@ def test_between_two_readings_calls_have_their_turn() -> None:
 
     num_read = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgld.worker.swap.run_job", read)
+        patch.setattr("sgld.worker.builder.run_job", read)
         bench.run(2)
         bench.processes[0].said = CompileResult()
         for _ in range(20):
@@ -335,7 +336,7 @@ def test_between_two_readings_calls_have_their_turn() -> None:
 
 def test_what_is_known_is_read_before_calls_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[CompileJob] = []
-    monkeypatch.setattr("sgld.worker.swap.run_job", read.append)
+    monkeypatch.setattr("sgld.worker.builder.run_job", read.append)
     first = Bench(cache=tmp_path)
     first.run(2)
     (job,) = first.processes[0].jobs
