@@ -19,7 +19,7 @@ from sgld.errors import InvalidRequest
 from sgld.media.images import check_image
 from sgld.media.inputs import Reference, replaced
 from sgld.server.errors import ApiError
-from sgld.server.schemas import CONTAINERS, in_words
+from sgld.server.request_fields import CONTAINERS, in_words
 
 T = TypeVar("T")
 # What takes longer than a millisecond is done in a thread.

@@ -18,8 +18,9 @@ from sgld.server.image_work import ImageWork, Verb, url_of
 from sgld.server.job_store import Asked, Job
 from sgld.server.limits import check_limits, check_sources, number_in
 from sgld.server.loras import with_adapters
+from sgld.server.request_fields import in_words
 from sgld.server.requests import LiveRequest
-from sgld.server.schemas import ImageData, ImageRequest, image_request, in_words
+from sgld.server.schemas import ImageData, ImageRequest, image_request
 from sgld.server.services import services_of
 from sgld.server.sse import EventStream
 

@@ -12,7 +12,8 @@ from sgld.config import ServerConfig
 from sgld.sampling_params import SamplingParams
 from sgld.server import events, info, login, loras, previews
 from sgld.server.errors import ErrorResponse, json_response
-from sgld.server.schemas import IGNORED, SAMPLING_FIELDS, CompletedImage, ImageOptions, ImagesResponse, PartialImage
+from sgld.server.request_fields import IGNORED, SAMPLING_FIELDS
+from sgld.server.schemas import CompletedImage, ImageOptions, ImagesResponse, PartialImage
 from sgld.server.services import services_of
 from sgld.server.specs import FILE, FORM, JSON, OBJECT, REF, SPECS, Schema, Spec, ref
 from sgld.server.stats import ServerStats

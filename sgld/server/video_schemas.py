@@ -7,23 +7,21 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from sgld.encoding import OutputQuality, VideoCodec, VideoEncoding, X264Preset, quality_of
+from sgld.encoding import VideoCodec, VideoEncoding, X264Preset
 from sgld.errors import InvalidRequest
 from sgld.fields import FieldError
 from sgld.media.animations import check_rate
 from sgld.media.files import VideoFormat
 from sgld.media.videos import check_encoder
-from sgld.sampling_params import DEFAULT_FPS, MAX_SEED, SamplingParams
+from sgld.sampling_params import DEFAULT_FPS, SamplingParams
 from sgld.server.job_store import Job, Status
-from sgld.server.schemas import (
+from sgld.server.request_fields import (
     INTERPOLATION_FIELDS,
     SAMPLING_FIELDS,
-    SIZE_PATTERN,
+    FileOptions,
     convert,
     in_words,
-    known,
-    seed_of,
-    size_of,
+    understood,
     unpacked,
     words_of,
 )
@@ -32,23 +30,11 @@ from sgld.storage import Upload
 _SAMPLING = SAMPLING_FIELDS | {"num_frames", "fps"} | INTERPOLATION_FIELDS
 
 
-class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class VideoOptions(FileOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Fields of requests for videos that aren't sampling params."""
 
-    model: Annotated[str | None, Meta(description="any name is accepted; the server has one model")] = None
-    n: Annotated[int, Meta(ge=1, description="number of videos")] = 1
-    size: Annotated[str, Meta(description="auto, or WIDTHxHEIGHT", extra_json_schema={"pattern": SIZE_PATTERN})] = (
-        "auto"
-    )
     seconds: (
         Annotated[str | float, Meta(description="length; num_frames says it in frames, and counts more")] | None
-    ) = None
-    seed: (
-        Annotated[
-            Annotated[int, Meta(ge=0, le=MAX_SEED)] | list[int],
-            Meta(description="seed of the first video, or one for each, counting up; by default a random one"),
-        ]
-        | None
     ) = None
     quality: Annotated[
         Literal["auto", "standard", "hd", "low", "medium", "high"],
@@ -62,10 +48,6 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         | None
     ) = None
     reference_url: Annotated[str, Meta(description="the same, in SGLang's words")] | None = None
-    output_compression: (
-        Annotated[int, Meta(ge=0, le=100, description="quality of the file; 100 is the best")] | None
-    ) = None
-    output_quality: Annotated[OutputQuality | None, Meta(description="the same, in SGLang's words")] = None
     output_format: Annotated[
         VideoFormat, Meta(description="mp4, or for short videos without sound an animated gif or webp")
     ] = "mp4"
@@ -78,11 +60,6 @@ class VideoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="MP4 in fragments, which goes to a bucket while it is encoded; seeking is slower")
     ] = False
     partial_images: Annotated[int, Meta(ge=0, le=20, description="previews in its events")] = 3
-    metadata: Annotated[bool, Meta(description="embed the parameters into the files")] = True
-
-    @property
-    def encoding_quality(self) -> int:
-        return quality_of(self.output_quality, self.output_compression)
 
     @property
     def encoding(self) -> VideoEncoding:
@@ -162,19 +139,14 @@ def video_request(given: Mapping[str, Any], *, model_fps: float | None, is_form:
 def _video_request(
     given: Mapping[str, Any], model_fps: float | None, is_form: bool, words: Mapping[str, str]
 ) -> VideoRequest:
-    fields = dict(known(given, VideoOptions, _SAMPLING))
-    sampling = {name: fields.pop(name) for name in _SAMPLING & fields.keys()}
-    options = convert(fields, VideoOptions, is_form)
+    options, sampling = understood(given, VideoOptions, _SAMPLING, is_form=is_form)
     try:
         check_encoder(options.encoding.video_codec)
     except FieldError as error:
         raise InvalidRequest(str(error), error.field) from None
     if not sampling.get("prompt"):
         raise InvalidRequest("there is no prompt", "prompt")
-    sampling |= size_of(options.size, sampling)
-    sampling |= {"num_outputs_per_prompt": options.n, "num_previews": options.partial_images}
-    sampling |= {"seed": seed_of(options.seed, options.n)}
-    params = convert(sampling, SamplingParams, is_form)
+    params = convert({**sampling, "num_previews": options.partial_images}, SamplingParams, is_form)
     if params.bit_depth == 16:
         raise InvalidRequest("bit_depth is 16: frames of videos have 8 bits", "bit_depth")
     if params.num_frames is None and options.seconds is not None:

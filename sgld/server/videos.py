@@ -16,7 +16,7 @@ from sgld.server.idempotency import submit_job
 from sgld.server.job_store import Asked, Job, StoredFile
 from sgld.server.jobs import RunningJob
 from sgld.server.limits import check_limits, check_sources, number_in
-from sgld.server.schemas import in_words
+from sgld.server.request_fields import in_words
 from sgld.server.services import services_of
 from sgld.server.video_schemas import (
     Video,

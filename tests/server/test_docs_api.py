@@ -9,7 +9,8 @@ import anyio
 import msgspec
 import pytest
 
-from sgld.server.schemas import IGNORED, INTERPOLATION_FIELDS, SAMPLING_FIELDS, ImageOptions
+from sgld.server.request_fields import IGNORED, INTERPOLATION_FIELDS, SAMPLING_FIELDS
+from sgld.server.schemas import ImageOptions
 from sgld.server.video_schemas import VideoOptions
 
 from .fakes import running

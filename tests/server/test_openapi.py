@@ -12,7 +12,8 @@ from sgld.server import openapi, pages
 from sgld.server.app import ROUTES
 from sgld.server.events import Snapshot
 from sgld.server.previews import PreviewEvent
-from sgld.server.schemas import SAMPLING_FIELDS, ImageOptions
+from sgld.server.request_fields import SAMPLING_FIELDS
+from sgld.server.schemas import ImageOptions
 from sgld.server.specs import SPECS
 from sgld.server.stats import ServerStats
 from sgld.server.status import RequestProgress, RequestStatus
