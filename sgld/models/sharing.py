@@ -50,7 +50,7 @@ def share(
     if device_type == "cuda":
         _check_gpus(parallel)
     if parallel.num_ranks == 1:
-        return NOTHING
+        return Sharing(notes=(parallel.layout,)) if parallel.dp_size > 1 else NOTHING
     _check_choices(config, is_whole=is_whole)
     roles = {part.name: (role(part.name, part.library, part.class_name), part) for part in parts}
     denoisers = [part for does, part in roles.values() if does == "dit" and part.library == "diffusers"]
@@ -65,6 +65,7 @@ def share(
         notes += [f"{name} runs on one GPU at a time" for name, degree in max_degrees.items() if degree == 1]
     elif parallel.sp > 1:
         denoisers, helpers = check_sequences(denoisers, parallel, divided.names)
+        notes += [f"tokens of {part.name} are shared by {parallel.sp} ranks" for part in denoisers]
         alone = [part for part in helpers if part.name not in divided.names]
         notes += [f"{part.name} runs on rank 0 alone: {part.class_name} can't share tokens" for part in alone]
     elif not parallel.enable_cfg_parallel:

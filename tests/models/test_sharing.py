@@ -9,7 +9,7 @@ import pytest
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
-from sgld.models.sharing import share
+from sgld.models.sharing import NOTHING, share
 from sgld.models.sources import ComponentSource
 from sgld.parallel import ParallelConfig
 
@@ -37,9 +37,13 @@ def test_denoisers_and_vaes_are_shared() -> None:
     parts = [Part("transformer", "FluxTransformer2DModel"), VAE, encoder]
     found = share(parts, config(num_gpus=2), "cpu", is_whole=False)
     assert found.names == {"transformer", "vae"}
-    assert found.notes == ("2 = dp 1 x cfg 1 x sp 2 (ulysses 2 x ring 1) x tp 1",)
+    layout = "2 = dp 1 x cfg 1 x sp 2 (ulysses 2 x ring 1) x tp 1"
+    assert found.notes == (layout, "tokens of transformer are shared by 2 ranks")
     assert share(parts, config(num_gpus=2, vae_sp=False), "cpu", is_whole=False).vaes == ()
-    assert not share(parts, config(), "cpu", is_whole=False).names
+    copies = share(parts, config(dp_size=2), "cpu", is_whole=True)
+    assert not copies.names
+    assert copies.notes == ("2 = dp 2 x cfg 1 x sp 1 (ulysses 1 x ring 1) x tp 1",)
+    assert share(parts, config(), "cpu", is_whole=False) == NOTHING
 
 
 @pytest.mark.parametrize(
