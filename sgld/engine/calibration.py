@@ -35,6 +35,11 @@ Generate = Callable[[SamplingParams], AsyncIterator[AnyEvent]]
 SQUARES = ("512x512", "768x768", "1024x1024", "1536x1536")
 DEFAULT = "default"
 _PROMPT = "a lighthouse on a cliff above the sea at dusk"
+# White, 64x64; pipelines scale what they are given.
+_PICTURE = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAFElEQVR42mP8zwABTAyjjFEGyQwAzx8Bf7QK4E8A"
+    "AAAASUVORK5CYII="
+)
 # With one row: two runs before a graph is captured, the capture, its comparison, and two replays. A merged forward is
 # proved first.
 NUM_STEPS = 8
@@ -47,10 +52,13 @@ def sizes_of(given: Sequence[str], model: ModelInfo) -> tuple[str, ...]:
     return tuple(given) or (DEFAULT, *(() if model.fps is not None else SQUARES))
 
 
-def params_of(size: str, seed: int = 0) -> SamplingParams:
+def params_of(size: str, seed: int = 0, *, has_picture: bool = False) -> SamplingParams:
     """A synthetic request."""
     width, height = (None, None) if size == DEFAULT else map(int, size.split("x"))
-    return SamplingParams(prompt=_PROMPT, width=width, height=height, seed=seed, num_inference_steps=NUM_STEPS)
+    pictures = (_PICTURE,) if has_picture else ()
+    return SamplingParams(
+        prompt=_PROMPT, width=width, height=height, seed=seed, num_inference_steps=NUM_STEPS, image_path=pictures
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,7 @@ class Calibrator:
     :param num_replicas: each gets as many, for requests are spread evenly: all are to be warm.
     :param code: what is known of code that forwards will run instead of what they run now.
     :param pause_s: between requests that wait for code.
+    :param takes_pictures: where a request without a picture fails, those with one are tried.
     """
 
     generate: Generate
@@ -73,6 +82,7 @@ class Calibrator:
     num_replicas: int = 1
     code: Callable[[], Code] = lambda: NO_NEWS
     pause_s: float = 5.0
+    takes_pictures: bool = False
     clock: Callable[[], float] = time.monotonic
 
     async def measure(self, sizes: Sequence[str]) -> list[str]:
@@ -92,13 +102,16 @@ class Calibrator:
 
         :raises TimeoutError: it isn't done in time.
         """
-        num, before_s = 1, None
+        num, before_s, has_picture = 1, None, False
         while True:
-            if (problem := await self._run(size, num, until)) is not None:
+            if (problem := await self._run(size, num, until, has_picture=has_picture)) is not None:
+                if num == 1 and self.takes_pictures and not has_picture:
+                    has_picture = True
+                    continue
                 logger.warning("calibration of %s with %d at a time failed: %s", size, num, problem)
                 # What no single request can be isn't done; for what memory has no room for that is the answer.
                 return num > 1
-            step = self.profiles.step_of(demand_of(params_of(size)))
+            step = self.profiles.step_of(demand_of(params_of(size, has_picture=has_picture)))
             step_s = self.cost.estimate(step[0], num * step[1]) if step is not None else None
             logger.info("calibration: %s, %d at a time, %s a step", size, num, _ms(step_s))
             has_gained = step_s is not None and (before_s is None or step_s <= 2 * PAYS * before_s)
@@ -106,7 +119,7 @@ class Calibrator:
                 return True
             num, before_s = 2 * num, step_s
 
-    async def _run(self, size: str, num: int, until: float) -> str | None:
+    async def _run(self, size: str, num: int, until: float, *, has_picture: bool) -> str | None:
         """Run requests until other code neither is on its way nor came while they ran; why one of them failed.
 
         A rank takes code over between its calls, so waiting needs some; in pauses a compiler has the cores for itself.
@@ -115,7 +128,8 @@ class Calibrator:
         """
         while self.clock() <= until:
             before = self.code()
-            problem = await _run_together(size, num * self.num_replicas, self.generate)
+            asked = [params_of(size, seed, has_picture=has_picture) for seed in range(num * self.num_replicas)]
+            problem = await _run_together(asked, self.generate)
             now = self.code()
             if problem is not None or (now == before and not now.is_pending):
                 return problem
@@ -125,13 +139,13 @@ class Calibrator:
         raise TimeoutError
 
 
-async def _run_together(size: str, num: int, generate: Generate) -> str | None:
-    """So many requests at the same time; why one of them failed."""
+async def _run_together(asked: Sequence[SamplingParams], generate: Generate) -> str | None:
+    """Run requests at the same time; why one of them failed."""
     problems: list[str] = []
 
-    async def one(seed: int) -> None:
+    async def one(params: SamplingParams) -> None:
         try:
-            async for event in generate(params_of(size, seed)):
+            async for event in generate(params):
                 if isinstance(event, Failed):
                     problems.append(event.message)
                 elif isinstance(event, Completed):
@@ -140,8 +154,8 @@ async def _run_together(size: str, num: int, generate: Generate) -> str | None:
             problems.append(str(error))
 
     async with anyio.create_task_group() as tasks:
-        for seed in range(num):
-            tasks.start_soon(one, seed)
+        for params in asked:
+            tasks.start_soon(one, params)
     return problems[0] if problems else None
 
 

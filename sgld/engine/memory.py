@@ -73,6 +73,7 @@ class Memory:
             limit_s=given.calibrate_limit_s,
             num_replicas=num_replicas,
             code=code,
+            takes_pictures="image" in model.inputs,
         )
         wanted = sizes_of(given.calibrate_sizes, model)
         done = await calibrator.measure([size for size in wanted if size not in self._calibrated])

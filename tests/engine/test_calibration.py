@@ -1,5 +1,7 @@
+from base64 import b64decode
 from collections import Counter
 from collections.abc import AsyncIterator
+from io import BytesIO
 from typing import Any
 
 import msgspec
@@ -16,22 +18,24 @@ from sgld.engine.demand import Profiles, demand_of
 from sgld.engine.engine import Engine
 from sgld.events import AnyEvent, Completed, Failed
 from sgld.fields import FieldError
+from sgld.media.images import check_image
 from sgld.sampling_params import SamplingParams
 from sgld.testing import InlineReplica
 
 
 class Server:
-    """Completes requests; of one size they fail. Tells how many ran at once."""
+    """Completes requests; of one size they fail, or without a picture. Tells how many ran at once."""
 
-    def __init__(self, cost: LinearCost, broken: str = "") -> None:
+    def __init__(self, cost: LinearCost, broken: str = "", *, needs_picture: bool = False) -> None:
         self.profiles = Profiles(cost)
         self.num: Counter[str] = Counter()
         self._broken = broken
+        self._needs_picture = needs_picture
 
     async def generate(self, params: SamplingParams) -> AsyncIterator[AnyEvent]:
         size = f"{params.width}x{params.height}"
         self.num[size] += 1
-        if size == self._broken:
+        if size == self._broken or (self._needs_picture and not params.image_path):
             yield Failed(request_id="r", code="out_of_memory", message="memory is too small")
             return
         self.profiles.learn(demand_of(params), Counter({("denoise", "c", 1): NUM_STEPS}))
@@ -76,6 +80,18 @@ async def test_size_that_fails_is_left_out_and_not_tried_with_more_rows() -> Non
     server = Server(cost, broken="64x64")
     assert await done(server, cost, "64x64", "32x32", max_rows=1) == ["32x32"]
     assert server.num == {"64x64": 1, "32x32": 1}
+
+
+@pytest.mark.parametrize("takes_pictures", [True, False])
+async def test_models_that_need_a_picture_get_one(takes_pictures: bool) -> None:
+    cost = LinearCost(fixed_s=1.0, row_s=0.1)
+    server = Server(cost, needs_picture=True)
+    done_sizes = await done(server, cost, "64x64", max_rows=2, takes_pictures=takes_pictures)
+    assert done_sizes == (["64x64"] if takes_pictures else [])
+    # One without a picture, then one and two with it.
+    assert server.num == {"64x64": 4 if takes_pictures else 1}
+    [source] = params_of("64x64", has_picture=True).image_path
+    assert check_image(BytesIO(b64decode(source.partition(",")[2]))) == (64, 64)
 
 
 async def test_nothing_begins_after_the_limit(caplog: pytest.LogCaptureFixture) -> None:
