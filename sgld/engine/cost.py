@@ -6,14 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from sgld.engine.curve import MIN_SAMPLES, Curve
+from sgld.engine.curve import MIN_SAMPLES, PATIENCE, Curve
 from sgld.messages import Variant
 
 # Keys hold the length of a prompt, too, so a long-lived server meets ever new ones.
 MAX_KEYS = 512
-# So many runs tell what several ranks take. The first one is slow for reasons of its own, and from the third on, which
-# captures a graph and isn't timed, they may replay that: who believed the first two would never try it again.
-FIRST_SHARED = 3
 _ON = " on "
 LearnedTime = tuple[str, int, Variant, float]
 """Cost key, rows, how it ran, seconds."""
@@ -62,7 +59,8 @@ class CostModel:
         curve = self._curves.get(key)
         if curve is None:
             base, degree = degree_of(key)
-            curve = self._curves[key] = Curve(1 if degree == 1 else FIRST_SHARED)
+            # Each block of ranks runs it eagerly before it has a graph, and who believed that would never try it again.
+            curve = self._curves[key] = Curve(1 if degree == 1 else PATIENCE)
             self._degrees.setdefault(base, set()).add(degree)
         self._curves.move_to_end(key)
         if len(self._curves) > MAX_KEYS:
@@ -126,7 +124,7 @@ class CostModel:
     def recall(self, learned: Iterable[LearnedTime]) -> None:
         """Begin with what an earlier start learned; it is outvoted by the first runs that differ."""
         for key, rows, variant, elapsed_s in learned:
-            for _ in range(MIN_SAMPLES if degree_of(key)[1] == 1 else FIRST_SHARED):
+            for _ in range(MIN_SAMPLES if degree_of(key)[1] == 1 else PATIENCE):
                 self.observe(key, rows, elapsed_s, variant)
 
     def learned(self) -> list[LearnedTime]:

@@ -64,7 +64,8 @@ class Curve:
         row = self._rows.setdefault(rows, _Row())
         samples = row.samples.setdefault(variant, deque(maxlen=MAX_SAMPLES))
         samples.append(elapsed_s)
-        if len(samples) < (self._num_first if self._best is None else MIN_SAMPLES):
+        num_first = sum(map(len, row.samples.values()))
+        if num_first < self._num_first if self._best is None else len(samples) < MIN_SAMPLES:
             return False
         self._settle(row, variant)
         self._max_rows = max(self._max_rows, rows)

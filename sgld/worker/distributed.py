@@ -86,7 +86,9 @@ def follow(
     member = Member(seat, model, config.parallel)
     offloaded = {name: part for name, part in member.components.items() if name in model.offloaded}
     pins, compiled = config.memory.pin_cpu_memory, {member.components[n]: n for n in model.compiled}
-    graphs = graphs_on(model.device, config.graphs.max_bytes, member.components)
+    # As rank 0 has them, so that a forward takes as long wherever it runs.
+    frees_host = config.parallel.elastic_sp
+    graphs = graphs_on(model.device, config.graphs.max_bytes, member.components, frees_host=frees_host)
     runtime = Runtime(residency(model.device, offloaded, pins=pins), compiled, graphs=graphs)
     max_slots = config.adapters.max_loras + 1
     member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}

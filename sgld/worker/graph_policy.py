@@ -17,6 +17,8 @@ MIN_GAIN = 0.03
 MIN_LAUNCH_SHARE = 0.7
 """If the host is done with launching after less of a forward, the device is what takes the time: at 0.8 a graph of
 T5-XXL saved 5 %, at 0.6 one of FLUX at 1024² saved 2.6, at 0.55 one of SDXL at 1024² with 8 rows nothing."""
+HOST_S = 0.01
+"""Where forwards run side by side others wait for the host: a graph is worth it that frees it from longer launches."""
 # Most keys never come again: sizes, lengths of text and numbers of rows are in them.
 _MAX_KEYS = 4096
 K = TypeVar("K", bound=Hashable)
@@ -150,11 +152,14 @@ class GraphPolicy(Generic[K]):
             self._seen.popitem(last=False)
 
 
-def is_worth_capturing(launch_s: float, total_s: float) -> bool:
-    """Whether an eager forward took its time on the host, as far as one can see from when its launches were done."""
-    return launch_s >= MIN_LAUNCH_SHARE * total_s
+def is_worth_capturing(launch_s: float, total_s: float, *, frees_host: bool = False) -> bool:
+    """Whether an eager forward took its time on the host, as far as one can see from when its launches were done.
+
+    :param frees_host: others wait for the host.
+    """
+    return launch_s >= MIN_LAUNCH_SHARE * total_s or (frees_host and launch_s >= HOST_S)
 
 
-def pays(replay_s: float, eager_s: float) -> bool:
-    """Whether a replay saves so much that a graph is kept."""
-    return replay_s <= (1 - MIN_GAIN) * eager_s
+def pays(replay_s: float, eager_s: float, *, frees_host: bool = False) -> bool:
+    """Whether a replay saves so much that a graph is kept; or nothing, but the host is free."""
+    return replay_s <= (1 + MIN_GAIN if frees_host else 1 - MIN_GAIN) * eager_s

@@ -49,6 +49,7 @@ class Graphs:
     :param recorder: makes them.
     :param names: of components, for people.
     :param note: told which calls can't be graphs, and why.
+    :param frees_host: others wait while the host launches what isn't a graph.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Graphs:
         recorder: Recorder,
         names: Mapping[nn.Module, str],
         note: Callable[[str, str], None] = lambda component, note: None,
+        *,
+        frees_host: bool = False,
     ) -> None:
         self.num_trials = 0
         """Calls that took longer than the next ones will, as a graph was made or compared with an eager forward."""
@@ -75,6 +78,7 @@ class Graphs:
         self._recorder = recorder
         self._names = names
         self._note = note
+        self._frees_host = frees_host
         self._recordings: dict[Key, Recording] = {}
         self._uploads: dict[Key, Uploads] = {}
         self._uploading: set[tuple[nn.Module, str]] = set()
@@ -232,7 +236,8 @@ class Graphs:
         """What speaks against capturing a forward that was warmed up."""
         try:
             # What ranks share the device is busy with while it waits for the launches of others: that looks like work.
-            if not _is_shared(key) and not is_worth_capturing(warmed.launch_s, warmed.total_s):
+            is_worth = is_worth_capturing(warmed.launch_s, warmed.total_s, frees_host=self._frees_host)
+            if not _is_shared(key) and not is_worth:
                 raise Slow(f"launches take {warmed.launch_s} of {warmed.total_s} s")
             if self._num_broken[key.module, key.method] >= MAX_BROKEN:
                 raise Unfit("captures of such calls were cut off")
@@ -280,7 +285,7 @@ class Graphs:
             refusal = Refusal("it copies something else to the device each time")
         elif (error := relative_error(closed(replayed), result)) != 0:
             refusal = Refusal(f"a graph returned something else (relative error {error:.2g})")
-        elif not pays(replay_s, eager_s):
+        elif not pays(replay_s, eager_s, frees_host=self._frees_host):
             refusal = Refusal()
         if (refusal := agree(refusal)) is not None:
             self._refuse(key, refusal)
@@ -342,12 +347,14 @@ def graphs_on(
     max_bytes: int,
     components: Mapping[str, Any],
     note: Callable[[str, str], None] = lambda component, note: None,
+    *,
+    frees_host: bool = False,
 ) -> Graphs | None:
     """The graphs of a pipeline's components; None where there are none."""
     if device.type != "cuda" or not max_bytes:
         return None
     names = {part: name for name, part in components.items() if isinstance(part, nn.Module)}
-    return Graphs(device, GraphPolicy(max_bytes), CudaRecorder(device), names, note)
+    return Graphs(device, GraphPolicy(max_bytes), CudaRecorder(device), names, note, frees_host=frees_host)
 
 
 def _is_shared(key: Key) -> bool:

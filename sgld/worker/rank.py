@@ -259,7 +259,7 @@ class Rank:
             residency(model.device, offloaded, pins=config.memory.pin_cpu_memory),
             {} if is_aside else names,
             self._note,
-            graphs_on(model.device, config.graphs.max_bytes, parts, self._note),
+            graphs_on(model.device, config.graphs.max_bytes, parts, self._note, frees_host=config.parallel.elastic_sp),
         )
         if model.compilation is not None and is_aside:
             runtime.swap = swap_of(names, model.compilation, runtime, self._channel, self._note)

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgld.engine.cost import FIRST_SHARED, MAX_KEYS, CostModel, at_degree, degree_of, num_positions
-from sgld.engine.curve import GROWTH, MAX_SAMPLES
+from sgld.engine.cost import MAX_KEYS, CostModel, at_degree, degree_of, num_positions
+from sgld.engine.curve import GROWTH, MAX_SAMPLES, PATIENCE
 from sgld.worker.graph_policy import CAPTURES_AFTER
 
 SECONDS = st.floats(1e-6, 1e3)
@@ -161,7 +161,7 @@ def test_more_ranks_are_tried_one_doubling_at_a_time() -> None:
     cost.observe("c", 1, 8.0)
     assert cost.predict("c", 1, 2) == 4.0, "worth a try"
     assert cost.predict("c", 1, 4) is None
-    for _ in range(FIRST_SHARED):
+    for _ in range(PATIENCE):
         cost.observe(at_degree("c", 2), 1, 5.0)
     assert (cost.predict("c", 1, 2), cost.predict("c", 1, 4)) == (5.0, 2.5)
 
@@ -169,18 +169,18 @@ def test_more_ranks_are_tried_one_doubling_at_a_time() -> None:
 def test_first_runs_of_several_ranks_are_not_believed_as_graphs_may_follow() -> None:
     cost = CostModel()
     cost.observe("c", 1, 8.0)
-    for _ in range(CAPTURES_AFTER - 1):
+    for _ in range(2 * (CAPTURES_AFTER - 1)):
+        # Two blocks of two ranks, before each has a graph.
         cost.observe(at_degree("c", 2), 1, 100.0)
         assert cost.predict("c", 1, 2) == 4.0
-    for _ in range(FIRST_SHARED):
-        cost.observe(at_degree("c", 2), 1, 5.0, "graph")
+    cost.observe(at_degree("c", 2), 1, 5.0, "graph")
     assert cost.predict("c", 1, 2) == 5.0
 
 
 def test_what_several_ranks_take_is_recalled() -> None:
     cost, again = CostModel(), CostModel()
     cost.observe("c", 1, 8.0)
-    for _ in range(FIRST_SHARED):
+    for _ in range(PATIENCE):
         cost.observe(at_degree("c", 2), 1, 5.0)
     again.recall(cost.learned())
     assert again.predict("c", 1, 2) == 5.0
@@ -190,7 +190,7 @@ def test_what_ranks_gain_holds_for_other_numbers_of_rows() -> None:
     cost = CostModel()
     for rows in (1, 2, 2, 4, 4):
         cost.observe("c", rows, 8.0 * rows)
-    for _ in range(FIRST_SHARED):
+    for _ in range(PATIENCE):
         cost.observe(at_degree("c", 2), 1, 6.0)
     assert cost.predict("c", 4, 2) == pytest.approx(24.0)
 
@@ -198,7 +198,7 @@ def test_what_ranks_gain_holds_for_other_numbers_of_rows() -> None:
 def test_estimate_is_that_of_the_fastest_degree_and_share_that_of_the_most_sparing_one() -> None:
     cost = CostModel()
     for degree, elapsed_s in ((1, 8.0), (2, 5.0), (4, 4.0)):
-        for _ in range(FIRST_SHARED):
+        for _ in range(PATIENCE):
             cost.observe(at_degree("c", degree), 1, elapsed_s)
     assert cost.estimate("c", 1) == 4.0
     assert cost.share("c", 4) == pytest.approx(8.0 / 4 / 4.0)

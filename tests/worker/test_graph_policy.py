@@ -123,3 +123,10 @@ def test_what_the_device_is_busy_with_is_not_worth_a_graph(launch_s: float, tota
 def test_a_graph_pays_if_it_saves_more_than_noise() -> None:
     assert pays(replay_s=0.5, eager_s=1.0)
     assert not pays(replay_s=0.99, eager_s=1.0)
+
+
+def test_where_others_wait_for_the_host_a_graph_need_not_be_faster() -> None:
+    assert is_worth_capturing(launch_s=0.06, total_s=0.4, frees_host=True)
+    assert not is_worth_capturing(launch_s=0.005, total_s=0.4, frees_host=True)
+    assert pays(replay_s=1.0, eager_s=1.0, frees_host=True)
+    assert not pays(replay_s=1.1, eager_s=1.0, frees_host=True)
