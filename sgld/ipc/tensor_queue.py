@@ -12,7 +12,6 @@ import mmap
 import os
 import select
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -114,26 +113,20 @@ class TensorWriter:
         return max(1, slots.num_slots // 2) * slots.slot_bytes
 
     def put(
-        self,
-        pixels: "NDArray[np.uint8] | torch.Tensor",
-        *,
-        timeout_s: float | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        self, pixels: "NDArray[np.uint8] | torch.Tensor", *, should_stop: Callable[[], bool] = lambda: False
     ) -> TensorRef:
         """Copy a tensor into free slots; waits while there are too few (the reader is behind).
 
         :param pixels: uint8, any shape of at most `max_bytes`; a tensor on a GPU is copied straight into the slots.
-        :param timeout_s: how long to wait for slots; None: until `should_stop`, or for as long as it takes.
         :param should_stop: asked about every 0.1 s while waiting, e.g. the `is_set` of an event.
         :raises ValueError: it is too large, or not of uint8.
-        :raises TimeoutError: `timeout_s` went by.
         :raises Cancelled: `should_stop` said so.
         :raises ChannelClosed: this side was closed.
         """
         slots = self._opened()
         shape = tuple(pixels.shape)
         num_bytes = self._checked_size(str(pixels.dtype), shape)
-        ref = TensorRef(slots=self._acquire(-(-num_bytes // slots.slot_bytes), timeout_s, should_stop), shape=shape)
+        ref = TensorRef(slots=self._acquire(-(-num_bytes // slots.slot_bytes), should_stop), shape=shape)
         with on_failure(lambda: slots.free(ref.slots)):
             _copy(pixels, slots.runs(ref.slots, num_bytes))
         return ref
@@ -183,15 +176,14 @@ class TensorWriter:
             )
         return num_bytes
 
-    def _acquire(self, count: int, timeout_s: float | None, should_stop: Callable[[], bool] | None) -> tuple[int, ...]:
+    def _acquire(self, count: int, should_stop: Callable[[], bool]) -> tuple[int, ...]:
         """Mark `count` free slots as used; raises what `put` does."""
         slots = self._opened()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        _wait_for(lambda wait_s: self._collecting.acquire(timeout=wait_s), deadline, should_stop)
+        _wait_for(lambda wait_s: self._collecting.acquire(timeout=wait_s), should_stop)
         num_taken = 0
         try:
             while num_taken < count:
-                _wait_for(lambda wait_s: _take_one(slots.free_fd, wait_s), deadline, should_stop)
+                _wait_for(lambda wait_s: _take_one(slots.free_fd, wait_s), should_stop)
                 num_taken += 1
             chosen = _choose(np.flatnonzero(slots.states == _FREE), count)
             slots.states[list(chosen)] = _USED
@@ -286,16 +278,16 @@ def _header_bytes(num_slots: int) -> int:
     return -(-num_slots // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _wait_for(attempt: Callable[[float], bool], deadline: float | None, should_stop: Callable[[], bool] | None) -> None:
-    """Call `attempt(wait_s)` until it is True; raises TimeoutError and Cancelled as `TensorWriter.put` does."""
+def _wait_for(attempt: Callable[[float], bool], should_stop: Callable[[], bool]) -> None:
+    """Call `attempt(wait_s)` until it is True.
+
+    :raises Cancelled: `should_stop` said so.
+    """
     wait_s = 0.0
     while not attempt(wait_s):
-        if should_stop is not None and should_stop():
+        if should_stop():
             raise Cancelled
-        remaining_s = _STOP_POLL_S if deadline is None else deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError("The tensor queue stayed full until the deadline; the front doesn't release its slots.")
-        wait_s = min(_STOP_POLL_S, remaining_s)
+        wait_s = _STOP_POLL_S
 
 
 def _take_one(free_fd: int, wait_s: float) -> bool:

@@ -213,7 +213,7 @@ def _of_spandrel(state: dict[str, torch.Tensor]) -> Upscaler:
     except (spandrel.UnsupportedModelError, RuntimeError, KeyError, ValueError) as error:
         raise UnknownNetwork(f"spandrel knows no network of these weights: {one_line(error)}") from None
     if not isinstance(found, spandrel.ImageModelDescriptor) or (found.input_channels, found.output_channels) != (3, 3):
-        raise UnknownNetwork(f"a network of {found.architecture.name} makes no larger picture of one of three colours")
+        raise UnknownNetwork(f"a network of {found.architecture.name} doesn't enlarge RGB pictures")
     return Upscaler(
         found.model,
         label=f"{found.architecture.name} {found.scale}x",

@@ -107,7 +107,7 @@ class ImageWork:
     async def finish(self, live: LiveRequest, completed: Completed) -> None:
         """Encode an output, which may have several pictures, such as layers; with the last one, store them all."""
         if not len(completed.frames):
-            raise PipelineFailed("the model made no picture; ask for what it makes")
+            raise PipelineFailed("the model made sound only, which isn't served over HTTP; sgld generate writes it")
         model_path = self._services.engine_config.model_path
         metadata = metadata_of(model_path, live.params, completed) if self._options.metadata else None
         self._pictures[completed.output_index] = [

@@ -101,7 +101,8 @@ def listen(config: ServerConfig) -> Listener:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise OSError(f"{config.host}:{config.port} is in use: choose another --port, or stop who uses it") from None
+        what_to_do = "choose another --port, or stop the program that uses it"
+        raise OSError(f"{config.host}:{config.port} is in use: {what_to_do}") from None
     try:
         return Listener(config, listening, keys, folder, JobStore(folder / "jobs.sqlite3"))
     except OSError:

@@ -51,7 +51,7 @@ class VideoWork:
         if not completed.is_video and live.params.num_frames != 1:
             raise PipelineFailed("the model makes no videos; ask for pictures at /v1/images/generations")
         if not len(completed.frames):
-            raise PipelineFailed("the model made no frame; ask for what it makes")
+            raise PipelineFailed("the model made sound only, which isn't served over HTTP; sgld generate writes it")
         self._files[completed.output_index] = await self._write(live, completed)
         if len(self._files) == live.params.num_outputs_per_prompt:
             await self._services.jobs.keep(live, [file for _, file in sorted(self._files.items())])

@@ -75,17 +75,17 @@ def render_bytes(
     return (clips * 255).round().to(torch.uint8)
 
 
-def pixel_batches(pool: Tensor, batch_size: int, num_frames: int, *, whole_every: int = 4) -> Iterator[Tensor]:
+def pixel_batches(pool: Tensor, batch_size: int, num_frames: int) -> Iterator[Tensor]:
     """Endless batches of windows of clips from a pool (N, 3, T, H, W); of one frame: pictures, (B, 3, H, W).
 
-    Clips are cropped to half their size, four times as many, but for one batch in `whole_every`: steps count more than
+    Clips are cropped to half their size, four times as many, but for one batch in four: steps count more than
     pixels here.
     """
     height, width = pool.shape[-2:]
     for step in itertools.count():
         start = int(torch.randint(pool.shape[2] - num_frames + 1, ()).item())
         window = slice(start, start + num_frames)
-        if num_frames == 1 or step % whole_every == 0:
+        if num_frames == 1 or step % 4 == 0:
             rows = torch.randint(len(pool), (batch_size,), device=pool.device)
             batch = pool[rows, :, window]
         else:

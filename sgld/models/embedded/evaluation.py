@@ -13,6 +13,8 @@ from sgld.models.embedded.captions import caption
 from sgld.models.embedded.checker import agreement, agreement_of_clip
 from sgld.models.embedded.scenes import draw_dice, draw_scenes, render, render_clips
 
+_BATCH_SIZE = 16
+
 
 @dataclass
 class Score:
@@ -45,13 +47,11 @@ def generate_pixels(pipeline: Any, prompts: Sequence[str], seed: int, options: d
     return pixels.float().cpu()
 
 
-def score(
-    pipeline: Any, scenes: Sequence[Scene], prompts: Sequence[str], options: dict[str, Any], *, batch_size: int = 16
-) -> Score:
+def score(pipeline: Any, scenes: Sequence[Scene], prompts: Sequence[str], options: dict[str, Any]) -> Score:
     """Generates one picture or clip for each prompt and checks it against its scene."""
     total = Score()
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(prompts), _BATCH_SIZE):
+        rows = slice(start, start + _BATCH_SIZE)
         pixels = generate_pixels(pipeline, prompts[rows], start, options)
         look = agreement_of_clip if pixels.ndim == 5 else agreement
         for scene, one in zip(scenes[rows], pixels, strict=True):
