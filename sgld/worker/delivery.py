@@ -12,6 +12,7 @@ from sgld.errors import PipelineFailed
 from sgld.messages import Start
 from sgld.models.filters import Filter
 from sgld.outcome import on_failure
+from sgld.worker.host_values import answer_from_host
 from sgld.worker.outputs import outputs_of, sample_rate_of
 from sgld.worker.pixels import Pixels, to_uint8
 from sgld.worker.postprocess import Postprocessing
@@ -70,6 +71,8 @@ class Delivery:
             torch.cuda.set_device(self._model.device)
         if self._params.flow_shift is not None:
             shift_noise(bound, self._params.flow_shift)
+        if self._model.device.type == "cuda":
+            answer_from_host(bound)
         if self._filters:
             self._postprocessing = self._prepared_filters(task, self._filters)
         self._sample_rate = sample_rate_of(bound)

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
 from sgld.worker.delivery import Delivery
 from sgld.worker.preview import Previewer
+from sgld.worker.task import Task
 
 
 class Sent:
@@ -48,6 +50,19 @@ def test_frames_of_a_decode_that_runs_again_replace_those_of_the_first() -> None
         decode(torch.OutOfMemoryError())
     decode()
     assert sent.indexes == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steps_of_noise_schedulers_are_answered_from_the_host_on_a_gpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+    monkeypatch.setattr("sgld.worker.delivery.answer_from_host", watched.append)
+    model, bound = LoadedModel(None, torch.device(device), {}, "any"), SimpleNamespace()
+    delivery = Delivery(Sent(), Start(request_id="a", params=SamplingParams()), model, Previewer(), num_threads=1)  # type: ignore[arg-type]
+    delivery.prepare(Task("a", lambda _task: None), bound)
+    assert watched == ([bound] if device == "cuda" else [])
 
 
 class Filtering:

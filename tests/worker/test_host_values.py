@@ -179,6 +179,7 @@ def test_timesteps_of_the_middle_are_known_and_those_of_others_are_not() -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("name", USUAL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_nothing_waits_either(name: str, dtype: torch.dtype) -> None:
