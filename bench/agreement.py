@@ -98,16 +98,40 @@ def text(found: Mapping[str, Any]) -> list[str]:
         f"{of['mean_differs']:+.1%} | {of['p95_differs']:+.1%} |"
         for name, of in simulation["by_class"].items()
     ]
-    lines += ["", "| load, simulated | policy | mean | p95 | in time |", "|---|---|---|---|---|"]
+    if found["claim"]:
+        lines += ["", "| load, simulated | policy | mean | p95 | in time |", "|---|---|---|---|---|"]
     lines += [
         f"| {p['load']:g} | {p['policy']} | {p['mean_s']:.2f} | {p['p95_s']:.2f} | {p['slo']:.3f} |"
         for p in found["claim"]
     ]
+    return [*lines, *_times(found["times"]), *_gaps(found.get("gaps", {}))]
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What forwards took, on one GPU and on several."""
+    degrees = list(rows[0]["shared_ms"])
     head = ["class", "encode, ms", "decode, ms", "beside the device, ms", "a step of 1, 2, ... requests, ms"]
-    lines += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in found["times"]:
-        steps = ", ".join(f"{ms:.1f}" for ms in row["step_ms"][:4])
-        lines.append(
-            f"| {row['class']} | {row['encode_ms']:.1f} | {row['decode_ms']:.1f} | {row['rest_ms']:.1f} | {steps} |"
-        )
+    head += [f"{stage} on {degree} GPUs, ms" for stage in ("a step", "decode") for degree in degrees]
+    lines = ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        shared = [row["shared_ms"][degree][at] for at in (0, 1) for degree in degrees]
+        cells = [row["class"], *(f"{row[key]:.1f}" for key in ("encode_ms", "decode_ms", "rest_ms"))]
+        cells += [", ".join(f"{ms:.1f}" for ms in row["step_ms"][:4])]
+        cells += ["" if ms is None else f"{ms:.1f}" for ms in shared]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _gaps(gaps: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What passed before forwards that waited for others."""
+    if not gaps:
+        return []
+    lines = [
+        "",
+        "Before forwards that waited for one of some ranks, as only those of all ranks are launched ahead:",
+        "",
+    ]
+    lines += ["| on | number | gap, mean, ms | median, ms |", "|---|---|---|---|"]
+    return lines + [
+        f"| {on} | {of['num']} | {1e3 * of['mean_s']:.2f} | {1e3 * of['median_s']:.2f} |" for on, of in gaps.items()
+    ]

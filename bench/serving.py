@@ -50,6 +50,8 @@ from policies import SLO_SCALE, Class
 from real_models import MODELS, prompt
 from served import image_body, ready_s, serving
 
+from sgld.engine.curve import PATIENCE
+
 HERE = Path(__file__).parent
 RAM_DISK = "/dev/shm"
 # So many requests alone, or fewer if they take longer than that together.
@@ -60,7 +62,7 @@ _REST_S, _REST_FACTOR = 5.0, 2.0
 # and has been captured as a graph and compared with that. Two share forwards only where one like them was served.
 _FEW_STEPS = ((1, 4), (2, 4), (1, 4))
 # A number of ranks runs a call so often until it is replayed as a graph and its time is known.
-_TRIES = 8
+_TRIES = PATIENCE + 2
 # Prompts and seeds of requests that aren't part of the trace begin here: no text is encoded twice.
 _ALONE, _WARM_UP = 700, 800
 _POLL_S = 0.2
@@ -385,7 +387,7 @@ def _rounds(num_ranks: int) -> Sequence[tuple[int, int]]:
     """So many requests at once, and with how many steps.
 
     1. A rank for each, so that each knows its own graphs.
-    2. One that tries all numbers of ranks, and decodes until all of these are known.
+    2. One that tries all numbers of ranks, and decodes until the least of these is known.
     3. Several for each number of ranks that some share.
     4. More than there are ranks: they share forwards.
     """
@@ -393,7 +395,7 @@ def _rounds(num_ranks: int) -> Sequence[tuple[int, int]]:
         return _FEW_STEPS
     num_degrees = num_ranks.bit_length() - 1
     some = [(num_ranks >> n, _TRIES) for n in range(1, num_degrees)]
-    lone = [(1, (num_degrees + 1) * _TRIES), *[(1, 2)] * (2 * num_degrees)]
+    lone = [(1, num_degrees * _TRIES + 2), *[(1, 2)] * (PATIENCE - 1)]
     return [(num_ranks, _TRIES), *lone, *some, (2 * num_ranks, _FEW_STEPS[1][1])]
 
 
