@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -65,11 +66,14 @@ class VerdictFile:
     """
 
     def __init__(self, source: ModelSource, index: dict[str, Any], components: "Sequence[ComponentPlan]" = ()) -> None:
-        # What is loaded as the index says has nothing to add.
-        decided = [(part.name, str(part.source), part.class_name, part.notes) for part in components if part.notes]
-        named = [version("diffusers"), source.model_path, index, sorted(decided)]
-        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
         folders = [source.folder, *(part.source.folder for part in components if part.is_separate)]
+        # What is loaded as the index says has nothing to add.
+        noted = [part for part in components if part.notes]
+        decided = [
+            (part.name, _place(part.source.folder, str(part.source)), part.class_name, part.notes) for part in noted
+        ]
+        named = [version("diffusers"), _place(source.folder, source.model_path), index, sorted(decided)]
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
         for config in (path for folder in folders if folder for path in sorted(folder.rglob("config.json"))):
             digest.update(config.read_bytes())
         self.name = digest.hexdigest()[:24]
@@ -93,6 +97,11 @@ class VerdictFile:
             change(self._path, lambda content: msgspec.json.encode(_merged(_decoded(content), kept, before)))
         except OSError as error:
             logger.warning("what was learned of the model can't be kept: %s", error)
+
+
+def _place(folder: Path | None, name: str) -> str:
+    """Where something is, however the way to its folder was written."""
+    return str(folder.resolve()) if folder is not None else name
 
 
 def _decoded(content: bytes) -> Kept:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,16 @@ def test_each_configuration_has_a_file_of_its_own(tmp_path: Path) -> None:
     config.write_text('{"layers": 1}')
     file(tmp_path).write(KEPT)
     assert file(tmp_path).read() == KEPT
-    assert file(tmp_path, name="b/model").read() == Kept()
+    copy = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-copy"))
+    assert file(copy).read() == Kept()
     assert file(tmp_path, scheduler=["diffusers", "DDIMScheduler"]).read() == Kept()
     config.write_text('{"layers": 2}')
     assert file(tmp_path).read() == Kept()
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_folder_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    file(tmp_path / "model", name=str(tmp_path / "model")).write(KEPT)
+    monkeypatch.chdir(tmp_path)
+    assert file(Path("model"), name="model").read() == KEPT
