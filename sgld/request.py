@@ -41,7 +41,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     max_pixels: int | None = None
     max_frames: int | None = None
     max_steps: int | None = None
-    max_film_pixels: int | None = None
+    max_total_pixels: int | None = None
     """Of all frames together: the file that is asked for holds no more."""
     only_videos: bool = False
     """What is asked for is a video, or a picture by name."""
@@ -77,7 +77,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         if num_steps is None:
             num_steps = params.num_inference_steps or defaults.get("num_inference_steps", 1)
         # A file that can't be made at all is refused for what is known only.
-        limits = self if len(known) == len(sides) else msgspec.structs.replace(self, max_film_pixels=None)
+        limits = self if len(known) == len(sides) else msgspec.structs.replace(self, max_total_pixels=None)
         limits.check(params, num_frames=num_frames, size=(known[0], known[-1]) if known else None, num_steps=num_steps)
 
     def check(
@@ -104,8 +104,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             if limit is not None and value > limit:
                 what = f"the number of {counted}" + (", with what is made after the model's," if factor > 1 else "")
                 raise InvalidRequest(f"{what} is {value}; this server allows at most {limit}", field)
-        if self.max_film_pixels is not None and total > 1 and total * num_pixels > self.max_film_pixels:
-            most, of = self.max_film_pixels // num_pixels, f"{num_pixels} pixels each"
+        if self.max_total_pixels is not None and total > 1 and total * num_pixels > self.max_total_pixels:
+            most, of = self.max_total_pixels // num_pixels, f"{num_pixels} pixels each"
             problem = f"there would be {total} frames of {of}, and such a file has at most {most} of them"
             raise InvalidRequest(f"{problem}; choose another output_format", "output_format")
 

@@ -137,7 +137,7 @@ class Files:
     def limits(self) -> Limits:
         """What the file that is named can take."""
         name = self._config.output_file_name
-        return Limits(max_film_pixels=MAX_GIF_PIXELS) if name and format_of(name) == "gif" else NO_LIMITS
+        return Limits(max_total_pixels=MAX_GIF_PIXELS) if name and format_of(name) == "gif" else NO_LIMITS
 
     def write(self, output: Output, params: SamplingParams, completed: Completed) -> Written:
         """Encode and write an output; takes long, so call it in a thread.
@@ -156,7 +156,7 @@ class Files:
             self._write(output, completed.seed, media_format, content, name)
             for content, name in zip(contents, names, strict=True)
         ]
-        frame_paths = self._write_frames(paths[0], completed) if _is_film(completed) else ()
+        frame_paths = self._write_frames(paths[0], completed) if _is_moving(completed) else ()
         return Written(tuple(map(str, paths)), frame_paths)
 
     def _check_name(self, name: str) -> None:
@@ -179,7 +179,7 @@ class Files:
         asked = format_of(self._config.output_file_name) if self._config.output_file_name else None
         if len(completed.frames) == 0:
             return asked if asked in ("wav", "flac") else "wav"
-        if _is_film(completed):
+        if _is_moving(completed):
             return asked if asked in VIDEO_FORMATS else "mp4"
         return asked if asked in (*IMAGE_FORMATS, *VIDEO_FORMATS) else "png"
 
@@ -189,19 +189,19 @@ class Files:
         """What goes into the files of an output; there are several where it has several pictures."""
         quality, audio, rate = self._config.encoding_quality, completed.audio, completed.sample_rate
         about: dict[str, Any] = {"metadata": metadata, "quality": quality}
-        film = {**about, "fps": completed.fps or DEFAULT_FPS}
+        of_video = {**about, "fps": completed.fps or DEFAULT_FPS}
         match media_format:
             case "mp4":
-                film |= {"encoding": self._config.video, "audio": audio, "sample_rate": rate}
-                return [lambda path: write_video(path, completed.frames, **film)]
+                of_video |= {"encoding": self._config.video, "audio": audio, "sample_rate": rate}
+                return [lambda path: write_video(path, completed.frames, **of_video)]
             case "wav" | "flac":
                 assert audio is not None, "a result holds frames or sound"
                 assert rate is not None, "sound has a rate"
                 return [lambda path: write_audio(path, audio, rate, media_format, metadata=metadata)]
             case "gif":
-                return [lambda path: write_animation(path, completed.frames, "gif", **film)]
-            case "webp" if _is_film(completed):
-                return [lambda path: write_animation(path, completed.frames, "webp", **film)]
+                return [lambda path: write_animation(path, completed.frames, "gif", **of_video)]
+            case "webp" if _is_moving(completed):
+                return [lambda path: write_animation(path, completed.frames, "webp", **of_video)]
             case "png" | "jpeg" | "webp" | "avif":
                 return [encode_image(frame, media_format, **about) for frame in completed.frames]
             case _:
@@ -243,7 +243,7 @@ class Files:
         }
 
 
-def _is_film(completed: Completed) -> bool:
+def _is_moving(completed: Completed) -> bool:
     return completed.is_video and len(completed.frames) > 1
 
 

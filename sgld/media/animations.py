@@ -52,7 +52,7 @@ def write_animation(
             about |= {"quality": quality, "exif": b"" if metadata is None else exif_block(metadata)}
         case _:
             assert_never(animation_format)
-    write_atomically(path, lambda temporary: _save(_Film(frames), temporary, animation_format, about))
+    write_atomically(path, lambda temporary: _save(_Frames(frames), temporary, animation_format, about))
 
 
 def check_rate(animation_format: AnimationFormat, fps: float) -> None:
@@ -65,7 +65,7 @@ def check_rate(animation_format: AnimationFormat, fps: float) -> None:
         raise InvalidRequest(f"A {animation_format} has at most {most:g} frames per second, not {fps:g}.", "fps")
 
 
-class _Film(Image.Image):
+class _Frames(Image.Image):
     """All frames as one picture for Pillow, which sees one at a time: no other is in its memory."""
 
     def __init__(self, frames: NDArray[np.uint8]) -> None:

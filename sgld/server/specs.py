@@ -78,8 +78,8 @@ _DELETED = {200: {JSON: ref(events.Deleted)}}
 _NEWS = _event(
     {"snapshot", *EVENT_NAMES}, events.Snapshot, RequestStatus, RequestProgress, previews.PreviewEvent, ServerStats
 )
-_FILM: Mapping[str, Schema] = {media_type_of(name): FILE for name in get_args(MediaFormat)}
-_PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {n: FILE for n in _FILM if n.startswith("image/")}}
+_FILES: Mapping[str, Schema] = {media_type_of(name): FILE for name in get_args(MediaFormat)}
+_PICTURE: Mapping[int, Mapping[str, Schema]] = {200: {n: FILE for n in _FILES if n.startswith("image/")}}
 _NUMBER: Schema = {"type": "integer", "minimum": 0, "default": 0}
 _EDIT = Spec("Pictures", bodies={FORM: ref("ImageEdit")}, answers=_IMAGES, errors=_MAKING, pictures=("image", "mask"))
 SPECS: dict[Callable[..., Any], Spec] = {
@@ -111,7 +111,7 @@ SPECS: dict[Callable[..., Any], Spec] = {
     videos.get_content: Spec(
         "Videos",
         queries={"variant": {"enum": ["video", "thumbnail", "spritesheet"], "default": "video"}, "index": _NUMBER},
-        answers=dict.fromkeys((200, 206), _FILM),
+        answers=dict.fromkeys((200, 206), _FILES),
         errors=(400, 404, 409, 416, 500),
     ),
     video_events.events: Spec(
@@ -119,7 +119,7 @@ SPECS: dict[Callable[..., Any], Spec] = {
         answers={200: {SSE: {"type": "object", "properties": {"data": {"type": "string"}}}}},
         errors=(404, 503),
     ),
-    video_events.stream: Spec("Videos", queries={"index": _NUMBER}, answers={200: _FILM}, errors=(404, 409, 500, 503)),
+    video_events.stream: Spec("Videos", queries={"index": _NUMBER}, answers={200: _FILES}, errors=(404, 409, 500, 503)),
     events.events: Spec(
         "Live events",
         queries={"types": {"type": "string"}, "request_id": {"type": "string"}},

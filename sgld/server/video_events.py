@@ -72,7 +72,7 @@ async def stream(request: Request) -> Response:
         served, quality = services.engine.model, running.work.options.encoding_quality
         params = job.asked.params
         fps = (params.fps or (served.fps if served else None) or DEFAULT_FPS) * params.frame_factor
-        pieces = film(running.live, index, fps=fps, quality=quality)
+        pieces = growing(running.live, index, fps=fps, quality=quality)
         # Until there is a frame, a failure has a status of its own.
         first = await anext(pieces)
         return StreamingResponse(_joined(first, pieces), headers=HEADERS, media_type="video/mp4")
@@ -126,7 +126,7 @@ async def _end(request: Request) -> bytes:
     )
 
 
-async def film(live: LiveRequest, index: int, *, fps: float, quality: int) -> AsyncGenerator[bytes, None]:
+async def growing(live: LiveRequest, index: int, *, fps: float, quality: int) -> AsyncGenerator[bytes, None]:
     """The pieces of a file, from the first frame on; without an end if the job fails.
 
     :raises ApiError: it failed before there was a frame.

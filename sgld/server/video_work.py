@@ -27,9 +27,9 @@ VARIANTS = {"thumbnail": ("-thumbnail.webp", "image/webp"), "spritesheet": ("-sp
 """Of the small pictures: what their names end with, and their type."""
 
 
-def limits_of_film(options: VideoOptions) -> Limits:
+def limits_of_video(options: VideoOptions) -> Limits:
     """What can be made a file of the format that is asked for."""
-    return Limits(only_videos=True, max_film_pixels=MAX_GIF_PIXELS if options.output_format == "gif" else None)
+    return Limits(only_videos=True, max_total_pixels=MAX_GIF_PIXELS if options.output_format == "gif" else None)
 
 
 def video_work(services: Services, job: Job) -> "VideoWork":
@@ -42,7 +42,7 @@ class VideoWork:
 
     def __init__(self, services: Services, options: VideoOptions) -> None:
         self.options = options
-        self.limits = limits_of_film(options)
+        self.limits = limits_of_video(options)
         self._services = services
         self._files: dict[int, StoredFile] = {}
 

@@ -27,7 +27,7 @@ from sgld.server.video_schemas import (
     size_of_frames,
     video_request,
 )
-from sgld.server.video_work import VARIANTS, limits_of_film
+from sgld.server.video_work import VARIANTS, limits_of_video
 
 KIND = "video"
 _REFERENCES = frozenset({"input_reference", "reference_url"})
@@ -48,7 +48,7 @@ async def create(request: Request) -> Response:
     options = msgspec.to_builtins(msgspec.structs.replace(asked.options, input_reference=None, reference_url=None))
     model_path = services.engine_config.model_path
     with in_words(asked.words):
-        check_limits(params, services.config, served, limits_of_film(asked.options))
+        check_limits(params, services.config, served, limits_of_video(asked.options))
         await check_sources(params, services.config)
         return await _accept(request, Asked(params=params, options=options, model_path=model_path))
 
@@ -64,7 +64,7 @@ async def remix(request: Request) -> Response:
         raise ApiError(400, f"a remix has a prompt only, not {name!r}", "unknown_parameter", param=name)
     params = msgspec.structs.replace(job.asked.params, prompt=prompt)
     services = services_of(request)
-    limits = limits_of_film(msgspec.convert(job.asked.options, VideoOptions))
+    limits = limits_of_video(msgspec.convert(job.asked.options, VideoOptions))
     check_limits(params, services.config, services.engine.model, limits)
     model_path = services.engine_config.model_path
     return await _accept(

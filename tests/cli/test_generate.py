@@ -99,7 +99,7 @@ def test_what_a_file_can_not_hold_is_refused_before_it_is_made(sgld: Sgld, engin
     assert "such a file has at most 256 of them" in sgld(*film, "400", *size).err[0]
     assert engines.made == []
     sgld(*film, "3")
-    assert engines.made[0].limits.max_film_pixels == 2**30
+    assert engines.made[0].limits.max_total_pixels == 2**30
 
 
 def test_the_encoder_of_videos_can_be_chosen(sgld: Sgld) -> None:

@@ -69,7 +69,7 @@ def test_the_models_defaults_count_where_nothing_is_named(fields: dict[str, Any]
     assert problem == param
 
 
-FILM = Limits(max_film_pixels=200, only_videos=True)
+VIDEO = Limits(max_total_pixels=200, only_videos=True)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_the_file_can_not_hold_is_refused(fields: dict[str, Any], makes_vid
     model = msgspec.structs.replace(MODEL, makes_videos=makes_videos)
     refused = pytest.raises(InvalidRequest, match=problem) if problem else nullcontext()
     with refused:
-        check_limits(SamplingParams(**fields), CONFIG, model, FILM)
+        check_limits(SamplingParams(**fields), CONFIG, model, VIDEO)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pipelines import build
 from sgld.media.inputs import InputPolicy
 from sgld.server.errors import ApiError
 from sgld.server.requests import Requests
-from sgld.server.video_events import film
+from sgld.server.video_events import growing
 
 from .fakes import FakeEngine, Running, running
 from .test_images import error_of
@@ -164,7 +164,7 @@ async def test_a_failure_before_the_first_frame_is_an_error() -> None:
     async with Requests(FakeEngine(), InputPolicy()) as requests:
         live = await submit(requests, "fail out_of_memory")
         with pytest.raises(ApiError, match="it broke") as caught:
-            await anext(film(live, 0, fps=8, quality=90))
+            await anext(growing(live, 0, fps=8, quality=90))
 
     assert caught.value.status == 500
 

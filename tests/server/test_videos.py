@@ -156,7 +156,7 @@ async def test_limits_of_a_file_reach_the_rank_that_knows_what_the_model_chooses
     async with running(tmp_path) as server:
         await server.http.post("/v1/videos", json={"prompt": "a cat", "output_format": "gif", "num_frames": 2})
         [limits] = server.engine.limits
-        assert (limits.only_videos, limits.max_film_pixels) == (True, MAX_GIF_PIXELS)
+        assert (limits.only_videos, limits.max_total_pixels) == (True, MAX_GIF_PIXELS)
         assert limits.max_steps == ServerConfig().max_steps
 
 

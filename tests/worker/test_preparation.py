@@ -48,7 +48,7 @@ def test_steps_that_the_model_chooses_are_limited_before_anything_runs() -> None
     [
         (Limits(max_pixels=63), "the number of pixels is 64"),
         (Limits(max_frames=2), "the number of frames is 3"),
-        (Limits(max_film_pixels=100), "3 frames of 64 pixels each, and such a file has at most 1"),
+        (Limits(max_total_pixels=100), "3 frames of 64 pixels each, and such a file has at most 1"),
         (Limits(only_videos=True), "makes no videos"),
     ],
 )
