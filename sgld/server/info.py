@@ -124,6 +124,8 @@ async def server_info(request: Request) -> Response:
         "model": services.engine.model,
         "tp_size": services.engine_config.parallel.tp_size,
         "dp_size": services.engine_config.parallel.dp_size,
+        "layout": services.engine_config.parallel.layout,
+        "merging": statistics.merging,
         "num_running_reqs": services.requests.num_live,
         "engine": services.engine_config,
         "replicas": statistics.replicas,

@@ -269,11 +269,11 @@ class Session:
     def _note_exclusive(self, task: Task) -> None:
         if task.exclusive_because is None or task.call is None:
             return
-        if self._exclusive is None:
-            logger.info("request %s runs exclusively: it uses %s", task.request_id, task.exclusive_because)
+        verdicts = self.executor.verdicts
+        if self._exclusive is None and verdicts.modes.get(task.call.component) != "exclusive":
+            logger.warning("requests run one at a time, as the pipeline uses %s", task.exclusive_because)
         self.executor.runtime.changed(task.exclusive_because)
         self._exclusive = task
-        verdicts = self.executor.verdicts
         verdicts.modes[task.call.component] = "exclusive"
         verdicts.reasons[task.call.component] = f"the pipeline uses {task.exclusive_because}"
 

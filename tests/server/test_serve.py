@@ -11,12 +11,14 @@ from pathlib import Path
 
 import anyio
 import httpx2
+import msgspec
 import pytest
 
 from sgld.config import ServerConfig
+from sgld.engine.statistics import MergeStatistics
 from sgld.server.serve import listen
 
-from .fakes import TIMEOUT_S, FakeEngine, running
+from .fakes import NOTHING, TIMEOUT_S, FakeEngine, running
 from .test_images import error_of
 
 HANGING = {"prompt": "hang", "stream": True}
@@ -122,12 +124,17 @@ async def test_health_generate_makes_a_picture(
     assert [params.prompt for params in server.engine.params] == [prompt]
 
 
-async def test_server_info_tells_no_secrets(tmp_path: Path) -> None:
-    async with running(tmp_path, api_key=("secret",)) as server:
+async def test_server_info_has_the_layout_and_the_merging_and_tells_no_secrets(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    merging = {"unet": MergeStatistics(mode="exclusive", reason="its processors were exchanged")}
+    engine.counted = msgspec.structs.replace(NOTHING, merging=merging)
+    async with running(tmp_path, engine, api_key=("secret",)) as server:
         answer = await server.http.get("/server_info", headers={"authorization": "Bearer secret"})
 
     assert answer.json()["status"] == "ready"
     assert answer.json()["limits"]["max_outputs"] == 10
+    assert answer.json()["layout"] == "1 = dp 1 x cfg 1 x sp 1 (ulysses 1 x ring 1) x tp 1"
+    assert answer.json()["merging"] == {"unet": {"mode": "exclusive", "reason": "its processors were exchanged"}}
     assert "secret" not in answer.text
 
 

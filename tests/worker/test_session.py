@@ -289,12 +289,14 @@ def test_exclusive_is_what_the_last_request_was(log: Log) -> None:
     assert learned == ["exclusive", None, "exclusive"]
 
 
-def test_pipeline_that_swaps_processors_runs_exclusively_and_right() -> None:
+def test_pipeline_that_swaps_processors_runs_exclusively_and_right(caplog: pytest.LogCaptureFixture) -> None:
     pipeline, _ = build("sd_pag")
     calls = pag_calls
     plain = [pipeline(**call).images for call in calls()]
     report = run_together(pipeline, calls())
     assert report.mode == "exclusive"
+    said = [record.getMessage() for record in caplog.records if record.name == "sgld.worker.session"]
+    assert said == ["requests run one at a time, as the pipeline uses unet.attn_processors"]
     for output, expected in zip(report.outputs, plain, strict=True):
         # Their prompts were encoded together, before the first of them began to change anything.
         torch.testing.assert_close(output.images, expected, atol=1e-5, rtol=0)
