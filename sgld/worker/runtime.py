@@ -16,7 +16,7 @@ from torch import nn
 
 from sgld.messages import Variant
 from sgld.models.attention_choice import native_only
-from sgld.models.group_norm import spread_norms
+from sgld.models.norms import fast_norms
 from sgld.models.placement import compile_components, decompile, dtype_of
 from sgld.outcome import message_of
 from sgld.worker.graph_orders import GraphOrder
@@ -104,7 +104,7 @@ class Runtime:
         if invocation.is_exact:
             return native_only()
         is_coder = invocation.method in ("encode", "decode")
-        return spread_norms(self.residency.device) if is_coder else contextlib.nullcontext()
+        return fast_norms(invocation.module, self.residency.device) if is_coder else contextlib.nullcontext()
 
     def _run(self, invocation: Invocation) -> Any:
         # What a module computes in is asked for only where it matters: that walks through all of its parts.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sgld.models import group_norm
+from sgld.models import norms
 from sgld.models.placement import compile_components, decompile
 from sgld.worker.compilation import watched_compilations
 from sgld.worker.executor import Executor
@@ -245,8 +245,8 @@ class Decoder(nn.Module):
 
 
 def test_decoders_take_fast_kernels_on_a_gpu_and_exact_requests_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_norm, "spread_group_norm", lambda x, *_, **__: x)
-    vae, latents = Decoder().bfloat16(), torch.randn(1, 4, group_norm.MIN_VALUES, dtype=torch.bfloat16)
+    monkeypatch.setattr(norms, "spread_group_norm", lambda x, *_, **__: x)
+    vae, latents = Decoder().bfloat16(), torch.randn(1, 4, norms.MIN_VALUES, dtype=torch.bfloat16)
     on_gpu, on_cpu = (Runtime(Residency(torch.device(name))) for name in ("cuda", "cpu"))
     assert on_gpu.run(Invocation(vae, "decode", (latents,))) is latents
     for runtime, is_exact in ((on_gpu, True), (on_cpu, False)):

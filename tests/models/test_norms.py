@@ -1,11 +1,17 @@
-"""Large groups are normalised by other kernels, to the same values."""
+"""Norms are computed by other kernels, to the same values."""
+
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner import HunyuanImageRefinerRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15RMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from torch import nn
 from torch.nn import functional
 
-from sgld.models.group_norm import MIN_VALUES, spread_group_norm, spread_norms
+from sgld.models.norms import MIN_VALUES, fast_norms, fused_rms_norm, spread_group_norm
 
 CUDA = torch.device("cuda")
 LARGE = (1, 4, MIN_VALUES // 2)
@@ -55,7 +61,7 @@ def test_what_does_not_vary_becomes_zero() -> None:
 )
 def test_only_large_groups_in_half_precision_take_other_kernels(x: torch.Tensor, is_spread: bool) -> None:
     norm = nn.GroupNorm(2, 4).to(x.dtype)
-    with spread_norms(CUDA):
+    with fast_norms(norm, CUDA):
         result = norm(x)
     assert torch.equal(result, spread_group_norm(x, 2, norm.weight, norm.bias) if is_spread else norm(x))
 
@@ -63,5 +69,44 @@ def test_only_large_groups_in_half_precision_take_other_kernels(x: torch.Tensor,
 def test_elsewhere_than_on_a_gpu_nothing_changes() -> None:
     norm, x = nn.GroupNorm(2, 4).bfloat16(), values(*LARGE).bfloat16()
     for device in (torch.device("cpu"), None):
-        with spread_norms(device):
+        with fast_norms(norm, device):
             assert torch.equal(norm(x), functional.group_norm(x, 2, norm.weight, norm.bias))
+
+
+RMS_NORMS = [WanRMS_norm, QwenImageRMS_norm, HunyuanVideo15RMS_norm, HunyuanImageRefinerRMS_norm]
+
+
+def rms_norm(kind: Any, **options: Any) -> Any:
+    norm = kind(6, **options).requires_grad_(False)
+    for parameter in norm.parameters():
+        parameter.copy_(values(*parameter.shape))
+    return norm
+
+
+@pytest.mark.parametrize("kind", RMS_NORMS)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 6, 3, 8, 8), {"images": False}),
+        ((2, 6, 8, 8), {}),
+        ((2, 6, 8, 8), {"bias": True}),
+        ((2, 8, 6), {"channel_first": False}),
+    ],
+)
+def test_norms_over_channels_are_what_diffusers_computes(
+    kind: Any, shape: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    norm, x = rms_norm(kind, **options), values(*shape)
+    torch.testing.assert_close(fused_rms_norm(norm, x), norm(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(fused_rms_norm(norm, torch.zeros(shape)), norm(torch.zeros(shape)))
+
+
+def test_norms_over_channels_are_fused_on_a_gpu_in_half_precision_alone() -> None:
+    norm, x = rms_norm(WanRMS_norm).bfloat16(), values(1, 6, 16, 16)
+    plain = norm.float()(x), norm.bfloat16()(x.bfloat16())
+    with fast_norms(nn.Sequential(norm), CUDA):
+        fused = norm(x.bfloat16())
+        assert torch.equal(norm.float()(x), plain[0])
+    assert torch.equal(fused, fused_rms_norm(norm.bfloat16(), x.bfloat16()))
+    assert not torch.equal(fused, plain[1])
+    assert torch.equal(norm(x.bfloat16()), plain[1])
