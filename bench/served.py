@@ -42,6 +42,11 @@ class Server:
     pid: int
     log: IO[str]
 
+    def said(self) -> str:
+        """Its log."""
+        self.log.seek(0)
+        return self.log.read()
+
     def client(self) -> httpx2.AsyncClient:
         limits = httpx2.Limits(max_connections=None)
         return httpx2.AsyncClient(base_url=self.url, timeout=None, limits=limits, trust_env=False)
@@ -92,16 +97,14 @@ async def ready_s(server: Server, http: httpx2.AsyncClient, limit_s: float = 600
         try:
             answer = await http.get("/health")
         except httpx2.TransportError as error:
-            server.log.seek(0)
-            raise RuntimeError(f"sgld serve is gone:\n{server.log.read()[-6000:]}") from error
+            raise RuntimeError(f"sgld serve is gone:\n{server.said()[-6000:]}") from error
         if answer.status_code == 200:
             return time.monotonic() - server.started_at
         if answer.status_code != 503:
             answer.raise_for_status()
         if time.monotonic() > server.started_at + limit_s:
             show_stacks(server.pid)
-            server.log.seek(0)
-            raise RuntimeError(f"sgld serve isn't ready after {limit_s:g} s:\n{server.log.read()[-6000:]}")
+            raise RuntimeError(f"sgld serve isn't ready after {limit_s:g} s:\n{server.said()[-6000:]}")
         await asyncio.sleep(_POLL_S)
 
 

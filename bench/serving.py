@@ -354,7 +354,11 @@ async def _client(args: argparse.Namespace, replaying: Replay) -> AsyncIterator[
     environment = {"SGLANG_DIFFUSION_CACHE_ROOT": str(replaying.folder / "cache")}
     async with serving(replaying.folder, flags, environment) as server, server.client() as http:
         print(f"ready after {await ready_s(server, http, args.ready_s):.1f} s", flush=True)
-        yield http
+        try:
+            yield http
+        finally:
+            if args.out:
+                args.out.with_suffix(".log").write_text(server.said())
 
 
 def with_simulation(report: dict[str, Any], num_requests: int) -> dict[str, Any]:
@@ -448,7 +452,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000, help="of the simulation that the claim is made of")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="make a model with next to no layers")
-    parser.add_argument("--out", type=Path, help="writes FILE.json and FILE.md")
+    parser.add_argument("--out", type=Path, help="writes FILE.json, FILE.md, and beside them trace and log")
     parser.add_argument("serve_flags", nargs="*", help="further flags of sgld serve, behind --")
     args = parser.parse_args()
     report = json.loads(args.again.read_text()) if args.again else measured_report(args, Budget(args.seconds))
