@@ -53,7 +53,10 @@ def as_many_as_pay(
 
 
 def all_together(waiting: Sequence[Tracked], max_batch_size: int) -> list[tuple[Tracked, CallInfo]]:
-    """The calls that are the least far, all that may share a forward: requests that started together stay together."""
+    """Of all calls the one that is furthest from its end, and those that may share its forward.
+
+    So requests that started together stay together.
+    """
     stages: dict[CallKind, int] = {"encode": 0, "denoise": 1, "decode": 2}
     every = [(request, call) for request in waiting for call in request.calls.values()]
     first = min(every, key=lambda pair: (stages.get(pair[1].kind, len(stages)), pair[1].step_index, pair[0].number))

@@ -172,7 +172,7 @@ def at_degree(key: str, degree: int) -> str:
 
 
 def degree_of(key: str) -> tuple[str, int]:
-    """The other way."""
+    """The cost key and the degree that `at_degree` made a key of."""
     base, on, rest = key.rpartition(_ON)
     return (base, int(rest.partition(" ")[0])) if on else (key, 1)
 

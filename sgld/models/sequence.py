@@ -10,7 +10,7 @@ from torch import nn
 
 from sgld.models.shared_attention import Intercept, SharedLinearAttention, check_attention
 from sgld.models.token_plans import Argument, Count, Each, Joined, Leading, Output, TokenPlan, Whole, plan_of
-from sgld.models.tokens import Ranks, Tokens, UnevenTokens
+from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens
 
 # To forget one costs messages, no more.
 MAX_COURSES = 256
@@ -23,7 +23,7 @@ class Sequence:
     that out by themselves, before they say anything to one another. What is known of some ranks all of these know.
     """
 
-    def __init__(self, component: Any, ranks: Ranks) -> None:
+    def __init__(self, component: Any, ranks: TokenRanks) -> None:
         plan = plan_of(type(component))
         assert plan is not None, "it was checked before anything was loaded"
         check_attention(component)
@@ -33,7 +33,7 @@ class Sequence:
         component._parallel_config = self._tokens
         _apply(component, plan, self._tokens)
 
-    def run(self, course: str, forward: Callable[[], Any], ranks: Ranks | None = None) -> Any:
+    def run(self, course: str, forward: Callable[[], Any], ranks: TokenRanks | None = None) -> Any:
         """Run a forward.
 
         :param course: equal for those that go through the same layers in the same order, with tensors of the same form.

@@ -20,7 +20,7 @@ class UnevenTokens(Exception):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class TokenRanks:
     """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`."""
 
     group: Any
@@ -35,12 +35,12 @@ class Ranks:
         return self.num_ring * self.num_ulysses
 
     @classmethod
-    def alone(cls) -> "Ranks":
+    def alone(cls) -> "TokenRanks":
         """One that has all tokens."""
         return cls(None, None, None, 1, 1, 0)
 
     @classmethod
-    def of(cls, mesh: DeviceMesh) -> "Ranks":
+    def of(cls, mesh: DeviceMesh) -> "TokenRanks":
         """Those of a mesh ("ring", "ulysses")."""
         ring, ulysses = mesh["ring"], mesh["ulysses"]
         return cls(
@@ -60,7 +60,7 @@ class Tokens:
     in the first forward of each course; later ones, which do the same in the same order, know it.
     """
 
-    def __init__(self, name: str, ranks: Ranks) -> None:
+    def __init__(self, name: str, ranks: TokenRanks) -> None:
         self.ranks = ranks
         self.is_uneven = False
         self._name = name
@@ -245,7 +245,7 @@ def _gathered(part: torch.Tensor, dim: int, lengths: list[int], group: Any) -> t
     return result.movedim(0, dim)
 
 
-def _gathered_sizes(num: int, ranks: Ranks) -> list[int]:
+def _gathered_sizes(num: int, ranks: TokenRanks) -> list[int]:
     # By gloo where there is one, so that no GPU has to be waited for.
     device = "cpu" if "cpu" in str(dist.get_backend_config(ranks.group)) else "cuda"
     own = torch.tensor([num], device=device)

@@ -16,7 +16,7 @@ from sgld.models.load import LoadedModel
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
 from sgld.models.tensor_layers import Team, team_of
-from sgld.models.tokens import Ranks as TokenRanks
+from sgld.models.tokens import TokenRanks
 from sgld.parallel import ParallelConfig, Ranks
 from sgld.worker import rows, subsets, tiles
 from sgld.worker.calls import entered

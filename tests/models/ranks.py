@@ -18,7 +18,7 @@ from torch import nn
 
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
-from sgld.models.tokens import Ranks
+from sgld.models.tokens import TokenRanks
 from sgld.parallel import ParallelConfig
 from sgld.worker.trees import opened, rebuilt
 
@@ -145,7 +145,7 @@ def _serve(wire: Connection, rank: int, num_ranks: int, meeting: Path, device_ty
 def _results(component: Any, mesh: Any, calls: list[Given], device: torch.device) -> list[Any]:
     results: list[Any] = []
     try:
-        sequence = Sequence(component, Ranks.of(mesh))
+        sequence = Sequence(component, TokenRanks.of(mesh))
         with torch.no_grad():
             for call in calls:
                 args, kwargs = _on(device, (call.args, call.kwargs))

@@ -15,7 +15,7 @@ from worker.requests import request
 from models.ranks import Attending, Given, Group, group
 from sgld.models.sequence import Sequence
 from sgld.models.token_plans import plan_of
-from sgld.models.tokens import Ranks
+from sgld.models.tokens import TokenRanks
 from sgld.parallel import ParallelConfig
 from sgld.worker.invocation import Invocation
 from sgld.worker.trees import leaves, opened
@@ -228,7 +228,7 @@ def test_mask_for_each_query_is_refused(two_ranks: Group) -> None:
 
 def test_ranks_that_a_forward_names_share_no_other_one() -> None:
     pipeline, _ = build("wan")
-    sequence = Sequence(pipeline.transformer, Ranks.alone())
+    sequence = Sequence(pipeline.transformer, TokenRanks.alone())
     shares = pipeline.transformer._parallel_config
 
     def forward() -> int:
@@ -237,7 +237,7 @@ def test_ranks_that_a_forward_names_share_no_other_one() -> None:
     def fails() -> None:
         raise ValueError("the model's own")
 
-    two = Ranks(None, None, None, 1, 2, 0)
+    two = TokenRanks(None, None, None, 1, 2, 0)
     assert sequence.run("a course", forward, two) == 2
     assert shares.ranks.num == 1
     with pytest.raises(ValueError, match="own"):

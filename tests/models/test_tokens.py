@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sgld.models.tokens import Ranks, Tokens, UnevenTokens
+from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens
 
 
 def tokens_of(index: int, num: int) -> Tokens:
-    return Tokens("Model", Ranks(None, None, None, 1, num, index))
+    return Tokens("Model", TokenRanks(None, None, None, 1, num, index))
 
 
 @pytest.mark.parametrize(("num", "ranks"), [(9, 2), (8, 4), (7, 4), (4, 4)])
@@ -51,7 +51,7 @@ def test_a_forward_that_is_made_once_more_asks_for_the_same() -> None:
 
 
 def test_a_rank_alone_has_all_and_asks_nobody() -> None:
-    tokens, rows = Tokens("Model", Ranks.alone()), torch.rand(1, 2, 3, 4)
+    tokens, rows = Tokens("Model", TokenRanks.alone()), torch.rand(1, 2, 3, 4)
     assert torch.equal(tokens.part(rows, 2), rows)
     assert torch.equal(tokens.whole(rows, 2), rows)
     around = tokens.with_neighbours(rows)

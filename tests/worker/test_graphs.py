@@ -14,7 +14,7 @@ from torch import nn
 
 from sgld.models.lora import LoraLayer
 from sgld.models.shared_attention import Intercept
-from sgld.models.tokens import Ranks, Tokens
+from sgld.models.tokens import TokenRanks, Tokens
 from sgld.testing import run_together
 from sgld.worker.graph_keys import Key
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
@@ -28,7 +28,7 @@ from worker.recordings import FakeRecorder
 from worker.requests import Function, call_of, picture, request
 
 CPU = torch.device("cpu")
-RANKS = Ranks(group=None, ring=None, ulysses=None, num_ring=1, num_ulysses=2, index=0)
+RANKS = TokenRanks(group=None, ring=None, ulysses=None, num_ring=1, num_ulysses=2, index=0)
 
 
 class World:
