@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import reports
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,9 +76,8 @@ def shares(ours: Sequence[float], bare: Sequence[float]) -> list[float]:
 
 def text(processes: Sequence[Sequence[Row]], report: dict[str, Any]) -> str:
     """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = ["# What does the engine add to a bare pipeline?", "", f"`{report['command']}`", ""]
-    lines += [f"{report['machine']}; {versions}. Load of the machine: {report['load']}."]
+    lines += [f"{report['machine']}; {reports.versions(report)}. Load of the machine: {report['load']}."]
     lines += [f"A tick whose forward takes no time adds {report['tick_cpu_ms']:.2f} ms of CPU time, front and rank."]
     rows = joined(processes) if processes else []
     if not rows:
@@ -102,10 +102,6 @@ def text(processes: Sequence[Sequence[Row]], report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
 def _steps(rows: Sequence[Row]) -> list[str]:
     head = ["model", "bound by", "device, of a forward", "launching it", "step, bare", "step, engine"]
     head += ["added to a step", "to a picture", "CPU time added to a step"]
@@ -122,7 +118,7 @@ def _steps(rows: Sequence[Row]) -> list[str]:
         ]
         for row in rows
     ]
-    return _table(head, cells)
+    return reports.table(head, cells)
 
 
 def _outside(rows: Sequence[Row]) -> list[str]:
@@ -143,7 +139,7 @@ def _outside(rows: Sequence[Row]) -> list[str]:
         ]
         for row in rows
     ]
-    return _table(head, cells)
+    return reports.table(head, cells)
 
 
 def _graphs(rows: Sequence[Row]) -> list[str]:
@@ -169,7 +165,7 @@ def _graphs(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.graphs is not None
     ]
-    return _table(head, cells)
+    return reports.table(head, cells)
 
 
 def _percent(values: Sequence[float]) -> str:

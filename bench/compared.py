@@ -4,6 +4,7 @@ import math
 import statistics
 from typing import Any
 
+import reports
 from rows import NUM_STAGGERED, ROWS, Row
 
 _UNSETTLED = " †"
@@ -13,9 +14,8 @@ PAIRS = (("compiled", "eager"), ("sgld-exact", "eager"), ("sgld", "eager"), ("sg
 
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = ["# How much faster is sgld than plain diffusers?", "", f"`{report['command']}`", ""]
-    lines += [f"{report['machine']}; {versions}. Options of sgld: {report['options'] or 'none'}."]
+    lines += [f"{report['machine']}; {reports.versions(report)}. Options of sgld: {report['options'] or 'none'}."]
     lines += ["Medians of whole requests after the first, in seconds; ratios are how many times faster sgld is.", ""]
     lines += [*_table(report), ""]
     if any(map(_mark, report["measured"])):
@@ -58,7 +58,7 @@ def _table(report: dict[str, Any]) -> list[str]:
     head = ["work", "launch, µs", "eager", "compiled", "sgld", "sgld, first", "before it compiled"]
     head += ["against eager", "wanted"]
     head += ["of a step", "wanted", "against compiled", "wanted"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines: list[list[str]] = []
     for row in ROWS.values():
         sides = _found(report, row.name)
         if row.kind == "http" or not sides:
@@ -71,8 +71,8 @@ def _table(report: dict[str, Any]) -> list[str]:
         cells += [_ratio(eager, ours, "warm_s", mark), _wanted(row.least)]
         cells += [_ratio(eager, ours, "step_ms", mark), _wanted(row.least_denoise)]
         cells += [_ratio(compiled, ours, "warm_s", mark), _wanted(row.least_compiled)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return reports.table(head, lines)
 
 
 def _work(row: Row) -> str:
@@ -130,31 +130,28 @@ def _usual_table(report: dict[str, Any]) -> list[str]:
         ]
         cells += [f"{ours_s:.2f}{_mark(ours)}"]
         cells += ["" if math.isnan(eager_s) else f"{eager_s / ours_s:.2f}x{_mark(ours)}", _wanted(row.least)]
-        lines.append("| " + " | ".join(cells) + " |")
-    head = ["| measured | steps | eager, s | compiled, s | sgld, s | against eager | wanted |", "|---" * 7 + "|"]
+        lines.append(cells)
+    head = ["measured", "steps", "eager, s", "compiled, s", "sgld, s", "against eager", "wanted"]
     said = "Not measured: the time of a request as it was, and of a measured step for each further one."
-    return [said, "", *head, *lines] if lines else []
+    return [said, "", *reports.table(head, lines)] if lines else []
 
 
 def _http_table(report: dict[str, Any]) -> list[str]:
-    lines = ["| work | s | before it compiled | on an H200, wanted |", "|---|---|---|---|"]
+    lines: list[tuple[str, ...]] = []
     for row in ROWS.values():
         sides = _found(report, row.name)
         ours = sides.get("http") or sides.get("http-early")
         if ours:
-            cells = (_work(row), _seconds(ours) + _mark(ours), _seconds(sides.get("http-early")), f"{row.within_s}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            early = _seconds(sides.get("http-early"))
+            lines.append((_work(row), _seconds(ours) + _mark(ours), early, f"{row.within_s}"))
+    return reports.table(["work", "s", "before it compiled", "on an H200, wanted"], lines)
 
 
 def _roofline(report: dict[str, Any]) -> list[str]:
     roofs = [m["notes"]["roof_tflops"] for m in report["measured"] if "roof_tflops" in m["notes"]]
-    lines = [
-        f"Of an 8192³ product in bf16, {statistics.median(roofs):.0f} TFLOP/s: whole steps, denoiser and all else.",
-        "",
-    ]
-    lines += ["| work | TFLOP of a step | eager | compiled | sgld | wanted | of it outside of forwards | these ran |"]
-    lines += ["|---" * 8 + "|"]
+    said = f"Of an 8192³ product in bf16, {statistics.median(roofs):.0f} TFLOP/s: whole steps, denoiser and all else."
+    head = ["work", "TFLOP of a step", "eager", "compiled", "sgld", "wanted", "of it outside of forwards", "these ran"]
+    lines: list[list[str]] = []
     for row in ROWS.values():
         found = _found(report, row.name)
         sides = {"sgld": found["sgld-early"]} | found if "sgld-early" in found else found
@@ -164,8 +161,8 @@ def _roofline(report: dict[str, Any]) -> list[str]:
             cells[-1] += _mark(sides.get("sgld"))
             cells.append(f"{row.least_roof:.0%}" if row.least_roof else "")
             cells += next((_ran(ticks) for ticks in report["ticks"] if ticks["row"] == row.name), ["", ""])
-            lines.append(f"| {_work(row)} | {tflop:.1f} | " + " | ".join(cells) + " |")
-    return lines
+            lines.append([_work(row), f"{tflop:.1f}", *cells])
+    return [said, "", *reports.table(head, lines)]
 
 
 def _ran(ticks: dict[str, Any]) -> list[str]:
@@ -180,26 +177,26 @@ def _share(measured: dict[str, Any] | None, tflop: float, roof: float) -> str:
 
 
 def _starts(report: dict[str, Any]) -> list[str]:
-    lines = ["| model | cache | ready after, s | first answers after that, s |", "|---|---|---|---|"]
+    lines = []
     for start in report["starts"]:
         answers = ", ".join(f"{row} {s:.1f}" for row, s in zip(start["rows"], start["first_answers_s"], strict=True))
-        lines.append(f"| {start['model']} | {start['cache']} | {start['ready_s']:.1f} | {answers} |")
-    return lines
+        lines.append((start["model"], start["cache"], f"{start['ready_s']:.1f}", answers))
+    return reports.table(["model", "cache", "ready after, s", "first answers after that, s"], lines)
 
 
 def _pictures(report: dict[str, Any]) -> list[str]:
     names = [f"{one} to {other}" for one, other in PAIRS]
-    lines = ["Relative errors in the L2 norm of pixels; compiled to eager is what rounding in bf16 does by itself.", ""]
-    lines += ["| work | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name, errors in report["pictures"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{errors[n]:.4f}" if n in errors else "" for n in names) + " |")
-    return lines
+    said = "Relative errors in the L2 norm of pixels; compiled to eager is what rounding in bf16 does by itself."
+    lines = (
+        (name, *(f"{errors[n]:.4f}" if n in errors else "" for n in names))
+        for name, errors in report["pictures"].items()
+    )
+    return [said, "", *reports.table(["work", *names], lines)]
 
 
 def _models(report: dict[str, Any]) -> list[str]:
-    lines = ["| model | GB | made in, s | looked at in, s | saved in, s |", "|---|---|---|---|---|"]
+    lines = []
     for made in report["models"]:
         sizes = ", ".join(f"{name} {size:g}" for name, size in made["gb"].items())
-        times = " | ".join(f"{made[name]:.1f}" for name in ("build_s", "look_s", "save_s"))
-        lines.append(f"| {made['model']} | {sizes} | {times} |")
-    return lines
+        lines.append((made["model"], sizes, *(f"{made[name]:.1f}" for name in ("build_s", "look_s", "save_s"))))
+    return reports.table(["model", "GB", "made in, s", "looked at in, s", "saved in, s"], lines)

@@ -145,12 +145,11 @@ def text(report: dict[str, Any]) -> str:
     measured = f"The least of {report['repeats']}; of CPU time over HTTP the mean."
     lines += [f"{report['machine']}. Load of the machine: {report['load']}. {measured}", ""]
     lines += ["Over HTTP, from the request to the bytes of the picture, all of it beside a model:", ""]
-    lines += ["| picture | asked for | ms | CPU time of the server, ms | of the client, ms |", "|---|---|---|---|---|"]
-    for row in report["requests"]:
-        lines.append("| " + " | ".join(str(value) for value in row.values()) + " |")
+    head = ["picture", "asked for", "ms", "CPU time of the server, ms", "of the client, ms"]
+    lines += reports.table(head, [list(row.values()) for row in report["requests"]])
     lines += ["", "The parts by themselves; the CPU time is that of all threads:", ""]
-    lines += ["| of | part | ms | CPU time, ms | kB |", "|---|---|---|---|---|"]
-    lines += [f"| {r['of']} | {r['part']} | {r['ms']} | {r['cpu_ms']} | {r['kb'] or ''} |" for r in report["parts"]]
+    rows = ((r["of"], r["part"], r["ms"], r["cpu_ms"], r["kb"] or "") for r in report["parts"])
+    lines += reports.table(["of", "part", "ms", "CPU time, ms", "kB"], rows)
     return "\n".join(lines) + "\n"
 
 

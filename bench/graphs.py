@@ -221,19 +221,14 @@ def main() -> None:
                 traceback.print_exc()
         del model, shapes
         torch.cuda.empty_cache()
-    command = " ".join(["python", "bench/graphs.py", *sys.argv[1:]]).partition(" --out")[0]
-    report = {"command": command, **reports.where("cuda"), "rows": rows}
-    lines = ["# Forwards replayed as CUDA graphs", "", f"`{command}`", ""]
+    report = {"command": reports.command(), **reports.where("cuda"), "rows": rows}
+    lines = ["# Forwards replayed as CUDA graphs", "", f"`{report['command']}`", ""]
     lines += [f"{report['machine']}; torch {version('torch')}, diffusers {version('diffusers')}. ms, medians.", ""]
-    lines += [
-        "| forward | eager | its launches | replay | its launch | capture | MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['name']} | {cell(row, 'eager_ms')} | {cell(row, 'eager_host_ms')} | {cell(row, 'replay_ms')} | "
-        f"{cell(row, 'replay_host_ms', '.2f')} | {cell(row, 'capture_ms', '.0f')} | {cell(row, 'size_mib', '.0f')} |"
-        for row in rows
-    ]
+    columns = {"eager_ms": "eager", "eager_host_ms": "its launches", "replay_ms": "replay"}
+    columns |= {"replay_host_ms": "its launch", "capture_ms": "capture", "size_mib": "MiB"}
+    forms = {"replay_host_ms": ".2f", "capture_ms": ".0f", "size_mib": ".0f"}
+    cells = ((row["name"], *(cell(row, name, forms.get(name, ".1f")) for name in columns)) for row in rows)
+    lines += reports.table(["forward", *columns.values()], cells)
     if args.out:
         reports.write(args.out, report, "\n".join(lines) + "\n")
     print("\n".join(lines))

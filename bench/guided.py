@@ -34,6 +34,8 @@ from sgld.sampling_params import SamplingParams
 PROMPT = "sunset over the sea, the sun is setting"
 NUM_REQUESTS = 4
 
+_ENGINES = {"engine": GraphConfig(), "without_graphs": GraphConfig(graph_memory=0)}
+
 
 def save(folder: Path, layers: int) -> None:
     """The pipeline, with the text encoder and the VAE of the small one that ships."""
@@ -116,21 +118,23 @@ def main() -> None:
             frames, height, width = map(int, name.split("x"))
             size = frames, height, width
             row: dict[str, Any] = {"size": name, "plain": plain_step_ms(folder, size, args.steps, args.device)}
-            for column, graphs in (("engine", GraphConfig()), ("without_graphs", GraphConfig(graph_memory=0))):
+            for column, graphs in _ENGINES.items():
                 row[column] = anyio.run(engine_step_ms, folder, size, args.steps, args.device, graphs)
             rows.append(row)
             print(rows[-1], flush=True)
     report = {
-        "command": " ".join(["python", "bench/guided.py", *sys.argv[1:]]).partition(" --out")[0],
+        "command": reports.command(),
         **reports.where(args.device),
         "rows": rows,
     }
     lines = ["# Two forwards of a lone request's step as one", "", f"`{report['command']}`", ""]
     lines += [f"{report['machine']}; torch {version('torch')}, diffusers {version('diffusers')}. Median step, ms."]
-    lines += ["", "| size | plain pipeline | engine, request by request | without CUDA graphs |", "|---|---|---|---|"]
-    for row in rows:
-        with_, without = (", ".join(f"{ms:.1f}" for ms in row[name]) for name in ("engine", "without_graphs"))
-        lines.append(f"| {row['size']} | {row['plain']:.1f} | {with_} | {without} |")
+    head = ["size", "plain pipeline", "engine, request by request", "without CUDA graphs"]
+    cells = (
+        (row["size"], f"{row['plain']:.1f}", *(", ".join(f"{ms:.1f}" for ms in row[name]) for name in _ENGINES))
+        for row in rows
+    )
+    lines += ["", *reports.table(head, cells)]
     if args.out:
         reports.write(args.out, report, "\n".join(lines) + "\n")
     print("\n".join(lines))

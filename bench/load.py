@@ -32,6 +32,7 @@ from typing import Any
 
 import httpx2
 import psutil  # type: ignore[import-untyped]
+import reports
 import watchers
 from watchers import Ask, Findings
 
@@ -203,7 +204,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(run(options, Path(folder)))
     report = {
-        "command": " ".join(["python", "bench/load.py", *sys.argv[1:]]),
+        "command": reports.command(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "note": options.note,
         **found,

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
 
+import reports
 import torch
 from diffusers import FluxTransformer2DModel
 
@@ -148,21 +149,20 @@ def _as_markdown(report: dict[str, Any]) -> str:
         f"of rank {RANK} on {report['num_layers']} layers, {max(NUM_ROWS)} of them in slots of {report['slot_mb']} MB.",
         "Median of a forward, ms; errors are relative, against single forwards.",
         "",
-        "| size | requests | without | one for all | one each | error without | error with one each |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in report["rows"]:
-        none, one, different = row["none"], row["one"], row["different"]
-        cells = (
+    ways = ("none", "one", "different")
+    cells = (
+        (
             row["size"],
             row["requests"],
-            none["ms"],
-            one["ms"],
-            different["ms"],
-            none["error"],
-            different["error"],
+            *(row[way]["ms"] for way in ways),
+            row["none"]["error"],
+            row["different"]["error"],
         )
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for row in report["rows"]
+    )
+    head = ["size", "requests", "without", "one for all", "one each", "error without", "error with one each"]
+    lines += reports.table(head, cells)
     return "\n".join(lines) + "\n"
 
 

@@ -211,24 +211,23 @@ def _pipeline(sizes: dict[str, Any], device: torch.device) -> Any:
 
 def table(report: dict[str, Any], rows: list[Row]) -> str:
     """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [
         "# What do offload and compilation save and cost?",
         "",
         f"`{report['command']}`",
         "",
-        f"{report['machine']}; {versions}. Weights: {report['weights']}.",
+        f"{report['machine']}; {reports.versions(report)}. Weights: {report['weights']}.",
         "",
         f"Served by `sgld/tiny-image` with all offload options: {report['served_difference']} of 255 from without.",
         "",
-        "| option | peak, GB | picture, s | of four at once, s | first picture, s | differs |",
-        "|---|---|---|---|---|---|",
     ]
+    cells = []
     for row in rows:
         peak = "" if row.peak_gb is None else f"{row.peak_gb:.1f}"
-        lines.append(
-            f"| {row.name} | {peak} | {row.picture_s:.2f} | {row.four_s:.2f} | {row.first_s:.1f} | {row.differs:.1g} |"
-        )
+        times = (f"{row.picture_s:.2f}", f"{row.four_s:.2f}", f"{row.first_s:.1f}")
+        cells.append((row.name, peak, *times, f"{row.differs:.1g}"))
+    head = ["option", "peak, GB", "picture, s", "of four at once, s", "first picture, s", "differs"]
+    lines += reports.table(head, cells)
     return "\n".join(lines) + "\n"
 
 
@@ -244,7 +243,7 @@ def main() -> None:
     bench = Bench(device, TINY if args.tiny else REAL, 2 if args.tiny else args.steps, 64 if args.tiny else 1024)
     sizes = {n: sum(p.nbytes for p in bench.pipeline.components[n].parameters()) / 1e9 for n in ROLES}
     report = {
-        "command": " ".join(["python", "bench/memory.py", *sys.argv[1:]]).partition(" --out")[0],
+        "command": reports.command(),
         **reports.where(args.device),
         "served_difference": served_difference(args.device),
         "weights": ", ".join(f"{name} {size:.1f} GB" for name, size in sizes.items()),

@@ -232,13 +232,14 @@ def as_text(report: Row) -> str:
         "against plain diffusers, eagerly, on one GPU; of forwards beside one another, by how many are done in a time. "
         "Error: relative, against one GPU. With a star: others compiled meanwhile.",
         "",
-        "| forward | by | GPUs | shared | how | ms | gain on one GPU | on plain diffusers | error |",
-        "|---" * 9 + "|",
     ]
+    cells = []
     for work in dict.fromkeys(row["work"] for row in rows):
         for row in sorted((row for row in rows if row["work"] == work), key=lambda row: (row["gpus"], row["by"])):
             known = (work, row["by"], row["gpus"], row["layout"], row["how"], f"{row['ms']:.1f}{'*' * row['is_aside']}")
-            lines.append(f"| {' | '.join(map(str, (*known, *gains(row, rows))))} | {row['error']:.1g} |")
+            cells.append((*known, *gains(row, rows), f"{row['error']:.1g}"))
+    head = ["forward", "by", "GPUs", "shared", "how", "ms", "gain on one GPU", "on plain diffusers", "error"]
+    lines += reports.table(head, cells)
     lines += ["", *(f"- {problem}" for problem in report["problems"])] if report["problems"] else []
     return "\n".join(lines) + "\n"
 

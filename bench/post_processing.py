@@ -308,7 +308,7 @@ def text_of(report: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]], form: str) -> list[str]:
     names = list(rows[0]) if rows else []
     cells = [[form.format(v) if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *cells)]
+    return reports.table(names, cells)
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ import argparse
 import json
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import reports
 import torch
 from diffusers import DiffusionPipeline
 
@@ -49,10 +49,12 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = ["# Do the embedded models draw what held-out prompts ask for?", "", f"`{report['command']}`", ""]
     lines += [f"{report['machine']}; {report['versions']}.", ""]
-    lines += ["| model | what | right | prompts | rate |", "|---|---|---|---|---|"]
-    for model in report["models"]:
-        for name, (right, asked) in model["right"].items():
-            lines.append(f"| {model['model']} | {name} | {right} | {asked} | {right / asked:.0%} |")
+    cells = (
+        (model["model"], name, right, asked, f"{right / asked:.0%}")
+        for model in report["models"]
+        for name, (right, asked) in model["right"].items()
+    )
+    lines += reports.table(["model", "what", "right", "prompts", "rate"], cells)
     for model in report["models"]:
         lines += ["", f"{model['model']}: autoencoder {model['autoencoder_psnr_db']:.1f} dB, one sample alone in"]
         lines[-1] += f" {model['seconds_for_one']:.1f} s, with {model['options']}."
@@ -67,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = (("tiny_image", arguments.num_images), ("tiny_video", arguments.num_clips))
     report = {
-        "command": " ".join(["python", "bench/quality.py", *sys.argv[1:]]),
+        "command": reports.command(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
         "models": [measure(name, count, arguments.seed) for name, count in wanted if count],

@@ -29,6 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
 
 import msgspec
+import reports
 import torch
 from accelerate import init_empty_weights
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, TorchAoConfig
@@ -408,24 +409,24 @@ def _versions() -> dict[str, str]:
 
 def table(rows: list[Row], report: dict[str, Any]) -> str:
     """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    machine = f"{report['machine']}; {reports.versions(report)}. {report['model']}."
     lines = [
         "# What do quantized weights cost and save?",
         "",
         f"`{report['command']}`",
         "",
-        f"{report['machine']}; {versions}. {report['model']}. Steps of one row, eager, in milliseconds; GB of the GPU.",
+        f"{machine} Steps of one row, eager, in milliseconds; GB of the GPU.",
         "",
-        "| form | weights | peak of loading | step, 512x512 | step, 1024x1024 | peak of a step | error to bf16 |",
-        "|---|---|---|---|---|---|---|",
     ]
+    cells = []
     for row in rows:
-        if row.problem:
-            lines.append(f"| {row.name} | {row.problem} | | | | | |")
-            continue
         numbers = [row.weights_gb, row.load_peak_gb, row.step_512_ms, row.step_1024_ms, row.step_peak_gb]
-        cells = ["" if number is None else f"{number:.2f}" for number in numbers]
-        lines.append(f"| {row.name} | {' | '.join(cells)} | {100 * (row.error or 0):.2f} % |")
+        shown = ["" if number is None else f"{number:.2f}" for number in numbers]
+        cells.append(
+            [row.name, *([row.problem, *[""] * 5] if row.problem else [*shown, f"{100 * (row.error or 0):.2f} %"])]
+        )
+    head = ["form", "weights", "peak of loading", "step, 512x512", "step, 1024x1024", "peak of a step", "error to bf16"]
+    lines += reports.table(head, cells)
     return "\n".join(lines) + "\n"
 
 

@@ -4,20 +4,25 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def where(device: str) -> dict[str, Any]:
     """The machine and the versions, for a report; `device` is cpu or cuda."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    name = _gpu() if device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
     return {
         "machine": f"{name}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
+
+
+def _gpu() -> str:
+    import torch  # takes seconds: not for benches that measure others
+
+    return torch.cuda.get_device_name()
 
 
 def command() -> str:
@@ -26,6 +31,20 @@ def command() -> str:
     if "--out" in words:
         del words[words.index("--out") : words.index("--out") + 2]
     return " ".join(["python", *words])
+
+
+def versions(report: Mapping[str, Any]) -> str:
+    """Those of libraries, as `where` has them, in one line."""
+    return ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [_cells(head), "|---" * len(head) + "|", *map(_cells, rows)]
+
+
+def _cells(values: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, values))} |"
 
 
 def write(out: Path, report: dict[str, Any], text: str) -> None:

@@ -160,14 +160,14 @@ _WAYS = ("eager", "graph", "compiled", "graph of compiled")
 
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = ["# How much of the device's arithmetic do denoisers reach?", "", f"`{report['command']}`", ""]
-    lines += [f"{report['machine']}; {versions}. The roof: {report['roof_tflops']:.0f} TFLOP/s."]
+    lines += [f"{report['machine']}; {reports.versions(report)}. The roof: {report['roof_tflops']:.0f} TFLOP/s."]
     lines += ["Milliseconds of one forward of the denoiser, and the share of the roof.", ""]
-    lines += ["| forward | TFLOP | " + " | ".join(_WAYS) + " |", "|---" * (len(_WAYS) + 2) + "|"]
+    cells = []
     for found in report["rows"]:
-        cells = [f"{found[way]:.1f} ({share(report, found, way):.0%})" if way in found else "" for way in _WAYS]
-        lines.append(f"| {found['row']} | {found['tflop']:.2f} | " + " | ".join(cells) + " |")
+        shares = [f"{found[way]:.1f} ({share(report, found, way):.0%})" if way in found else "" for way in _WAYS]
+        cells.append((found["row"], f"{found['tflop']:.2f}", *shares))
+    lines += reports.table(["forward", "TFLOP", *_WAYS], cells)
     return "\n".join(lines) + "\n"
 
 

@@ -23,6 +23,7 @@ import anyio
 import diffusers
 import numpy as np
 import psutil  # type: ignore[import-untyped]
+import reports
 import torch
 from numpy.typing import NDArray
 
@@ -200,7 +201,7 @@ def main() -> None:
     if log.ends.total() != options.num_requests:
         log.problems.append(f"{log.ends.total()} of {options.num_requests} requests ended")
     report = {
-        "command": " ".join(["python", "bench/soak.py", *sys.argv[1:]]),
+        "command": reports.command(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}",
         "seconds": round(elapsed_s, 1),

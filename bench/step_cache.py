@@ -188,17 +188,15 @@ def cpu_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for model in dict.fromkeys((row["model"], row["steps"]) for row in rows):
         lines += ["", f"## sgld/{model[0].replace('_', '-')}, {model[1]} steps", ""]
-        lines += [
-            "| cache | computed | CPU time | PSNR, dB | SSIM | fewer steps instead |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r['cache']} | {r['computed']:.0%} | {r['time']:.0%} | {_shown(r['psnr_db'])} | {r['ssim']:.3f} "
-            f"| {_shown(r['fewer_steps_psnr_db'])} ({r['fewer_steps']} steps) |"
-            for r in rows
-            if (r["model"], r["steps"]) == model
-        ]
+        head = ["cache", "computed", "CPU time", "PSNR, dB", "SSIM", "fewer steps instead"]
+        lines += reports.table(head, [_cpu_cells(row) for row in rows if (row["model"], row["steps"]) == model])
     return lines
+
+
+def _cpu_cells(row: dict[str, Any]) -> list[str]:
+    instead = f"{_shown(row['fewer_steps_psnr_db'])} ({row['fewer_steps']} steps)"
+    shares = [f"{row['computed']:.0%}", f"{row['time']:.0%}"]
+    return [row["cache"], *shares, _shown(row["psnr_db"]), f"{row['ssim']:.3f}", instead]
 
 
 def _shown(psnr_db: float) -> str:
@@ -287,11 +285,17 @@ def gpu_table(rows: list[dict[str, Any]], steps: int) -> list[str]:
     for size in dict.fromkeys(row["size"] for row in rows):
         of_size = [row for row in rows if row["size"] == size]
         plain = of_size[0]
-        lines += ["", f"## {size}", "", "| cache | alone, s |  | four, s |  |", "|---|---|---|---|---|"]
+        cells = []
         for row in of_size:
-            alone = f"{row['alone_s']:.2f} | {row['alone_s'] / plain['alone_s']:.0%}" if "alone_s" in row else "|"
-            lines.append(f"| {row['cache']} | {alone} | {row['four_s']:.2f} | {row['four_s'] / plain['four_s']:.0%} |")
+            times = [(row[key], row[key] / plain[key]) if key in row else None for key in ("alone_s", "four_s")]
+            cells.append([row["cache"], *(text for time in times for text in _shown_time(time))])
+        lines += ["", f"## {size}", "", *reports.table(["cache", "alone, s", "", "four, s", ""], cells)]
     return lines
+
+
+def _shown_time(time: tuple[float, float] | None) -> tuple[str, str]:
+    """Seconds, and their part of those without a cache."""
+    return ("", "") if time is None else (f"{time[0]:.2f}", f"{time[1]:.0%}")
 
 
 def main() -> None:
@@ -318,7 +322,7 @@ def main() -> None:
         rows = on_cpu(args.prompts, args.steps)
         table = cpu_table(rows)
     report = {
-        "command": " ".join(["python", "bench/step_cache.py", *sys.argv[1:]]).partition(" --out")[0],
+        "command": reports.command(),
         **reports.where(args.device),
         "rows": rows,
     }
