@@ -71,7 +71,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     enable_cfg_parallel: Annotated[bool, option("both halves of guidance at the same time, on two groups of GPUs")] = (
         False
     )
-    dp_size: Annotated[int, Meta(ge=1), option("copies of the model, which share the requests")] = 1
+    dp_size: Annotated[int, Meta(ge=1), option("copies of the model, which share the requests", aliases=("dp",))] = 1
     vae_sp: (
         Annotated[
             bool,
@@ -157,12 +157,12 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def ulysses(self) -> int:
         """Those of them that exchange attention heads."""
-        return self.ulysses_degree or self.sp // (self.ring_degree or 1)
+        return self.ulysses_degree or max(self.sp // (self.ring_degree or 1), 1)
 
     @property
     def ring(self) -> int:
         """Those of them that pass keys and values around."""
-        return self.ring_degree or self.sp // self.ulysses
+        return self.ring_degree or max(self.sp // self.ulysses, 1)
 
     @property
     def layout(self) -> str:

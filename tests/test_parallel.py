@@ -25,6 +25,8 @@ def test_one_gpu_shares_nothing() -> None:
         ({"num_gpus": 8, "ulysses_degree": 2, "ring_degree": 2}, "dp x cfg x sp x tp = 1 x 1 x 4 x 1 = 4"),
         ({"num_gpus": 4, "ulysses_degree": 3}, "sp_degree is 4: it must be ulysses x ring = 3 x 1 = 3"),
         ({"sp_degree": 4, "ulysses_degree": 2, "ring_degree": 1}, "sp_degree is 4: it must be ulysses x ring = 2 x 1"),
+        ({"num_gpus": 2, "ulysses_degree": 4}, "sp_degree is 2: it must be ulysses x ring = 4 x 1 = 4"),
+        ({"num_gpus": 4, "ring_degree": 8}, "sp_degree is 4: it must be ulysses x ring = 1 x 8 = 8"),
         ({"num_gpus": 0}, ">= 1"),
         ({"num_gpus": 6, "elastic_sp": True}, "each copy must have a power of two of GPUs, not 6 / dp 1 = 6"),
         (
