@@ -15,7 +15,7 @@ from sgld.errors import ModelError, QueueFull, RankLost
 from sgld.events import Completed, Failed
 from sgld.messages import Ran, with_note
 from sgld.parallel import Ranks
-from sgld.sampling_params import SamplingParams
+from sgld.sampling_params import LoraChoice, SamplingParams
 
 
 def config(num_replicas: int = 2, **options: int) -> EngineConfig:
@@ -48,6 +48,22 @@ async def test_outputs_of_one_request_are_spread_and_have_one_stream() -> None:
         ends = [event async for event in engine.generate(params) if isinstance(event, Completed)]
     assert sorted(end.output_index for end in ends) == [0, 1, 2, 3]
     assert set(ranks.replicas) == {0, 1}
+
+
+async def test_requests_go_where_their_adapter_was_read() -> None:
+    """Though otherwise the first replica would get one that comes while nothing runs."""
+    ranks = MortalRanks()
+    adapted = SamplingParams(prompt="b", lora=(LoraChoice(path="/adapters/style"),))
+    async with Engine(config(), rank_factory=ranks) as engine, anyio.create_task_group() as tasks:
+        await all_ready(engine)
+        tasks.start_soon(completed, engine, SamplingParams(prompt="wait"))
+        await until(lambda: ranks.replicas == [0])
+        await completed(engine, adapted)
+        ranks.go.set()
+        await until(lambda: engine.statistics().num_running == 0)
+        await ends_of(engine, *asked("c"))
+        await completed(engine, adapted)
+    assert ranks.replicas == [0, 1, 0, 1]
 
 
 async def test_what_waits_behind_a_long_request_goes_to_who_has_nothing_to_do() -> None:
