@@ -5,8 +5,9 @@
 #   docker run --rm --gpus all -v sgld-cache:/cache -v sgld-data:/data -p 127.0.0.1:30000:30000 \
 #       sgld serve --host 0.0.0.0 --model-path Qwen/Qwen-Image
 #
-# With several GPUs add `--num-gpus 4` and the like to the command. Without --gpus it runs on the CPU. A folder mounted to
-# /outputs must be writable for user 1000. The tensor queue is a memfd, so --shm-size may stay as it is.
+# With several GPUs add `--num-gpus 4` and the like to sgld's arguments (docs/parallel.md), and `--shm-size=1g --ulimit
+# memlock=-1` to docker's, as NCCL may keep there what GPUs exchange. Else --shm-size may stay as it is: the tensor queue is
+# a memfd. Without --gpus it runs on the CPU. A folder mounted to /outputs must be writable for user 1000.
 
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
