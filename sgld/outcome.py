@@ -1,7 +1,7 @@
 """The boundary to code that isn't ours, as pipelines, models, compilers and converters: it may raise anything.
 
-Elsewhere errors of any kind are caught at the edges of HTTP and of the command line, and where something of the failed
-work is needed; then the reason stands beside it.
+Elsewhere errors of any kind are caught at the edges of HTTP and of the command line, and where what was begun is undone
+by something that must be awaited.
 """
 
 import traceback

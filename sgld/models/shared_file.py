@@ -1,9 +1,10 @@
 """Small files that several processes change: each adds what it learned to what the others wrote."""
 
 import fcntl
-import os
 from collections.abc import Callable
 from pathlib import Path
+
+from sgld.media.files import write_atomically
 
 
 def change(path: Path, changed: Callable[[bytes], bytes]) -> None:
@@ -13,14 +14,7 @@ def change(path: Path, changed: Callable[[bytes], bytes]) -> None:
     :raises OSError: it can't be read or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with (path.parent / ".lock").open("w") as lock:
         # Without a deadline: it is held for the time of a small write, and the kernel takes it back from who dies.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        content = path.read_bytes() if path.exists() else b""
-        try:
-            temporary.write_bytes(changed(content))
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(path, changed(path.read_bytes() if path.exists() else b""))

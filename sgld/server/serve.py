@@ -31,6 +31,7 @@ from sgld.config import EngineConfig, ServerConfig, data_root
 from sgld.media.hook import load_hook
 from sgld.media.inputs import InputPolicy
 from sgld.messages import ModelInfo
+from sgld.outcome import on_failure
 from sgld.server import images, videos
 from sgld.server.app import create_app
 from sgld.server.auth import Keys, read_keys
@@ -103,11 +104,8 @@ def listen(config: ServerConfig) -> Listener:
             raise
         what_to_do = "choose another --port, or stop the program that uses it"
         raise OSError(f"{config.host}:{config.port} is in use: {what_to_do}") from None
-    try:
+    with on_failure(listening.close):
         return Listener(config, listening, keys, folder, JobStore(folder / "jobs.sqlite3"))
-    except OSError:
-        listening.close()
-        raise
 
 
 async def serve(
