@@ -23,34 +23,18 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import anyio
 import reports
 import torch
-from diffusers import DiffusionPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline
+from step_cache import denoised, save
 
 from sgld.config import EngineConfig, GraphConfig
 from sgld.engine.engine import Engine
-from sgld.events import Failed, Progress
-from sgld.models.resolve import EMBEDDED
 from sgld.sampling_params import SamplingParams
 
 PROMPT = "sunset over the sea, the sun is setting"
 NUM_REQUESTS = 4
+NUM_HEADS = 12
 
 _ENGINES = {"engine": GraphConfig(), "without_graphs": GraphConfig(graph_memory=0)}
-
-
-def save(folder: Path, layers: int) -> None:
-    """The pipeline, with the text encoder and the VAE of the small one that ships."""
-    pipeline = DiffusionPipeline.from_pretrained(EMBEDDED["sgld/tiny-video"], dtype=torch.bfloat16)
-    small = pipeline.transformer.config
-    pipeline.transformer = WanTransformer3DModel(
-        num_attention_heads=12,
-        attention_head_dim=128,
-        in_channels=small.in_channels,
-        out_channels=small.out_channels,
-        text_dim=small.text_dim,
-        ffn_dim=8960,
-        num_layers=layers,
-    ).to(torch.bfloat16)
-    pipeline.save_pretrained(folder)
 
 
 def plain_step_ms(folder: Path, size: tuple[int, int, int], steps: int, device: str) -> float:
@@ -91,12 +75,7 @@ async def engine_step_ms(
     async with Engine(config) as engine:
         await engine.ready()
         for _ in range(NUM_REQUESTS):
-            ends = []
-            async for event in engine.generate(params):
-                if isinstance(event, Failed):
-                    raise RuntimeError(event.message)
-                if isinstance(event, Progress):
-                    ends.append(time.perf_counter())
+            ends = await denoised(engine, params)
             medians.append(1e3 * statistics.median(after - before for before, after in pairwise(ends)))
     return medians
 
@@ -113,7 +92,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save(folder, args.layers)
+        save(folder, args.layers, NUM_HEADS)
         for name in args.sizes:
             frames, height, width = map(int, name.split("x"))
             size = frames, height, width

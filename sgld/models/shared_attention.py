@@ -58,21 +58,12 @@ class SharedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attended(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        """All but the first three are the same, and in the same order."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return shared_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            forward_op=attention_dispatch._native_attention_forward_op, _parallel_config=self._tokens,
-        ).transpose(1, 2)  # fmt: skip
+        kwargs |= {"forward_op": attention_dispatch._native_attention_forward_op, "_parallel_config": self._tokens}
+        return shared_attention(query, key, value, *args, **kwargs).transpose(1, 2)
 
 
 class Intercept(ModelHook):  # type: ignore[misc]
