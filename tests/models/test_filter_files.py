@@ -1,4 +1,4 @@
-"""From what a user calls weights to their file."""
+"""The weights of filters."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from sgld.errors import InvalidRequest
-from sgld.models import lookup
 from sgld.models.filter_files import Unreadable, find, read
 from sgld.models.super_resolution import unwrapped
 
@@ -25,41 +24,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_is_itself_and_a_folder_is_its_safetensors(folder: Path) -> None:
-    assert find(str(folder / "b.pth"), FIELD) == folder / "b.pth"
+def test_a_file_is_found_or_the_param_is_named(folder: Path) -> None:
     assert find(str(folder), FIELD) == folder / "a.safetensors"
-    assert find(f"{folder}:c.pth", FIELD) == folder / "c.pth"
-
-
-def test_of_several_the_usual_one_is_meant(folder: Path) -> None:
-    (folder / "a.safetensors").unlink()
-    assert find(str(folder), FIELD, ("c.*",)) == folder / "c.pth"
-    with pytest.raises(InvalidRequest, match=r"several files of weights; name one of them, as path:b\.pth"):
-        find(str(folder), FIELD)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("https://a.example/b.pth", "addresses aren't fetched; download the file"),
-        ("{}/d.pth", "no such file or folder"),
-        ("{}:../b.pth", "has no file"),
-        ("", "no such file or folder"),
-        ("a\0b", "no such file or folder"),
-    ],
-)
-def test_what_is_not_there_is_said(path: str, message: str, folder: Path) -> None:
-    (folder / "inside").mkdir()
-    with pytest.raises(InvalidRequest, match=message) as raised:
-        find(path.format(folder / "inside"), FIELD)
+    with pytest.raises(InvalidRequest, match=r"upscaling_model_path is '.*': there is no such file or folder") as raised:
+        find(str(folder / "d.pth"), FIELD)
     assert raised.value.param == FIELD
-
-
-def test_a_file_on_the_hub_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {("owner/name", "b.pth"): Path("fetched")}
-    monkeypatch.setattr(lookup, "hub_file", lambda repo, name, _revision: there[repo, name])
-    monkeypatch.setattr(lookup, "names_in", lambda _repo, _revision: ["README.md", "b.pth"])
-    assert find("owner/name", FIELD) == find("owner/name:b.pth", FIELD) == Path("fetched")
 
 
 def test_weights_are_read_from_both_forms(folder: Path) -> None:
