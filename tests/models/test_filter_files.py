@@ -26,7 +26,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_file_is_found_or_the_param_is_named(folder: Path) -> None:
     assert find(str(folder), FIELD) == folder / "a.safetensors"
-    with pytest.raises(InvalidRequest, match=r"upscaling_model_path is '.*': there is no such file or folder") as raised:
+    with pytest.raises(
+        InvalidRequest, match=r"upscaling_model_path is '.*': there is no such file or folder"
+    ) as raised:
         find(str(folder / "d.pth"), FIELD)
     assert raised.value.param == FIELD
 
