@@ -110,7 +110,7 @@ def replaced(value: Any, replace: Callable[[Reference], Any]) -> Any:
             return replace(_reference(value))
         return {key: replaced(part, replace) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [replaced(part, replace) for part in value]
+        return type(value)(replaced(part, replace) for part in value)
     return value
 
 

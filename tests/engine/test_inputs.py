@@ -70,10 +70,13 @@ def _with(params: SamplingParams, **pictures: Any) -> SamplingParams:
 async def test_control_picture_is_decoded_before_the_pipeline_sees_it() -> None:
     pipeline, _ = build("sdxl")
     controlled = StableDiffusionXLControlNetPipeline(controlnet=_controlnet(pipeline), **_parts(pipeline))
-    params = params_of({"image": reference(painted()), "controlnet_conditioning_scale": 0.9}, height=32, width=32)
+    options = {"controlnet_conditioning_scale": 0.9, "original_size": [64, 48]}
+    params = params_of({"image": reference(painted()), **options}, height=32, width=32)
     frames = await served(controlled, params)
-    assert difference(frames, plain(controlled, _with(params, image=painted()))) == 0
-    assert difference(frames, plain(controlled, _with(params, image=Image.new("RGB", (32, 32))))) > 0
+    # A pair, which JSON doesn't have.
+    known = _with(params, original_size=(64, 48))
+    assert difference(frames, plain(controlled, _with(known, image=painted()))) == 0
+    assert difference(frames, plain(controlled, _with(known, image=Image.new("RGB", (32, 32))))) > 0
 
 
 async def test_ip_adapter_takes_a_list_of_pictures() -> None:
