@@ -19,7 +19,7 @@ from sgld.config import EMBEDDED_VIDEO_MODEL
 pytestmark = pytest.mark.long
 TIMEOUT_S = 200
 NUM_JOBS = 20
-SMALL = {"num_frames": 5, "num_inference_steps": 2, "partial_images": 0}
+SMALL = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2, "partial_images": 0}
 
 
 @contextmanager
@@ -50,9 +50,10 @@ def wait_for(client: httpx2.Client, is_enough: Any) -> list[dict[str, Any]]:
         videos: list[dict[str, Any]] = client.get("/v1/videos", params={"limit": 100}).json()["data"]
         if is_enough([video["status"] for video in videos]):
             return videos
-        # An event stream ends with its video: a wait for one of them.
-        on_its_way = [video["id"] for video in videos if video["status"] == "in_progress"]
-        client.get(f"/v1/videos/{on_its_way[0]}/events" if on_its_way else "/health_generate")
+        # The newest come first. An event stream ends with its video: a wait for the oldest.
+        unfinished = [video["id"] for video in videos if video["status"] in ("queued", "in_progress")]
+        assert unfinished, [video["error"] for video in videos]
+        client.get(f"/v1/videos/{unfinished[-1]}/events")
     raise AssertionError([video["status"] for video in videos])
 
 
