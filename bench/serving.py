@@ -406,7 +406,9 @@ def _rounds(num_ranks: int) -> Sequence[tuple[int, int]]:
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines = [f"# Mix {report['mix']} at load {report['load']:g}", "", f"`{report['command']}`", ""]
+    several = report.get("num_ranks", 1) > 1
+    on = f" on {report['num_ranks']} GPUs that share forwards as it pays" if several else ""
+    lines = [f"# Mix {report['mix']} at load {report['load']:g}{on}", "", f"`{report['command']}`", ""]
     steps = "" if report["steps"] == 1 else f" Requests have {report['steps']:.0%} of their steps."
     rate = f"{report['rate_per_s']:.3f} requests a second, Poisson, for {report['minutes']:g} minutes"
     lines += [f"{report['machine']}; {versions}. {rate}.{steps} Seconds.", ""]
@@ -419,6 +421,9 @@ def text(report: dict[str, Any]) -> str:
         cells += [f"{found[key]:.2f}" if key in found else "" for key in ("mean_s", "p50_s", "p95_s", "p99_s")]
         cells += [f"{found['in_time']:.3f}", f"{found['goodput_per_s']:.3f}", str(found["num_429"])]
         lines.append("| " + " | ".join(cells) + " |")
+    if several:
+        lone = ", ".join(f"{name} {lone_s:.2f} s" for name, lone_s in report["lone_s"].items())
+        lines += ["", f"Alone is on a GPU of its own. With all of them to itself a request takes: {lone}."]
     if report.get("eta_errors"):
         errors = ", ".join(f"{error:.0%} when {told}" for told, error in report["eta_errors"].items())
         lines += ["", f"Predictions for clients differed from what came, in the mean, by {errors}."]
