@@ -11,16 +11,14 @@ anything is compiled. What is measured while code is still on its way says so.
 import argparse
 import functools
 import json
-import logging
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,122 +32,20 @@ import anyio
 import httpx2
 import msgspec
 import numpy as np
-import torch
 from budget import Budget
-from diffusers import DiffusionPipeline
+from lines import fits, keep, say, say_logs
 from numpy.typing import NDArray
+from plain import plain_rows
 from real_models import MODELS
-from roofline import ROOF_SIDE, moment, roof_tflops, step_tflop
 from rows import NUM_STAGGERED, ROWS, STAGGER_S, Measured, Row, tiny
 from served import CACHES, Server, picture, ready_s, serving
+from settling import Known, Settling, known_of, unsettled
 
 EARLY = ("all", "first", "none")
 SIDES = ("eager", "compiled", "max-autotune", "sgld", "http")
-# Of the staggered requests a plain pipeline runs so many, which have as many steps in the mean as all.
-_SOME_STAGGERED = (0, 5, 10, 15)
 # Where the prompts and seeds of requests begin that others aren't compared with; those of a later turn are others, as
 # what text encoders said is kept.
-_LATER, _STAGGERED, _SETTLING = 40, 100, 500
-_FEW_STEPS = {"num_inference_steps": 6}
-_LOOK_S = 0.2
-# Rounds that took as long as one another, within so much.
-_NUM_STEADY, _STEADY = 3, 1.1
-
-
-class Plain:
-    """The pipeline as diffusers runs it."""
-
-    def __init__(self, model: str, folder: Path, device: str, side: str) -> None:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self._device = device
-        start = time.perf_counter()
-        self.pipeline = DiffusionPipeline.from_pretrained(str(folder), dtype=dtype).to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.load_s = time.perf_counter() - start
-        self.denoiser = denoiser = getattr(self.pipeline, MODELS[model].denoiser)
-        if side == "compiled":
-            denoiser.compile_repeated_blocks(fullgraph=True)
-        elif side == "max-autotune":
-            denoiser.to(memory_format=torch.channels_last)
-            denoiser.compile(mode="max-autotune", fullgraph=True)
-
-    def run(self, request: dict[str, Any]) -> tuple[float, float, NDArray[np.uint8]]:
-        """Seconds of a request, milliseconds of its steps, and its frames."""
-        ends: list[Any] = []
-
-        def note(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-            ends.append(self._mark())
-            return {}
-
-        kwargs = {name: value for name, value in request.items() if name != "seed"}
-        generator = torch.Generator().manual_seed(request["seed"])
-        start = time.perf_counter()
-        output = self.pipeline(**kwargs, generator=generator, callback_on_step_end=note)[0]
-        self._wait()
-        elapsed_s = time.perf_counter() - start
-        between = self._between_ms(ends[0], ends[-1]) / (len(ends) - 1)
-        return elapsed_s, between, _as_frames(output)
-
-    def launch_us(self) -> float:
-        """What one small operation costs to launch; the device is done with each sooner."""
-        x = torch.ones(1, device=self._device)
-        for _ in range(100):
-            x.add_(1)
-        self._wait()
-        num, rounds = 500, []
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(num):
-                x.add_(1)
-            rounds.append(1e6 * (time.perf_counter() - start) / num)
-            self._wait()
-        return statistics.median(rounds)
-
-    def _wait(self) -> None:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-
-    def _mark(self) -> Any:
-        """A moment of the device; nobody waits for it."""
-        if self._device != "cuda":
-            return time.perf_counter()
-        event = moment()
-        event.record()
-        return event
-
-    def _between_ms(self, before: Any, after: Any) -> float:
-        return float(before.elapsed_time(after) if self._device == "cuda" else 1e3 * (after - before))
-
-
-def plain_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budget) -> Iterator[Measured]:
-    """Measure with plain diffusers, one request after the other."""
-    torch.set_grad_enabled(False)
-    plain = Plain(args.model, args.folder, args.device, args.side)
-    call = MODELS[args.model].call
-    notes: dict[str, Any] = {"load_s": plain.load_s}
-    launch_us = plain.launch_us()
-    if args.side == "eager":
-        notes["roof_tflops"] = roof_tflops(args.device, 256 if args.tiny else ROOF_SIDE)
-    for row in rows:
-        if not fits(row, budget):
-            continue
-        measured = Measured(row.name, args.side, launch_us=launch_us, notes=dict(notes))
-        if row.kind == "staggered":
-            plain.run(row.request(0, call) | {"num_inference_steps": 2})
-            some = [plain.run(row.request(index, call))[0] for index in _SOME_STAGGERED]
-            measured.warm_s = [statistics.fmean(some)]
-            measured.notes["num_measured"] = len(some)
-            yield measured
-            continue
-        measured.first_s, _, frames = plain.run(row.request(0, call))
-        keep(args, row, args.side, frames)
-        for index in budget.as_many(range(1, args.repeats + 1)):
-            elapsed_s, step_ms, _ = plain.run(row.request(index, call))
-            measured.warm_s.append(elapsed_s)
-            measured.step_ms.append(step_ms)
-        if args.side == "eager":
-            measured.notes["step_tflop"] = step_tflop(plain.pipeline, plain.denoiser, row.request(0, call))
-        yield measured
+_LATER, _STAGGERED = 40, 100
 
 
 class Ours:
@@ -319,14 +215,6 @@ class OurRows:
             say("measured", asdict(measured))
 
 
-def fits(row: Row, budget: Budget) -> bool:
-    """Whether there is time for a row; says so where there is none."""
-    if budget.has(0):
-        return True
-    say("skipped", row.name)
-    return False
-
-
 def busy(ticks: Sequence[dict[str, Any]], ids: Sequence[str], denoiser: str) -> dict[str, Any]:
     """Of a trace: what of the time between the denoiser's first forward and its last isn't in one, and how they ran.
 
@@ -341,117 +229,9 @@ def busy(ticks: Sequence[dict[str, Any]], ids: Sequence[str], denoiser: str) -> 
     return {"lost": statistics.median(shares), "variants": dict(ran)}
 
 
-@dataclass(frozen=True)
-class Known:
-    """What is said of components, by name, and of their code: whether some is on its way, how often that changed."""
-
-    decisions: dict[str, str]
-    is_compiling: bool = False
-    num_changes: int = 0
-
-
-def known_of(decisions: Mapping[str, str], replicas: Sequence[Mapping[str, Any]]) -> Known:
-    """Of what the engine says of its model, and the statistics of its replicas."""
-    is_compiling = any(replica["is_compiling"] for replica in replicas)
-    return Known(dict(decisions), is_compiling, sum(replica["num_code_changes"] for replica in replicas))
-
-
-def unsettled(before: Known, after: Known, *, is_settled: bool) -> dict[str, str]:
-    """A note for what was measured meanwhile, where it isn't what is measured once all is compiled."""
-    if has_come(before, after):
-        return {"unsettled": "code was being compiled"}
-    return {} if is_settled else {"unsettled": "times weren't steady before"}
-
-
 def early_rows(rows: Sequence[Row], which: str) -> Sequence[Row]:
     """Those that are measured before things are compiled."""
     return {"all": rows, "first": rows[:1], "none": []}[which]
-
-
-class Settling:
-    """Requests that aren't measured, while things are compiled and captured in the background.
-
-    :param limit_s: after so many seconds it ends in any case.
-    :param one: runs a request; :return: what it took, in any unit.
-    :param known: what is said of components and their code.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        call: Any,
-        limit_s: float,
-        one: Callable[[dict[str, Any]], Awaitable[float]],
-        known: Callable[[], Awaitable[Known]],
-    ) -> None:
-        self._until = time.perf_counter() + limit_s
-        self._rows, self._call, self._one, self._known = rows, call, one, known
-        self._indices = count(_SETTLING)
-
-    async def singles(self) -> bool:
-        """Until the last rounds took as long as one another, and all is compiled; whether that was so in time."""
-        rounds: list[list[float]] = []
-        while (before := await self._idled()) is not None:
-            rounds.append([await self._short(row) for row in self._rows if row.kind != "staggered"])
-            say("settling", {"took": [round(value, 3) for value in rounds[-1]]})
-            if is_steady(rounds) and is_done(before, await self._known()):
-                return True
-        return False
-
-    async def staggered(self, together: Callable[[int], Awaitable[Any]]) -> bool:
-        """Until all is compiled that staggered requests call for; whether that was so in time.
-
-        :param together: runs these, the first of which has this index.
-        """
-        for turn in count(2):
-            if (before := await self._idled()) is None:
-                return False
-            start = time.perf_counter()
-            await together(_SETTLING * turn)
-            say("settling", {"staggered_s": round(time.perf_counter() - start, 3)})
-            if is_done(before, await self._known()):
-                return True
-        raise AssertionError("turns are endless")
-
-    async def _idled(self) -> Known | None:
-        """What is known once no code is on its way; None: time is up.
-
-        Nothing is sent meanwhile, as a rank without requests reads code at once.
-        """
-        start = time.perf_counter()
-        while time.perf_counter() < self._until:
-            known = await self._known()
-            if not known.is_compiling:
-                if (idle_s := time.perf_counter() - start) > _LOOK_S:
-                    say("settling", {"idle_s": round(idle_s, 3)})
-                return known
-            await anyio.sleep(_LOOK_S)
-        return None
-
-    async def _short(self, row: Row) -> float:
-        return await self._one(row.request(next(self._indices), self._call) | _FEW_STEPS)
-
-
-def is_done(before: Known, after: Known) -> bool:
-    """Whether all that is to be compiled is, and was meanwhile."""
-    return not has_come(before, after) and is_compiled(after.decisions)
-
-
-def has_come(before: Known, after: Known) -> bool:
-    """Whether code was on its way meanwhile, or is."""
-    return before.is_compiling or after.is_compiling or before.num_changes != after.num_changes
-
-
-def is_steady(rounds: Sequence[Sequence[float]]) -> bool:
-    """Whether the last three rounds differ by little."""
-    last = rounds[-_NUM_STEADY:]
-    return len(last) == _NUM_STEADY and all(max(of) <= _STEADY * min(of) for of in zip(*last, strict=True))
-
-
-def is_compiled(decisions: dict[str, str]) -> bool:
-    """Whether all that is to be compiled is, or can't be."""
-    said = [note.split("; ") for note in decisions.values() if "compiled by a process of its own" in note]
-    return all("compiled" in phrases or any("without compilation" in p for p in phrases) for phrases in said)
 
 
 async def http_rows(rows: Sequence[Row], args: argparse.Namespace, budget: Budget, *, is_warm: bool) -> None:
@@ -538,36 +318,6 @@ def _serve_flags(args: argparse.Namespace) -> list[str]:
     for name, value in json.loads(args.options).items():
         flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
     return flags
-
-
-def keep(args: argparse.Namespace, row: Row, name: str, frames: NDArray[np.uint8]) -> None:
-    """Pictures of request 0, to be compared."""
-    np.save(args.pictures / f"{row.name}.{name}.npy", frames)
-
-
-def _as_frames(output: Any) -> NDArray[np.uint8]:
-    """(F, H, W, 3), of pictures, or of one video as floats."""
-    first = output[0]
-    if isinstance(first, np.ndarray):
-        return (255 * first).round().astype(np.uint8)
-    return np.stack([np.asarray(picture) for picture in output])
-
-
-class _Said(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        say("log", record.getMessage())
-
-
-def say_logs() -> None:
-    """The engine's log goes to the process that compares: how far a rank that loads is, and what is compiled."""
-    logger = logging.getLogger("sgld")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(_Said())
-
-
-def say(kind: str, value: Any) -> None:
-    """One line for the process that compares."""
-    print(json.dumps({kind: value}), flush=True)
 
 
 def main() -> None:

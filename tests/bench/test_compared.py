@@ -2,11 +2,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sides
+import settling
 from compare import relative_error
 from compared import ratio, text, usual_s
 from rows import CHOSEN, NUM_STAGGERED, ROWS
-from sides import Known, Settling, busy, is_compiled, is_done, is_steady, known_of, unsettled
+from settling import Known, Settling, is_compiled, is_done, is_steady, known_of, unsettled
+from sides import busy
 
 
 def measured(row: str, side: str, warm_s: list[float], step_ms: list[float]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ async def test_singles_are_settled_once_three_rounds_took_as_long_and_no_code_is
 
 
 async def test_staggered_requests_are_settled_once_they_bring_no_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sides, "_LOOK_S", 0.0)
+    monkeypatch.setattr(settling, "_LOOK_S", 0.0)
     ran: list[str] = []
     code = [Known({})]
 
