@@ -5,8 +5,10 @@ are written as they come, by a thread; the file appears when the trace is closed
 """
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
+from errno import EISDIR
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
@@ -148,6 +150,8 @@ def open_trace(path: str | None) -> Trace | None:
     :raises FieldError: the file can't be written.
     """
     try:
+        if path is not None and Path(path).is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         return Trace(Path(path)) if path is not None else None
     except OSError as error:
         raise FieldError("trace", path, error.strerror or str(error)) from None

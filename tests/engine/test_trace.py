@@ -115,9 +115,10 @@ async def test_request_that_was_left_says_so(tmp_path: Path) -> None:
     assert whole[-1]["name"] == "transfer"
 
 
-async def test_place_that_can_not_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
-    config = EngineConfig(device="cpu", trace=str(tmp_path / "none" / "trace.json"))
-    with pytest.raises(FieldError, match=r"trace is .*: No such file"):
+@pytest.mark.parametrize(("place", "problem"), [("none/trace.json", "No such file"), (".", "Is a directory")])
+async def test_place_that_can_not_be_written_is_refused_at_the_start(tmp_path: Path, place: str, problem: str) -> None:
+    config = EngineConfig(device="cpu", trace=str(tmp_path / place))
+    with pytest.raises(FieldError, match=rf"trace is .*: {problem}"):
         async with Engine(config, rank_factory=InlineReplica(build("pixart")[0])):
             pass
 
