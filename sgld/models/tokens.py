@@ -171,14 +171,18 @@ class Tokens:
                 [query] = self._by_heads((query,), lengths)
                 key, value = self._by_heads((key, value), key_lengths)
         if ranks.num_ring > 1:
-            by_ring = [
-                sum(key_lengths[start : start + ranks.num_ulysses]) for start in range(0, ranks.num, ranks.num_ulysses)
-            ]
-            pairs = _gathered(torch.cat((key, value), dim=-1), 1, by_ring, ranks.ring)
-            key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
+            key, value = self._of_ring(key, value, key_lengths)
         if mask is not None and mask.shape[1] == num_heads > 1:
             mask = self._own_heads(mask, query.shape[2])
         return self._by_tokens(compute(query, key, value, mask), lengths, num_heads)
+
+    def _of_ring(self, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the same heads (B, S, H, D), of all ranks."""
+        num = self.ranks.num_ulysses
+        by_ring = [sum(lengths[start : start + num]) for start in range(0, self.ranks.num, num)]
+        pairs = _gathered(torch.cat((key, value), dim=-1), 1, by_ring, self.ranks.ring)
+        key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
+        return key, value
 
     def _mask_of_keys(self, mask: torch.Tensor, num_own: int, lengths: list[int]) -> torch.Tensor:
         """The mask of all keys, as (B, 1 or H, 1, S)."""
