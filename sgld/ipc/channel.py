@@ -32,6 +32,7 @@ ReceiveT = TypeVar("ReceiveT")
 # message with its own bookkeeping.
 SOCKET_BUFFER_BYTES = 8 * MAX_MESSAGE_BYTES
 MAX_OUTGOING_MESSAGES = 1024
+_CLOSED = "this end of the channel was closed"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class RankEnd(Generic[SendT, ReceiveT]):
 
     def _wait_readable(self, timeout_s: float | None) -> bool:
         if self._socket.fileno() < 0:
-            raise ChannelClosed("This end of the channel was closed.")
+            raise ChannelClosed(_CLOSED)
         return bool(self._poll.poll(None if timeout_s is None else timeout_s * 1000))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -228,19 +229,19 @@ class FrontEnd(Generic[SendT, ReceiveT]):
     async def _wait(self, wait: Callable[[socket.socket], Any]) -> None:
         """Await `wait_readable` or `wait_writable` of our socket."""
         if self._socket.fileno() < 0:
-            raise ChannelClosed("This end of the channel was closed.")
+            raise ChannelClosed(_CLOSED)
         self._num_waiting += 1
         try:
             await wait(self._socket)
         except anyio.ClosedResourceError:
-            raise ChannelClosed("This end of the channel was closed.") from None
+            raise ChannelClosed(_CLOSED) from None
         finally:
             self._num_waiting -= 1
 
     def _send_outgoing(self) -> bool:
         """Send what the socket takes now; whether that is all."""
         if self._socket.fileno() < 0:
-            raise ChannelClosed("This end of the channel was closed.")
+            raise ChannelClosed(_CLOSED)
         while self._outgoing:
             try:
                 _translated(self._socket.send, self._outgoing[0])
@@ -271,8 +272,8 @@ def _encode(encoder: Encoder, message: object) -> bytes:
     data = encoder.encode(message)
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(
-            f"A {type(message).__name__} message takes {len(data)} bytes, the limit is {MAX_MESSAGE_BYTES}; "
-            "send large data through the tensor queue."
+            f"a {type(message).__name__} message takes {len(data)} bytes, the limit is {MAX_MESSAGE_BYTES}; "
+            "send large data through the tensor queue"
         )
     return data
 
@@ -293,7 +294,7 @@ def _receive_bytes(sock: socket.socket, flags: int = 0) -> bytes:
             raise
         raise _closed(error) from None
     if not data:
-        raise ChannelClosed("The process at the other end of the channel closed it or died.")
+        raise ChannelClosed("the process at the other end of the channel closed it or died")
     return data
 
 
@@ -308,4 +309,4 @@ def _translated(operation: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _closed(error: OSError) -> ChannelClosed:
-    return ChannelClosed(f"The process at the other end of the channel is gone ({error.strerror}).")
+    return ChannelClosed(f"the process at the other end of the channel is gone ({error.strerror})")

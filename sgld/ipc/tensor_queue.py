@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 DEFAULT_NUM_SLOTS = 16
 DEFAULT_SLOT_BYTES = 8 * 1024 * 1024
 _FREE, _USED = 0, 1
+_CLOSED = "the tensor queue was closed"
 # How long a waiting writer may overlook that it should stop.
 _STOP_POLL_S = 0.1
 
@@ -161,18 +162,18 @@ class TensorWriter:
 
     def _opened(self) -> _Slots:
         if self._slots is None:
-            raise ChannelClosed("The tensor queue was closed.")
+            raise ChannelClosed(_CLOSED)
         return self._slots
 
     def _checked_size(self, dtype: str, shape: tuple[int, ...]) -> int:
         """The size in bytes, from "uint8" or "torch.uint8" and a shape."""
         if dtype.removeprefix("torch.") != "uint8":
-            raise ValueError(f"The tensor queue takes uint8, got {dtype}; convert it first.")
+            raise ValueError(f"the tensor queue takes uint8, got {dtype}; convert it first")
         num_bytes = prod(shape)
         if num_bytes > self.max_bytes:
             raise ValueError(
-                f"A tensor of {num_bytes} bytes, shape {shape}, is over the tensor queue's limit of {self.max_bytes} "
-                "bytes; split it along its first axis."
+                f"a tensor of {num_bytes} bytes, shape {shape}, is over the tensor queue's limit of {self.max_bytes} "
+                "bytes; split it along its first axis"
             )
         return num_bytes
 
@@ -215,7 +216,7 @@ class TensorReader:
         """
         with self._lock:
             if self._slots is None:
-                raise ChannelClosed("The tensor queue was closed.")
+                raise ChannelClosed(_CLOSED)
             runs = self._slots.runs(ref.slots, prod(ref.shape))
         flat = runs[0] if len(runs) == 1 else np.concatenate([np.empty(0, np.uint8), *runs])
         pixels = flat.reshape(ref.shape)
@@ -243,7 +244,7 @@ class TensorReader:
         """
         with self._lock:
             if self._slots is None:
-                raise ChannelClosed("The tensor queue was closed.")
+                raise ChannelClosed(_CLOSED)
             num_free = int(np.count_nonzero(self._slots.states == _FREE))
             return TensorQueueStatistics(self._slots.num_slots, num_free, self._slots.slot_bytes)
 

@@ -40,7 +40,7 @@ def write_animation(
     :raises InvalidRequest: the rate is more than such pictures have, or the format has none of this size or length.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
-        raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
+        raise ValueError(f"a video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}")
     check_rate(animation_format, fps)
     durations = durations_ms(len(frames), fps, _TICKS_PER_S[animation_format])
     about: dict[str, Any] = {"save_all": True, "duration": durations, "loop": 0}
@@ -62,7 +62,7 @@ def check_rate(animation_format: AnimationFormat, fps: float) -> None:
     """
     if not 0 < fps <= _MAX_FPS[animation_format]:
         most = _MAX_FPS[animation_format]
-        raise InvalidRequest(f"A {animation_format} has at most {most:g} frames per second, not {fps:g}.", "fps")
+        raise InvalidRequest(f"a {animation_format} has at most {most:g} frames per second, not {fps:g}", "fps")
 
 
 class _Frames(Image.Image):
@@ -89,7 +89,7 @@ def _check_gif(frames: NDArray[np.uint8]) -> None:
     if num_frames * height * width > MAX_GIF_PIXELS:
         most = MAX_GIF_PIXELS // (height * width)
         raise InvalidRequest(
-            f"A gif of {width}x{height} has at most {most} frames here, not {num_frames}; choose webp or mp4.",
+            f"a gif of {width}x{height} has at most {most} frames here, not {num_frames}; choose webp or mp4",
             "output_format",
         )
 
@@ -104,5 +104,5 @@ def _save(image: Image.Image, path: Path, animation_format: AnimationFormat, abo
     try:
         image.save(path, animation_format.upper(), **about)
     except (ValueError, RuntimeError) as error:  # Pillow's WebP raises the latter
-        message = f"A video of {image.width}x{image.height} can't be written as {animation_format}: {error}."
+        message = f"a video of {image.width}x{image.height} can't be written as {animation_format}: {error}"
         raise InvalidRequest(message) from error

@@ -76,6 +76,6 @@ def check_samples(samples: Samples, sample_rate: int) -> None:
     :raises ValueError: it can't.
     """
     if samples.dtype != np.float32 or samples.ndim != 2 or len(samples) not in _LAYOUTS or not samples.size:
-        raise ValueError(f"Sound is (1 or 2 channels, samples) of float32, got {samples.shape} of {samples.dtype}.")
+        raise ValueError(f"sound is (1 or 2 channels, samples) of float32, got {samples.shape} of {samples.dtype}")
     if sample_rate < 1:
-        raise ValueError(f"The sample rate must be positive, got {sample_rate}.")
+        raise ValueError(f"the sample rate must be positive, got {sample_rate}")

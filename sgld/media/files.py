@@ -64,7 +64,7 @@ def format_of(name: str) -> MediaFormat:
     """
     ending = Path(name).suffix.lower()
     if ending not in FORMATS:
-        raise InvalidRequest(f"The file name {name!r} must end in one of {', '.join(FORMATS)}.", "output_file_name")
+        raise InvalidRequest(f"the file name {name!r} must end in one of {', '.join(FORMATS)}", "output_file_name")
     return FORMATS[ending]
 
 
@@ -176,4 +176,4 @@ def _create(path: Path) -> bool:
 
 
 def _bad_name(name: str, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"The file name {name!r} can't be used: {reason}.", "output_file_name")
+    return InvalidRequest(f"the file name {name!r} can't be used: {reason}", "output_file_name")

@@ -39,20 +39,20 @@ def encode_image(
     check_format(image_format)
     is_deep = frame.dtype == np.uint16 and image_format == "png"
     if not (frame.dtype == np.uint8 or is_deep) or frame.ndim != 3 or frame.shape[2] not in (3, 4):
-        raise ValueError(f"A picture is (H, W, 3) of uint8 or has 4 channels, got {frame.shape} of {frame.dtype}.")
+        raise ValueError(f"a picture is (H, W, 3) of uint8 or has 4 channels, got {frame.shape} of {frame.dtype}")
     if image_format == "png":
         return encode_png(frame, None if metadata is None else png_chunks(metadata))
     try:
         return _save(Image.fromarray(frame), image_format, quality, metadata)
     except (OSError, ValueError) as error:
         height, width, _ = frame.shape
-        raise InvalidRequest(f"A picture of {width}x{height} can't be written as {image_format}: {error}.") from error
+        raise InvalidRequest(f"a picture of {width}x{height} can't be written as {image_format}: {error}") from error
 
 
 def check_format(image_format: ImageFormat) -> None:
     """:raises InvalidRequest: this Pillow can't write it."""
     if image_format == "avif" and not features.check("avif"):
-        message = "The Pillow that is installed can't write AVIF; choose WebP or PNG."
+        message = "the Pillow that is installed can't write AVIF; choose WebP or PNG"
         raise InvalidRequest(message, "output_format")
 
 
@@ -114,18 +114,18 @@ def _opened(source: Path | BytesIO, name: str | None = None) -> Iterator[Image.I
             width, height = image.size
             if width * height > MAX_INPUT_PIXELS:
                 raise InvalidRequest(
-                    f"The image {name} has {width}x{height} pixels; at most {MAX_INPUT_PIXELS} are allowed.",
+                    f"the image {name} has {width}x{height} pixels; at most {MAX_INPUT_PIXELS} are allowed",
                     "image_path",
                 )
             yield image
     except FileNotFoundError:
-        raise InvalidRequest(f"There is no image {name}.", "image_path") from None
+        raise InvalidRequest(f"there is no image {name}", "image_path") from None
     except UnidentifiedImageError:
-        raise InvalidRequest(f"The file {name} isn't an image that can be read.", "image_path") from None
+        raise InvalidRequest(f"the file {name} isn't an image that can be read", "image_path") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(
-            f"The image {name} is too large; at most {MAX_INPUT_PIXELS} pixels are allowed.", "image_path"
+            f"the image {name} is too large; at most {MAX_INPUT_PIXELS} pixels are allowed", "image_path"
         ) from None
     # Pillow's plugins raise any of these for damaged files.
     except (OSError, ValueError, SyntaxError) as error:
-        raise InvalidRequest(f"The image {name} can't be read: {error}.", "image_path") from None
+        raise InvalidRequest(f"the image {name} can't be read: {error}", "image_path") from None

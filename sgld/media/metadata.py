@@ -72,7 +72,7 @@ def exif_block(metadata: Mapping[str, Any]) -> bytes:
     block = exif.tobytes()
     if len(block) > _MAX_EXIF_BYTES:
         raise InvalidRequest(
-            f"The parameters take {len(block)} bytes, EXIF holds at most {_MAX_EXIF_BYTES}; choose PNG, or no metadata."
+            f"the parameters take {len(block)} bytes, EXIF holds at most {_MAX_EXIF_BYTES}; choose PNG, or no metadata"
         )
     return block
 
@@ -96,7 +96,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(text, type=dict[str, Any])
     except msgspec.DecodeError:
-        raise InvalidRequest(f"The file {str(path)!r} holds no parameters of sgld.") from None
+        raise InvalidRequest(f"the file {str(path)!r} holds no parameters of sgld") from None
 
 
 def _read_text(path: Path) -> str:
@@ -114,7 +114,7 @@ def _read_text(path: Path) -> str:
     except UnidentifiedImageError:
         return _video_comment(path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidRequest(f"The file {str(path)!r} can't be read: {error}.") from None
+        raise InvalidRequest(f"the file {str(path)!r} can't be read: {error}") from None
 
 
 def _exif_comment(image: Image.Image) -> str:
@@ -129,7 +129,7 @@ def _video_comment(path: Path) -> str:
         with av.open(str(path)) as container:
             return str(container.metadata.get(_MP4_KEY, ""))
     except (av.FFmpegError, ValueError):
-        raise InvalidRequest(f"The file {str(path)!r} is neither a picture nor a video.") from None
+        raise InvalidRequest(f"the file {str(path)!r} is neither a picture nor a video") from None
 
 
 def _quoted(value: object) -> str:

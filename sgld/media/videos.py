@@ -63,7 +63,7 @@ def video_writer(
     :raises InvalidRequest: there is no such encoder.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] not in (3, 4) or 0 in frames.shape:
-        raise ValueError(f"A video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}.")
+        raise ValueError(f"a video is (F, H, W, 3) of uint8 or has 4 channels, got {frames.shape} of {frames.dtype}")
     rate = _rate(fps)
     tags = {} if metadata is None else mp4_tags(metadata)
     sound = None
@@ -164,14 +164,14 @@ def check_encoder(codec: VideoCodec) -> None:
     try:
         av.codec.Codec(_ENCODERS[codec], "w")
     except av.codec.codec.UnknownCodecError:
-        message = f"There is no encoder for {codec}: the PyAV that is installed lacks {_ENCODERS[codec]}; choose h264."
+        message = f"there is no encoder for {codec}: the PyAV that is installed lacks {_ENCODERS[codec]}; choose h264"
         raise InvalidRequest(message, "video_codec") from None
 
 
 def _rate(fps: float) -> Fraction:
     rate = Fraction(fps).limit_denominator(_MAX_FPS_DENOMINATOR)
     if rate <= 0:
-        raise ValueError(f"The frame rate must be positive, got {fps}.")
+        raise ValueError(f"the frame rate must be positive, got {fps}")
     return rate
 
 

@@ -177,7 +177,7 @@ def _upscaler(path: str) -> Upscaler | Lanczos:
     try:
         file = find(path, _FIELDS["upscaling"])
     except InvalidRequest as error:
-        message = f"{str(error).rstrip('.')}. Name a file of weights, or {LANCZOS!r}, which needs none"
+        message = f"{str(error).rstrip('.')}; name a file of weights, or {LANCZOS!r}, which needs none"
         raise InvalidRequest(message, _FIELDS["upscaling"]) from None
     try:
         state = unwrapped(read(file))

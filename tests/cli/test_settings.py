@@ -290,7 +290,7 @@ def test_picture_with_deeply_nested_metadata_is_refused(tmp_path: Path) -> None:
 
 def test_pictures_in_further_arguments_are_looked_at_first(tmp_path: Path) -> None:
     given = {"prompt": ["a cat"], "diffusers_kwargs": '{"mask_image": {"$image": "none.png"}}'}
-    with pytest.raises(InvalidRequest, match=r"There is no image 'none\.png'"):
+    with pytest.raises(InvalidRequest, match=r"there is no image 'none\.png'"):
         build(merge([accept(given, "flag")]))
     given["diffusers_kwargs"] = '{"mask_image": {"$image": "https://host/mask.png"}}'
     assert build(merge([accept(given, "flag")])).params[0].diffusers_kwargs["mask_image"]["$image"].startswith("https")

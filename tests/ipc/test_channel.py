@@ -299,7 +299,7 @@ async def test_close_ends_waits(ends: tuple[Front, Rank]) -> None:
     fill(front)
 
     async def expect_flush_closed() -> None:
-        with pytest.raises(ChannelClosed, match="This end"):
+        with pytest.raises(ChannelClosed, match="this end"):
             await front.flush_forever()
 
     async with anyio.create_task_group() as tasks:

@@ -86,7 +86,7 @@ async def test_data_url_is_a_file_as_long_as_the_request_lasts() -> None:
         assert readable.diffusers_kwargs == {"masks": [{"$image": path, "mode": "L"}]}
         (reference,) = references(readable.diffusers_kwargs)
         assert load_image(Path(reference.source), reference.mode).mode == "L"
-    with pytest.raises(InvalidRequest, match="There is no image"):
+    with pytest.raises(InvalidRequest, match="there is no image"):
         load_image(Path(path))
 
 
@@ -112,7 +112,7 @@ async def test_params_without_pictures_stay_as_they_are() -> None:
         (data_url(png()), InputPolicy(max_bytes=10), "the limit is 10"),
         (data_url(png()), InputPolicy(max_pixels=1), "at most 1 are allowed"),
         ("http://127.0.0.1:1/a.png", ANY, "isn't a public address"),
-        ("there-is-none.png", ANY, "There is no image"),
+        ("there-is-none.png", ANY, "there is no image"),
         ("there-is-none.png", REMOTE_ONLY, "isn't read here"),
     ],
 )

@@ -92,7 +92,7 @@ def test_without_weights_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(lookup, "hub_file", unreachable)
     (default,) = sources_of(SamplingParams(enable_upscaling=True))
-    with pytest.raises(InvalidRequest, match=r"RealESRGAN_x4\.pth': no network\. Name a file of weights, or 'lanczos'"):
+    with pytest.raises(InvalidRequest, match=r"RealESRGAN_x4\.pth': no network; name a file of weights, or 'lanczos'"):
         load_filter(default, CPU)
 
 
