@@ -85,7 +85,15 @@ def load_image(path: Path, mode: str = "RGB") -> Image.Image:
     :raises InvalidRequest: the file is missing, damaged, no picture, or larger than MAX_INPUT_PIXELS.
     """
     with _opened(path) as image:
-        return ImageOps.exif_transpose(image).convert(mode)
+        return _in_8_bits(ImageOps.exif_transpose(image)).convert(mode)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits, as depth maps are, in 8: Pillow would clip its values instead."""
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def check_image(source: Path | BytesIO, name: str | None = None) -> tuple[int, int]:

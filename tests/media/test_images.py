@@ -77,6 +77,12 @@ def test_image_is_turned_by_its_orientation(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(load_image(path)), np.rot90(gradient(), -1))
 
 
+def test_grey_of_16_bits_is_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "depth.png")
+    assert np.asarray(load_image(tmp_path / "depth.png", "L")).tolist() == [[0, 0, 1, 128, 255]]
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "a.tiff"
