@@ -41,6 +41,10 @@ class EtaErrors:
         """By stage."""
         return tuple(self._by_stage.values())
 
+    def count_anew(self) -> None:
+        """What was told so far says nothing of what comes."""
+        self._by_stage.clear()
+
     def told(self, request_id: str, stage: Told, eta_s: float | None, now: float) -> None:
         """A request is predicted to be completed after so many seconds; the first time at a stage counts."""
         if eta_s is not None:

@@ -200,6 +200,8 @@ class Supervisor:
         finally:
             for replica in self.replicas:
                 replica.scheduler.is_calibrating = False
+            # Nothing was known when these requests came.
+            self.tally.etas.count_anew()
             self.served.decide()
 
     def _code(self) -> Code:

@@ -167,6 +167,7 @@ async def test_model_is_served_once_it_is_measured_which_is_done_once(is_known: 
         known = engine.statistics()
         assert engine.model is not None
         assert (known.num_completed, known.num_failed) == ((0, 0) if is_known else (3, 0))
+        assert known.etas == ()
         # The second and third ran in lock step.
         (steps,) = [of for of in known.calls if of.kind == "denoise"] or [None]
         assert is_known == (steps is None)
