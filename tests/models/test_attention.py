@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,11 @@ FLASH = "_native_flash"
 
 
 @pytest.fixture(autouse=True)
-def _registry_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
+def _registry_as_before(monkeypatch: pytest.MonkeyPatch, threads_as_before: None) -> None:
     for name in ("_backends", "_supported_arg_names"):
         monkeypatch.setattr(_AttentionBackendRegistry, name, dict(getattr(_AttentionBackendRegistry, name)))
     for name in ("_active_backend", "_checks_enabled"):
         monkeypatch.setattr(_AttentionBackendRegistry, name, getattr(_AttentionBackendRegistry, name))
-    yield
-    torch.set_num_threads(before)
 
 
 def chosen(**config: str) -> Attention | None:

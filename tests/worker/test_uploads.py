@@ -57,10 +57,6 @@ def ran(module: nn.Module, times: int = CAPTURES_AFTER + 3) -> World:
     return world
 
 
-def device_of(x: torch.Tensor) -> torch.device:
-    return x.device
-
-
 class Table(nn.Module):
     """Keeps a table on the host."""
 
