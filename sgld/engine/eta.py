@@ -23,10 +23,6 @@ class EtaStatistics(msgspec.Struct, frozen=True, kw_only=True):
     buckets: tuple[int, ...]
     """How many were at most each of BOUNDS, but more than the one before; the last: more than all."""
 
-    @property
-    def mean_error(self) -> float:
-        return self.error_sum / max(self.num, 1)
-
 
 class EtaErrors:
     """Keeps what requests on their way were told, and compares."""

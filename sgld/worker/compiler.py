@@ -77,10 +77,6 @@ class CompileResult(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_s: float = 0.0
     num_compiled: int = 0
     """Graphs that weren't in the cache."""
-    num_known: int = 0
-    """Graphs that were."""
-    peak_bytes: int = 0
-    """Memory of a GPU, without what CUDA itself takes."""
     imported: tuple[str, ...] = ()
     """What had to be imported for that."""
 
@@ -93,13 +89,10 @@ def run_jobs(jobs: list[CompileJob]) -> CompileResult:
         if isinstance(ran, Raised):
             problem = f"{type(ran.error).__name__}: {message_of(ran.error)}"
             break
-    num_known, num_compiled = graphs_of_cache()
     return CompileResult(
         problem=problem,
         elapsed_s=time.perf_counter() - start,
-        num_compiled=num_compiled,
-        num_known=num_known,
-        peak_bytes=torch.cuda.max_memory_reserved(),
+        num_compiled=graphs_of_cache()[1],
         imported=tuple(importable(name for name in list(sys.modules) if name not in before)),
     )
 

@@ -58,7 +58,6 @@ class Away:
     """
 
     leader: "ElasticLeader"
-    invoke: Invoke
     ranks: Ranks
     reply: Done | FollowerFailed | None = None
     heard: Callable[[Obeyed], None] | None = None
@@ -179,7 +178,7 @@ class ElasticLeader(Leader):
         self._tell(invoke, self._on)
         if buffer is not None:
             dist.send(buffer, dst=self._on.first)
-        away = self._away[self._on.first] = Away(self, invoke, self._on, heard=heard)
+        away = self._away[self._on.first] = Away(self, self._on, heard=heard)
         return away
 
     def drew(self, random: OwnRandom, states: tuple[bytes, ...]) -> None:

@@ -11,7 +11,7 @@ def test_errors_are_relative_to_what_was_left() -> None:
     errors.ended("a", 110.0, is_completed=True)
     queued, halfway = errors.statistics
     assert (queued.told, queued.num, halfway.told) == ("queued", 1, "halfway")
-    assert [queued.mean_error, halfway.mean_error] == pytest.approx([0.2, 0.5])
+    assert [queued.error_sum, halfway.error_sum] == pytest.approx([0.2, 0.5])
     assert sum(halfway.buckets) == halfway.buckets[BOUNDS.index(0.5)] == 1
 
 

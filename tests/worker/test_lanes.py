@@ -60,11 +60,10 @@ def fails(_x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("function", "refused"), [(lambda x: x, ["not in two"]), (fails, [])])
 def test_only_what_one_rank_can_run_is_what_several_cannot_share(function: Any, refused: list[str]) -> None:
-    invoke: Any = None
     leader: Any = FakeLeader()
     call = call_of(Function(function), torch.ones(1))
     lanes = lanes_of(leader)
-    away = Away(leader, invoke, OTHERS, FollowerFailed(1, "not in two"))
+    away = Away(leader, OTHERS, FollowerFailed(1, "not in two"))
     lanes._sent = lambda calls, ranks: Lane(ranks, calls, away)  # type: ignore[method-assign]
     lanes.begin([call], OTHERS)
     [(lane, tick)] = lanes.over(any_call)
@@ -84,12 +83,11 @@ def test_time_on_rank_0_says_nothing_of_the_ranks_that_it_was_meant_for() -> Non
 
 
 def test_what_failed_elsewhere_waits_again_where_it_may_not_run_now() -> None:
-    invoke: Any = None
     leader: Any = FakeLeader()
     num_runs: list[None] = []
     call = call_of(Function(num_runs.append), None)
     lanes = lanes_of(leader)
-    away = Away(leader, invoke, OTHERS, FollowerFailed(1, "not in two"))
+    away = Away(leader, OTHERS, FollowerFailed(1, "not in two"))
     lanes._sent = lambda calls, ranks: Lane(ranks, calls, away)  # type: ignore[method-assign]
     lanes.begin([call], OTHERS)
     assert [(lane.ranks, tick) for lane, tick in lanes.over(lambda call: False)] == [(OTHERS, None)]

@@ -5,7 +5,6 @@ import zlib
 from typing import NamedTuple
 
 LANDSCAPE, GROUP, PAIR = 0, 1, 2
-KINDS = ("landscape", "group", "pair")
 
 TIMES = ("sunset", "night", "noon", "dawn")
 PLACES = ("mountains", "hills", "sea", "desert")
