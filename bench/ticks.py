@@ -14,12 +14,11 @@ import msgspec
 from sgld.engine.cost import LearnedTime, at_degree
 from sgld.engine.trace import track_of
 from sgld.parallel import FIRST, Ranks
-from sgld.worker.ahead import MARGIN_S, MARGIN_SHARE
 
 # The process of ticks in a trace.
 _RANKS = 1
-# Where launching takes so much of a forward's time the host isn't ahead of the device.
-_AHEAD = 0.9
+# One that begins later after another one hasn't waited for it.
+_NEXT_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,11 @@ class Tick:
     cost_key: str
     rows: int
     requests: tuple[str, ...]
-    launch_s: float
+    lead_s: float
+    """So long before it began, while the device was busy, it was chosen and its launch began."""
     is_proof: bool
     ranks: Ranks = FIRST
     """Those that ran it, where each forward has its own."""
-
-    @property
-    def lead_s(self) -> float:
-        """How long before its end the next one had to be chosen, to be launched in time; 0 where the host waits."""
-        elapsed_s = self.end_s - self.start_s
-        return self.launch_s + MARGIN_S + MARGIN_SHARE * elapsed_s if self.launch_s < _AHEAD * elapsed_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def _tick(span: Mapping[str, Any]) -> Tick:
     end_s = start_s + span["dur"] / 1e6
     is_proof = args["mode"] == "proof"
     ranks = _ranks(args.get("ranks", ""))
-    return Tick(start_s, end_s, args["cost_key"], args["rows"], requests, args["launch_us"] / 1e6, is_proof, ranks)
+    return Tick(start_s, end_s, args["cost_key"], args["rows"], requests, args["lead_us"] / 1e6, is_proof, ranks)
 
 
 def _ranks(said: str) -> Ranks:
@@ -114,9 +108,10 @@ def forwards(trace: Trace, since_s: float = 0.0) -> list[LearnedTime]:
 def leads_s(trace: Trace) -> dict[str, float]:
     """How long before their ends it was decided what follows those that all ranks run, by cost key: the median."""
     found: defaultdict[str, list[float]] = defaultdict(list)
-    for tick in trace.ticks:
-        if not tick.is_proof and tick.ranks.num == trace.num_ranks:
-            found[tick.cost_key].append(tick.lead_s)
+    for tick, after in pairwise(trace.ticks):
+        is_next = after.start_s - tick.end_s < _NEXT_S and {tick.ranks.num, after.ranks.num} == {trace.num_ranks}
+        if is_next and not tick.is_proof:
+            found[tick.cost_key].append(after.lead_s)
     return {key: statistics.median(some) for key, some in found.items()}
 
 

@@ -179,6 +179,8 @@ class Ran(Reply, frozen=True, kw_only=True, tag="ran"):
     """On the clock of `time.monotonic_ns`, which the processes of a host share."""
     launch_s: float = 0.0
     """What the host took to give it to the device; all of it where it waits for that."""
+    lead_s: float = 0.0
+    """How long before the device began with it the host did, while that was busy."""
     mode: TickMode = "single"
     variant: Variant = "eager"
     num_reused: int = 0

@@ -66,6 +66,7 @@ class Trace:
             "rows": reply.rows,
             "variant": reply.variant,
             "launch_us": reply.launch_s * 1e6,
+            "lead_us": reply.lead_s * 1e6,
             "calls": [call.id for call in calls],
             "requests": [call.request_id for call in calls],
             "steps": [call.step_index for call in calls],

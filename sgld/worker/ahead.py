@@ -7,6 +7,7 @@ what is launched can't be changed any more, and whoever comes meanwhile waits fo
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import msgspec
 
@@ -20,6 +21,9 @@ MAX_AHEAD = 1
 # (1 ms), the first kernels come slowly, and no two forwards take the same time.
 MARGIN_S = 0.005
 MARGIN_SHARE = 0.03
+# So many ticks each way show whether they take longer: by more than this, as no two take the same time.
+NUM_TRIED = 8
+SLOWER_SHARE = 0.01
 # Nobody can wait for less.
 LEAST_S = 1e-4
 # How long a rank that waits for its device may overlook that a tick is over.
@@ -35,6 +39,10 @@ class Usual:
     launch_s: float
     before_s: float
     """What the one before it took on the device."""
+    whole_s: tuple[float, ...] = ()
+    """What the first ticks took that were launched as a whole while the device was busy."""
+    part_s: tuple[float, ...] = ()
+    """And those after them, of which only a part was."""
 
     @property
     def least_s(self) -> float:
@@ -44,6 +52,27 @@ class Usual:
         launch the next tick too late, so that it takes long in turn.
         """
         return min(self.elapsed_s, self.before_s)
+
+    @property
+    def lead_s(self) -> float:
+        """How long before the device needs the next one its launch has to begin.
+
+        A device that computes for longer than the host launches is never behind it: a part of the launches is enough.
+        What these take by themselves isn't known, as of large forwards only so many wait in the device's queue, and the
+        host for room in it. So it is tried, and given up where forwards take longer then.
+        """
+        is_tried = len(self.whole_s) == NUM_TRIED
+        is_slower = len(self.part_s) == NUM_TRIED and fmean(self.part_s) > fmean(self.whole_s) * (1 + SLOWER_SHARE)
+        return max(0.0, self.launch_s - self.elapsed_s) if is_tried and not is_slower else self.launch_s
+
+    def then(self, span: Span) -> "Usual":
+        """After one more."""
+        whole_s, part_s = self.whole_s, self.part_s
+        if span.lead_s > 0.0 and len(whole_s) < NUM_TRIED:
+            whole_s += (span.elapsed_s,)
+        elif span.lead_s > 0.0 and len(part_s) < NUM_TRIED:
+            part_s += (span.elapsed_s,)
+        return Usual(span.elapsed_s, span.launch_s, self.elapsed_s, whole_s, part_s)
 
 
 @dataclass
@@ -97,12 +126,15 @@ class Ahead:
             tick = self._ticks.popleft()
             span = tick.span
             tick.ran = msgspec.structs.replace(
-                tick.ran, started_ns=span.started_ns, elapsed_s=span.elapsed_s, launch_s=span.launch_s
+                tick.ran,
+                started_ns=span.started_ns,
+                elapsed_s=span.elapsed_s,
+                launch_s=span.launch_s,
+                lead_s=span.lead_s,
             )
             if tick.ran.is_timed:
-                before = self._usual.recall(tick.kind)
-                before_s = before.elapsed_s if before is not None else span.elapsed_s
-                self._usual[tick.kind] = Usual(span.elapsed_s, span.launch_s, before_s)
+                before = self._usual.recall(tick.kind) or Usual(span.elapsed_s, span.launch_s, span.elapsed_s)
+                self._usual[tick.kind] = before.then(span)
             yield tick
 
     def wait(self, num_left: int = MAX_AHEAD) -> None:
@@ -119,7 +151,7 @@ class Ahead:
         if len(known) < len(usual):
             return 0.0
         busy_s = sum(each.least_s for each in known)
-        lead_s = known[-1].launch_s + MARGIN_S + MARGIN_SHARE * busy_s
+        lead_s = known[-1].lead_s + MARGIN_S + MARGIN_SHARE * busy_s
         span, now_ns = self._ticks[0].span, self._now_ns()
         done_s = (now_ns - span.started_ns) / 1e9 if span.has_begun() else 0.0
         spare_s = busy_s - done_s - lead_s

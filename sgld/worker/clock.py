@@ -34,6 +34,10 @@ class Span(Protocol):
     def launch_s(self) -> float:
         """What it took to give it to the device."""
 
+    @property
+    def lead_s(self) -> float:
+        """How long before the device began with it the host did, while that was busy; once it is over."""
+
 
 class Clock(Protocol):
     """Times work. One span ends before the next one begins."""
@@ -66,6 +70,10 @@ class HostSpan:
     @property
     def launch_s(self) -> float:
         return self.elapsed_s
+
+    @property
+    def lead_s(self) -> float:
+        return 0.0
 
     def has_begun(self) -> bool:
         return True
@@ -130,6 +138,10 @@ class DeviceSpan:
             before, self._before = self._before, None
             self._started_ns = before.ended_ns + round(1e6 * before.until(self._first))
         return self._started_ns
+
+    @property
+    def lead_s(self) -> float:
+        return (self.started_ns - self._launched_ns) / 1e9
 
     @property
     def ended_ns(self) -> int:

@@ -16,7 +16,7 @@ def ran(
     end_s: float,
     kind: CallKind = "denoise",
     mode: TickMode = "single",
-    launch_s: float = 0.0,
+    lead_s: float = 0.0,
     ranks: Ranks | None = None,
 ) -> None:
     """A tick of one call of a request."""
@@ -33,7 +33,7 @@ def ran(
     )
     elapsed_s, started_ns = end_s - start_s, round(1e9 * start_s)
     told = Ran(call_ids=(1,), cost_key=kind, rows=1, elapsed_s=elapsed_s, is_timed=True, mode=mode, variant="eager")
-    trace.ran(msgspec.structs.replace(told, started_ns=started_ns, launch_s=launch_s, ranks=ranks), [call])
+    trace.ran(msgspec.structs.replace(told, started_ns=started_ns, lead_s=lead_s, ranks=ranks), [call])
 
 
 def two_requests(path: Path) -> None:
@@ -75,20 +75,29 @@ def test_trace_that_has_no_end_is_read_up_to_there(tmp_path: Path) -> None:
     assert found.arrived_s == {"r1-0": 0.0, "r2-0": 5.0}
 
 
-def test_what_follows_is_decided_in_time_to_launch_it_where_the_host_is_ahead(tmp_path: Path) -> None:
+def test_what_follows_is_decided_when_its_launch_begins(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "trace")
-    ran(trace, "r1-0", 0.0, 1.0, "denoise", launch_s=0.2)
-    ran(trace, "r1-0", 1.0, 2.0, "decode", launch_s=1.0)
+    ran(trace, "r1-0", 0.0, 1.0)
+    ran(trace, "r1-0", 1.0, 2.0, lead_s=0.2)
+    ran(trace, "r1-0", 2.0, 3.0, "decode", lead_s=0.3)
+    ran(trace, "r2-0", 3.0, 4.0, lead_s=0.1)
     trace.close()
 
-    assert ticks.leads_s(ticks.read(tmp_path / "trace")) == pytest.approx({"denoise": 0.235, "decode": 0.0})
+    assert ticks.leads_s(ticks.read(tmp_path / "trace")) == pytest.approx({"denoise": 0.25, "decode": 0.1})
+
+
+def test_what_comes_to_an_idle_device_says_nothing_of_when_the_next_one_is_chosen(tmp_path: Path) -> None:
+    two_requests(tmp_path / "trace")
+
+    assert ticks.leads_s(ticks.read(tmp_path / "trace")) == {}
 
 
 def side_by_side(path: Path) -> None:
     """One has all ranks until another one comes; then each has its own."""
     trace = Trace(path)
     trace.span("r1-0", "queued", 0.0, 0.0)
-    ran(trace, "r1-0", 0.0, 1.0, ranks=Ranks(0, 2), launch_s=0.2)
+    ran(trace, "r1-0", 0.0, 0.5, ranks=Ranks(0, 2))
+    ran(trace, "r1-0", 0.5, 1.0, ranks=Ranks(0, 2), lead_s=0.2)
     trace.span("r2-0", "queued", 0.5, 0.5)
     ran(trace, "r2-0", 1.0, 1.5, "encode", ranks=Ranks(0, 1))
     ran(trace, "r1-0", 1.0, 3.0, ranks=Ranks(1, 1))
@@ -105,9 +114,9 @@ def test_forwards_are_those_of_the_ranks_that_shared_them(tmp_path: Path) -> Non
 
     assert trace.num_ranks == 2
     assert found == pytest.approx(
-        {"denoise on 2 ranks": 1.0, "denoise": (2.0 + 0.99) / 2, "encode": 0.5, "decode": 0.97}
+        {"denoise on 2 ranks": 0.5, "denoise": (2.0 + 0.99) / 2, "encode": 0.5, "decode": 0.97}
     )
-    assert ticks.leads_s(trace) == pytest.approx({"denoise": 0.235})
+    assert ticks.leads_s(trace) == pytest.approx({"denoise": 0.2})
 
 
 def test_gap_is_what_passed_since_the_end_of_what_a_forward_waited_for(tmp_path: Path) -> None:

@@ -51,6 +51,25 @@ class FakeDevice:
         return DeviceClock(lambda: FakeEvent(self), self.settle, self.now_ns)
 
 
+@dataclass
+class StreamingDevice(FakeDevice):
+    """Computes each of a forward's kernels as soon as it has it; only so many wait in its queue, else the host does."""
+
+    num_kernels: int = 100
+    num_waiting: int = 40
+    first_s: float = 0.0
+    """The host takes so long to come to the first one."""
+
+    def work(self, seconds: float, launch_s: float = 0.001) -> None:
+        done_s: list[float] = []
+        self.now_s += self.first_s
+        for index in range(self.num_kernels):
+            if index >= self.num_waiting:
+                self.now_s = max(self.now_s, done_s[index - self.num_waiting])
+            super().work(seconds / self.num_kernels, launch_s / self.num_kernels)
+            done_s.append(self.free_at_s)
+
+
 class LateEvent(FakeEvent):
     """Reached some milliseconds after it was recorded, on the clock of the host."""
 

@@ -3,9 +3,10 @@ import time
 import pytest
 
 from sgld.messages import Ran, Stepped
+from sgld.worker import ahead
 from sgld.worker.ahead import MARGIN_S, MARGIN_SHARE, Ahead
 from sgld.worker.clock import DeviceClock, HostClock
-from worker.devices import FakeDevice
+from worker.devices import FakeDevice, StreamingDevice
 
 
 def ran(*call_ids: int, is_timed: bool = True) -> Ran:
@@ -19,10 +20,25 @@ def step(request_id: str, number: int = 1) -> Stepped:
 class Launching:
     """A rank that gives its device one tick after the other."""
 
-    def __init__(self) -> None:
-        self.device = FakeDevice()
+    def __init__(self, device: FakeDevice | None = None) -> None:
+        self.device = device or FakeDevice()
         self.clock: DeviceClock = self.device.clock()
         self.ahead = Ahead(self.device.now_ns)
+
+    def in_time(self, num: int, seconds: float, launch_s: float) -> tuple[float, float]:
+        """So many ticks, each launched as late as it may; what one took in the mean, and the last one's lead."""
+        leads, start_s = [], self.device.now_s
+        for _ in range(num):
+            spare_s = 1.0
+            while spare_s:
+                spare_s = self.ahead.spare_s()
+                leads += [tick.ran.lead_s for tick in self.ahead.over()]
+                self.device.now_s += min(spare_s, 0.002)
+            self.ahead.wait()
+            self.tick(1, seconds, launch_s)
+        self.device.settle()
+        leads += [tick.ran.lead_s for tick in self.ahead.over()]
+        return (self.device.now_s - start_s) / num, leads[-1]
 
     def tick(self, call_id: int, seconds: float, launch_s: float = 0.001) -> None:
         span = self.clock.begin()
@@ -136,3 +152,27 @@ def test_what_a_proof_took_says_nothing_of_the_next_tick(rank: Launching) -> Non
     list(rank.ahead.over())
     rank.tick(2, 0.5)
     assert rank.ahead.spare_s() == 0.0
+
+
+def test_large_forwards_are_launched_in_part_before_the_device_needs_them() -> None:
+    """Most of the time of their launches the host waits for room in the device's queue."""
+    rank = Launching(StreamingDevice())
+    _, lead_s = rank.in_time(ahead.NUM_TRIED, 0.2, launch_s=0.05)
+    assert lead_s > 0.07, "how long launches take isn't known"
+    mean_s, lead_s = rank.in_time(40, 0.2, launch_s=0.05)
+    assert mean_s == pytest.approx(0.2, rel=0.01), "the device never waits"
+    assert lead_s == pytest.approx(MARGIN_S + MARGIN_SHARE * 0.2, abs=0.003)
+
+
+def test_where_the_first_kernel_comes_late_all_are_launched_before() -> None:
+    rank = Launching(StreamingDevice(first_s=0.03))
+    rank.in_time(3 * ahead.NUM_TRIED, 0.1, launch_s=0.02)
+    mean_s, lead_s = rank.in_time(20, 0.1, launch_s=0.02)
+    assert mean_s == pytest.approx(0.1, rel=0.02)
+    assert lead_s > 0.03
+
+
+def test_host_that_is_slower_than_its_device_never_waits() -> None:
+    rank = Launching(StreamingDevice(num_waiting=1000))
+    rank.in_time(3 * ahead.NUM_TRIED, 0.01, launch_s=0.05)
+    assert rank.in_time(20, 0.01, launch_s=0.05)[0] == pytest.approx(0.05, rel=0.02)
