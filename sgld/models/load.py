@@ -67,6 +67,11 @@ class LoadedModel:
     """Called before each request, with the number of its steps."""
     _siblings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_compiled_aside(self) -> bool:
+        """Whether another process compiles what is compiled."""
+        return self.compilation is not None and self.compilation.is_aside
+
     def pipeline_for(self, given: Collection[str]) -> Any:
         """The pipeline that takes these arguments; a sibling has the same components, which aren't cast or moved.
 

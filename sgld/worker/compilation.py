@@ -1,51 +1,12 @@
-"""What the rank says while torch compiles in the middle of a forward, and how it has that done elsewhere."""
+"""What the rank says while torch compiles in the middle of a forward."""
 
-import functools
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-
-from torch import nn
 
 from sgld.ipc.channel import RankEnd
-from sgld.messages import AnyCommand, AnyReply, Compiling
-from sgld.models.performance import Compilation
+from sgld.messages import AnyCommand, AnyReply
 from sgld.worker.heartbeat import heartbeat
 from sgld.worker.runtime import Runtime
-from sgld.worker.swap import Swap
-
-
-def swap_of(
-    names: Mapping[nn.Module, str],
-    compilation: Compilation,
-    runtime: Runtime,
-    channel: RankEnd[AnyReply, AnyCommand],
-    note: Callable[[str, str], None],
-) -> Swap:
-    """Components of a rank are compiled by a process of its own.
-
-    :param names: of components, by module.
-    """
-    compiling = functools.partial(alive_while_compiling, channel, runtime)
-
-    def inline(module: nn.Module) -> None:
-        runtime.compile_inline(module, names[module], compiling)
-
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    swap = Swap(
-        names,
-        after_s=compilation.after_s,
-        inline=inline if compilation.is_asked_for else None,
-        note=note,
-        changed=runtime.forget,
-        compiling=compiling,
-        pending=lambda is_pending: channel.send(Compiling(is_pending=is_pending)),
-        cache=Path(cache) if cache else None,
-    )
-    if not compilation.after_s:
-        swap.expect()
-    return swap
 
 
 @contextmanager

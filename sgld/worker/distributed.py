@@ -19,6 +19,7 @@ from sgld.errors import ModelError
 from sgld.ipc.seats import Seat
 from sgld.models.load import LoadedModel
 from sgld.outcome import Raised, outcome_of
+from sgld.worker.assembly import runtime_of
 from sgld.worker.elastic import ElasticLeader, serve
 from sgld.worker.graphs import Graphs, graphs_on
 from sgld.worker.leader import Leader
@@ -36,7 +37,6 @@ from sgld.worker.orders import (
     receive,
     send,
 )
-from sgld.worker.residency import residency
 from sgld.worker.runtime import Runtime
 from sgld.worker.slots import Slots
 from sgld.worker.wire import packed, space_for
@@ -84,12 +84,7 @@ def follow(
         return
     _join(seat, model.device, config.load_timeout_s)
     member = Member(seat, model, config.parallel)
-    offloaded = {name: part for name, part in member.components.items() if name in model.offloaded}
-    pins, compiled = config.memory.pin_cpu_memory, {member.components[n]: n for n in model.compiled}
-    # As rank 0 has them, so that a forward takes as long wherever it runs.
-    frees_host = config.parallel.elastic_sp
-    graphs = graphs_on(model.device, config.graphs.max_bytes, member.components, frees_host=frees_host)
-    runtime = Runtime(residency(model.device, offloaded, pins=pins), compiled, graphs=graphs)
+    runtime = runtime_of(model, member.components, config, graphs_on=graphs_on)
     max_slots = config.adapters.max_loras + 1
     member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}
     while True:

@@ -38,19 +38,17 @@ from sgld.parallel import Ranks
 from sgld.worker import ahead
 from sgld.worker.adapters import Loaded, Source, adapters_of
 from sgld.worker.admission import Admission
+from sgld.worker.assembly import runtime_of, swap_of
 from sgld.worker.clock import device_clock
-from sgld.worker.compilation import alive_while_compiling, swap_of
+from sgld.worker.compilation import alive_while_compiling
 from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
-from sgld.worker.graphs import graphs_on
 from sgld.worker.memory import Memory
 from sgld.worker.postprocess import is_out_of_memory
 from sgld.worker.preparation import Preparation
 from sgld.worker.preview import Previewer
-from sgld.worker.residency import residency
 from sgld.worker.results import Results
-from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
 from sgld.worker.slots import Applied
 from sgld.worker.task import Task, is_cancelled
@@ -86,7 +84,9 @@ class Rank:
         self._results = Results(channel, tensors)
         self._memory = Memory(model.verdict_file)
         is_gpu = model.device.type == "cuda"
-        runtime = self._runtime = self._runtime_of(model, config)
+        runtime = self._runtime = runtime_of(model, model.pipeline.components, config, self._note)
+        if model.is_compiled_aside:
+            runtime.swap = swap_of(model, runtime, channel, self._note)
         leader = runtime.ranks = self._leader(seat, config) if seat.num_ranks > 1 else None
         self._executor = Executor(
             self._memory.recall(),
@@ -249,21 +249,6 @@ class Rank:
                 num_unmatched=result.num_unmatched,
             )
         )
-
-    def _runtime_of(self, model: "LoadedModel", config: EngineConfig) -> Runtime:
-        parts = model.pipeline.components
-        offloaded = {name: parts[name] for name in model.offloaded}
-        names = {parts[name]: name for name in model.compiled}
-        is_aside = model.compilation is not None and model.compilation.is_aside
-        runtime = Runtime(
-            residency(model.device, offloaded, pins=config.memory.pin_cpu_memory),
-            {} if is_aside else names,
-            self._note,
-            graphs_on(model.device, config.graphs.max_bytes, parts, self._note, frees_host=config.parallel.elastic_sp),
-        )
-        if model.compilation is not None and is_aside:
-            runtime.swap = swap_of(names, model.compilation, runtime, self._channel, self._note)
-        return runtime
 
     def _leader(self, seat: Seat, config: EngineConfig) -> "Leader":
         """Lead the others, as soon as they have all loaded the model."""

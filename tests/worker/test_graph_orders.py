@@ -100,7 +100,7 @@ def follower(seat: Seat, told: Connection) -> None:
     own = model(Summing())
     made: list[Graphs] = []
 
-    def make(_device: Any, max_bytes: int, components: Any, *, frees_host: bool) -> Graphs:
+    def make(_device: Any, max_bytes: int, components: Any, _note: Any, *, frees_host: bool) -> Graphs:
         assert not frees_host
         made.append(graphs_of(1, max_bytes, components))
         return made[0]
