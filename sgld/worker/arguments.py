@@ -134,13 +134,19 @@ def _as_declared(parameter: inspect.Parameter, value: Any) -> Any:
     """
     declared = parameter.annotation
     kinds = set(get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)) - {NoneType}
-    is_tensor = bool(kinds) and all("Tensor" in str(kind) for kind in kinds)
-    if is_tensor and value is not None and not any(references(value)):
+    # Numbers go on: some pipelines declare those as tensors.
+    if kinds and all(map(_is_tensor, kinds)) and isinstance(value, list) and not any(references(value)):
         raise InvalidRequest(
             f"diffusers_kwargs.{parameter.name} is a tensor for the pipeline, which can't be sent", "diffusers_kwargs"
         )
     is_tuple = isinstance(parameter.default, tuple) or {get_origin(kind) for kind in kinds} == {tuple}
     return tuple(value) if is_tuple and isinstance(value, list) else value
+
+
+def _is_tensor(kind: Any) -> bool:
+    """Whether a parameter of this kind gets a tensor, or a list of some."""
+    parts = get_args(kind) if get_origin(kind) is list else (kind,)
+    return all(getattr(part, "__name__", "").endswith("Tensor") for part in parts)
 
 
 def _has_text(value: Any) -> bool:

@@ -130,6 +130,16 @@ def test_tensors_are_refused_as_json_has_none(name: str, argument: str) -> None:
         made(name, prompt="a cat", diffusers_kwargs={argument: [[1.0]]})
 
 
+def test_only_what_is_surely_a_tensor_is_refused() -> None:
+    class Own:
+        def __call__(self, a: list[float | torch.Tensor], b: torch.Tensor, c: "list[torch.Tensor]", d: Any) -> None:
+            pass
+
+    kwargs = {"a": [1.0], "b": 44100, "c": [1.0], "d": [1.0]}
+    found = arguments(Own(), SamplingParams(prompt="", diffusers_kwargs=kwargs), {}, [])
+    assert found.items() >= kwargs.items()
+
+
 def test_steps_come_from_the_arguments_or_the_signature() -> None:
     pipeline, _ = build("flux")
     assert num_steps(pipeline, {"num_inference_steps": 4}) == 4
