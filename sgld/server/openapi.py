@@ -171,21 +171,20 @@ def _components(config: ServerConfig) -> Schema:
         _struct("The same, with a file.", forms[1] | prompt | {"input_reference": FILE}, "prompt") | files
     )
     schemas["VideoRemix"] = _struct("The same with another prompt.", prompt, "prompt")
-    # A snapshot has its requests as they were encoded.
-    schemas["Snapshot"] = _struct(
-        "All that is known.",
-        {
-            "part": {"type": "integer"},
-            "num_parts": {"type": "integer"},
-            "requests": {"type": "array", "items": ref(RequestStatus)},
-            "server": OBJECT,
-            "stats": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
-        },
-        "part",
-        "num_parts",
-        "requests",
-    )
+    schemas["Snapshot"] = _snapshot()
     return schemas
+
+
+def _snapshot() -> Schema:
+    """It has its requests as they were encoded, which their types don't tell."""
+    properties = {
+        "part": {"type": "integer"},
+        "num_parts": {"type": "integer"},
+        "requests": {"type": "array", "items": ref(RequestStatus)},
+        "server": OBJECT,
+        "stats": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+    }
+    return _struct("All that is known.", properties, "part", "num_parts", "requests")
 
 
 def _struct(title: str, properties: Schema, *required: str) -> Schema:
