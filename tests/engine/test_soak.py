@@ -1,4 +1,4 @@
-"""A hundred and twenty random requests against a real rank that is killed twice: bench/soak.py, as anybody would run it."""
+"""Random requests against a real rank that is killed twice: bench/soak.py, as anybody would run it."""
 
 import subprocess
 import sys
