@@ -217,6 +217,13 @@ class LoraFailed(Reply, frozen=True, kw_only=True, tag="lora_failed"):
     message: str
 
 
+class LoraDropped(Reply, frozen=True, kw_only=True, tag="lora_dropped"):
+    """A LoRA adapter gave way to others, and has to be read again."""
+
+    path: str
+    alpha: float | None = None
+
+
 class LorasHeld(Reply, frozen=True, kw_only=True, tag="loras_held"):
     """How much adapters take, sent when it has changed."""
 
@@ -322,6 +329,7 @@ AnyReply = (
     | Judged
     | LoraLoaded
     | LoraFailed
+    | LoraDropped
     | LorasHeld
     | Noted
     | Compiling

@@ -29,6 +29,7 @@ from sgld.messages import (
     Judged,
     Launched,
     LoadFailed,
+    LoraDropped,
     LoraFailed,
     LoraLoaded,
     LorasHeld,
@@ -159,7 +160,11 @@ class Supervisor:
             case Ran():
                 self.tally.ran(reply, replica.index)
                 replica.ran(reply)
+            case LoraDropped(path=path, alpha=alpha):
+                replica.adapters.discard((path, alpha))
             case LoraLoaded() | LoraFailed() | LorasHeld():
+                if isinstance(reply, LoraFailed):
+                    replica.adapters.discard((reply.path, reply.alpha))
                 self.loras.heard(reply, replica.index)
             case Idle(first_rank=first_rank):
                 replica.running.pop(first_rank, None)

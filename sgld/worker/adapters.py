@@ -84,6 +84,7 @@ class Adapters:
         self._loading: set[Source] = set()
         self._wanted: queue.SimpleQueue[Source | None] = queue.SimpleQueue()
         self._read_ones: deque[Loaded] = deque()
+        self._dropped: list[Source] = []
         self._thread: threading.Thread | None = None
 
     @property
@@ -193,6 +194,11 @@ class Adapters:
         if (key := self._used.pop(request_id, None)) is not None:
             self._combinations[key].num_users -= 1
 
+    def take_dropped(self) -> list[Source]:
+        """Those that were forgotten for others since the last time."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
     def trim(self, needed: Iterable[Source]) -> None:
         """Forget adapters that were used least recently, until the rest fits, but none that is `needed`."""
         needed = set(needed)
@@ -201,6 +207,7 @@ class Adapters:
                 return
             if source not in needed:
                 del self._adapters[source]
+                self._dropped.append(source)
 
     def close(self) -> None:
         """Leave the components as they were, and end the thread; where it is in the middle of a download it goes on."""

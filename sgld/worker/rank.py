@@ -22,6 +22,7 @@ from sgld.messages import (
     Idle,
     Judged,
     LoadLora,
+    LoraDropped,
     LoraFailed,
     LoraLoaded,
     LorasHeld,
@@ -223,6 +224,8 @@ class Rank:
         """Start requests whose adapters are there, and tell what was read."""
         for loaded in self._admission.look(can_install=self._can_install):
             self._tell_loaded(loaded)
+        for path, alpha in self._adapters.take_dropped():
+            self._channel.send(LoraDropped(path=path, alpha=alpha))
         held = self._adapters.held()
         if held != self._told_loras:
             self._told_loras = held

@@ -11,6 +11,7 @@ from anyio import to_thread
 
 from sgld.config import EngineConfig
 from sgld.engine.replica import Rank
+from sgld.engine.routing import adapters_of
 from sgld.errors import ChannelClosed
 from sgld.ipc.channel import RankEnd, channel_pair
 from sgld.ipc.tensor_queue import TensorWriter, tensor_queue
@@ -22,6 +23,7 @@ from sgld.messages import (
     Finished,
     Idle,
     LoadFailed,
+    LoraDropped,
     ModelInfo,
     Pending,
     Ran,
@@ -36,7 +38,7 @@ Channel = RankEnd[AnyReply, AnyCommand]
 
 class MortalRanks:
     """Each request has one call, and all may share a forward. Running one with the prompt "bad" ends the rank, one with
-    "wait" waits for `go`.
+    "wait" waits for `go`, one with "forget" drops its adapters.
 
     :param devices: of each rank that loads, in order, then the CPU; "broken": it can't load.
     :param num_started: of each rank, how many requests it waits for before it announces their calls, and those of
@@ -92,6 +94,9 @@ class MortalRanks:
                         self.go.wait(60)
                     if "bad" in self.batches[-1]:
                         return
+                    for source in (adapters_of(start.params) for start in batch if start.params.prompt == "forget"):
+                        for path, alpha in source:
+                            channel.send(LoraDropped(path=path, alpha=alpha))
                     _finish(channel, tensors, command.call_ids, batch)
         except ChannelClosed:
             pass

@@ -14,7 +14,7 @@ from models.adapters import as_diffusers, matrices
 from numpy.typing import NDArray
 from pipelines import build
 
-from engine.streams import TIMEOUT_S, completed, difference, ends_of, is_idle, params_of, plain
+from engine.streams import TIMEOUT_S, completed, difference, ends_of, events_of, is_idle, params_of, plain, until
 from sgld.config import EngineConfig, LoraConfig
 from sgld.engine.adapters import EngineLoras
 from sgld.engine.engine import Engine
@@ -134,6 +134,20 @@ async def test_adapters_that_are_set_are_for_requests_that_come_then(
     assert np.array_equal(before.frames, off.frames)
     assert difference(after.frames, expected(reference, params, (0, 0.7))) <= 1
     assert difference(after.frames, before.frames) > 1
+
+
+async def test_the_engine_knows_which_adapters_a_rank_still_has(
+    flux: Pipeline, paths: list[str], tmp_path: Path
+) -> None:
+    """There is room for one; a file that is none is none."""
+    (tmp_path / "none.safetensors").write_bytes(b"no adapter")
+    used = [*paths[:2], str(tmp_path / "none.safetensors")]
+    size_bytes = lora.read(paths[0], lora.adaptable(flux[0])).size_bytes
+    async with serving(flux, max_lora_bytes=size_bytes) as engine:
+        for path in used:
+            await events_of(engine, params_of(flux[1], num_inference_steps=1, lora=(LoraChoice(path=path),)))
+        [replica] = engine._replicas
+        await until(lambda: replica.adapters == {(paths[1], None)})
 
 
 async def test_adapters_that_can_not_be_used_fail_their_request_only(flux: Pipeline, tmp_path: Path) -> None:

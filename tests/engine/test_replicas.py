@@ -50,10 +50,11 @@ async def test_outputs_of_one_request_are_spread_and_have_one_stream() -> None:
     assert set(ranks.replicas) == {0, 1}
 
 
-async def test_requests_go_where_their_adapter_was_read() -> None:
-    """Though otherwise the first replica would get one that comes while nothing runs."""
+@pytest.mark.parametrize(("first", "replica"), [("keep", 1), ("forget", 0)])
+async def test_requests_go_where_their_adapter_is(first: str, replica: int) -> None:
+    """Otherwise the first replica gets one that comes while nothing runs."""
     ranks = MortalRanks()
-    adapted = SamplingParams(prompt="b", lora=(LoraChoice(path="/adapters/style"),))
+    adapted = SamplingParams(prompt=first, lora=(LoraChoice(path="/adapters/style"),))
     async with Engine(config(), rank_factory=ranks) as engine, anyio.create_task_group() as tasks:
         await all_ready(engine)
         tasks.start_soon(completed, engine, SamplingParams(prompt="wait"))
@@ -63,7 +64,7 @@ async def test_requests_go_where_their_adapter_was_read() -> None:
         await until(lambda: engine.statistics().num_running == 0)
         await ends_of(engine, *asked("c"))
         await completed(engine, adapted)
-    assert ranks.replicas == [0, 1, 0, 1]
+    assert ranks.replicas == [0, 1, 0, replica]
 
 
 async def test_what_waits_behind_a_long_request_goes_to_who_has_nothing_to_do() -> None:

@@ -319,6 +319,7 @@ def test_adapters_used_last_are_kept_as_far_as_memory_goes(flux: Any, paths: dic
         desk.settle()
     assert {Path(loaded.source.path).stem for loaded in desk.adapters.all()} == {"a", "c"}
     assert desk.adapters.held().adapter_bytes == size["a"] + size["c"]
+    assert [[Path(source.path).stem for source in desk.adapters.take_dropped()] for _ in range(2)] == [["b"], []]
     # What was forgotten is in a slot still, and read again for another one.
     desk.add("again", choice(paths, "b", scale=2.0))
     desk.settle()
