@@ -25,7 +25,7 @@ LATER: dict[str, Later] = {
     # Adapters
     "lora_merge_mode": Later("adapters that are merged into the weights", today=("auto", "dynamic")),
     "lora_target_modules": Later("adapters for some layers only"),
-    # Other weights than the model's own; `--<component>-path` is caught below
+    # Other configurations than the model's own
     "vae_config": Later("component configurations"),
     "dit_config": Later("component configurations"),
     # Compilation and caches

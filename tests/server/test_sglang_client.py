@@ -1,6 +1,6 @@
 """What SGLang Diffusion's documentation shows clients to do, with the fields and headers that it has there.
 
-Source: sgl-project/sglang, docs/diffusion/api/openai_api.md; adapters aside, which aren't there yet.
+Source: sgl-project/sglang, docs/diffusion/api/openai_api.md; what it shows of adapters is in test_loras.py.
 """
 
 import re
