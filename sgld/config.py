@@ -55,7 +55,7 @@ EMBEDDED_VIDEO_MODEL = "sgld/tiny-video"
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine loads and how it runs it.
 
-    :raises FieldError: a value is out of its range, or its feature isn't there yet.
+    :raises FieldError: a value is out of its range.
     """
 
     model_path: Annotated[
