@@ -140,6 +140,9 @@ class Graphs:
         if obeyed.refusal is not None:
             # What leaks there nothing writes to here.
             self._refuse(key, replace(obeyed.refusal, is_leaking=False))
+            if obeyed.refusal.is_leaking:
+                # There, all graphs went that ranks share.
+                self.lose_shared()
         elif order.decision is Decision.CAPTURE:
             self._remove(self._policy.captured(key, obeyed.size_bytes, 0))
         elif order.decision is Decision.COMPARE:

@@ -256,6 +256,37 @@ def test_a_follower_keeps_what_rank_0_says_whatever_its_own_graphs_need() -> Non
     assert follower._recordings == {}
 
 
+@torch.no_grad()
+def test_what_ranks_lost_by_a_leak_that_rank_0_only_heard_of_is_not_replayed() -> None:
+    usual, leaking = nn.Linear(2, 2), nn.Linear(2, 2)
+    names: dict[nn.Module, str] = {usual: "transformer", leaking: "unet"}
+    recorders = FakeRecorder(), FakeRecorder()
+    leader, follower = (Graphs(CPU, GraphPolicy(1000), recorder, names) for recorder in recorders)
+
+    def run(module: nn.Module, ranks: str) -> None:
+        """On the follower, and on rank 0 if that is among the ranks."""
+        invocation = Invocation(module, "forward", (torch.ones(1, 2),), fixed=())
+        order = leader.order(invocation, "eager", None, ranks)
+        assert order is not None
+        follower.obey(invocation, Ordered(order, lambda refusal: refusal, is_own=False))
+        if "0" in ranks:
+            leader.obey(invocation, Ordered(order, lambda refusal: refusal, is_own=True))
+        else:
+            leader.heard(order, module, "forward", follower.obeyed)
+
+    for _ in range(UNTIL_REPLAYED + 1):
+        run(usual, "0123")
+        run(usual, "23")
+    assert follower.num_replays == 2
+    recorders[1].problem = Leaking("it keeps what others write to")
+    for _ in range(CAPTURES_AFTER):
+        run(leaking, "23")
+    assert follower._recordings == {}
+    run(usual, "0123")
+    run(usual, "23")
+    assert follower.num_replays == 2
+
+
 @pytest.mark.parametrize(
     ("problem", "refusal"),
     [
