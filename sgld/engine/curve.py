@@ -83,8 +83,10 @@ class Curve:
         return self._cache[rows]
 
     def times(self) -> Iterator[tuple[int, Variant, float]]:
-        """All that is known: rows, how they ran, seconds."""
+        """All that is known: rows, how they ran, seconds. What ran too seldom to be believed isn't."""
         for rows, row in sorted(self._rows.items()):
+            if row.variant is None:
+                continue
             for variant, samples in row.samples.items():
                 elapsed_s = row.seconds(variant)
                 if elapsed_s is not None and (variant == row.variant or len(samples) >= MIN_SAMPLES):

@@ -195,6 +195,15 @@ def test_what_ranks_gain_holds_for_other_numbers_of_rows() -> None:
     assert cost.predict("c", 4, 2) == pytest.approx(24.0)
 
 
+def test_what_was_not_believed_of_several_ranks_is_not_recalled_as_if_it_were() -> None:
+    cost, again = CostModel(), CostModel()
+    for _ in range(PATIENCE - 1):
+        cost.observe(at_degree("c", 2), 1, 100.0)
+    assert cost.predict("c", 1, 2) is None
+    again.recall(cost.learned())
+    assert again.predict("c", 1, 2) is None
+
+
 def test_estimate_is_that_of_the_fastest_degree_and_share_that_of_the_most_sparing_one() -> None:
     cost = CostModel()
     for degree, elapsed_s in ((1, 8.0), (2, 5.0), (4, 4.0)):
