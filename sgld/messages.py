@@ -285,11 +285,9 @@ class Decoded(Reply, frozen=True, kw_only=True, tag="decoded"):
 
 
 class Heard(Reply, frozen=True, kw_only=True, tag="heard"):
-    """Sound of the result from sample `index` on: float32, (samples, channels), as bytes."""
+    """The next piece of the result's sound: float32, (samples, channels), as bytes."""
 
     request_id: str
-    index: int
-    num_channels: int
     sample_rate: int
     samples: TensorRef
 

@@ -87,19 +87,12 @@ class Results:
         """Send sound, (channels, samples), in pieces that the tensor queue takes."""
         rows = np.ascontiguousarray(samples.T).view(np.uint8)
         per_piece = max(1, self._tensors.max_bytes // rows.shape[1])
+
+        def message(ref: TensorRef) -> Heard:
+            return Heard(request_id=request_id, sample_rate=sample_rate, samples=ref)
+
         for start in range(0, len(rows), per_piece):
-            self._put(
-                _parcel(
-                    rows[start : start + per_piece],
-                    lambda ref, at=start: Heard(  # type: ignore[misc]
-                        request_id=request_id,
-                        index=at,
-                        num_channels=len(samples),
-                        sample_rate=sample_rate,
-                        samples=ref,
-                    ),
-                )
-            )
+            self._put(_parcel(rows[start : start + per_piece], message))
 
     def message(self, message: AnyReply) -> None:
         """Send a message after all that was given before."""
