@@ -12,7 +12,7 @@ SOAK = Path(__file__).parents[2] / "bench" / "soak.py"
 
 @pytest.mark.timeout(600)
 def test_random_requests_end_once_with_the_pictures_that_they_give_alone() -> None:
-    command = [sys.executable, str(SOAK), "--num-requests", "120", "--no-write"]
+    command = [sys.executable, str(SOAK), "--num-requests", "200", "--no-write"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "problems: []" in done.stdout
