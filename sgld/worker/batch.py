@@ -10,6 +10,7 @@ from sgld.models.quantization import MIXES_ROWS
 from sgld.worker.axes import Batched, CallAxes, Unmergeable, is_constant, num_rows, size
 from sgld.worker.calls import Call
 from sgld.worker.digests import Digests
+from sgld.worker.out_of_memory import one_error
 from sgld.worker.padding import mask_of, padded
 from sgld.worker.trees import Path, at, clone, closed, leaves, opened, rebuilt
 
@@ -138,6 +139,7 @@ def to_expand(call: Call, axes: CallAxes, covered: Collection[Trait]) -> set[Pat
     return paths - axes.arguments.keys()
 
 
+@one_error()
 def merged_tree(calls: Sequence[Call], axes: CallAxes, expanded: Collection[Path]) -> Any:
     """The arguments of one forward of all calls.
 

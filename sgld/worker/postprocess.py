@@ -18,6 +18,7 @@ from sgld.models.filters import Filter, Interpolator, Lanczos, Upscaler
 from sgld.models.tiles import Canvas, overlap_of
 from sgld.sampling_params import SamplingParams
 from sgld.worker.calls import Call, current_context
+from sgld.worker.out_of_memory import is_out_of_memory
 from sgld.worker.residency import free_bytes
 from sgld.worker.runtime import Runtime
 from sgld.worker.task import Task
@@ -196,11 +197,6 @@ def edge_of(upscaler: Upscaler, device: torch.device) -> int:
 def smallest_edge(upscaler: Upscaler) -> int:
     """Smaller tiles would be overlap for the most part."""
     return overlap_of(upscaler.radius, upscaler.multiple) + _MIN_INSIDE
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was too small; on the host torch says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 @contextlib.contextmanager

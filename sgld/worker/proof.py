@@ -13,6 +13,7 @@ from sgld.worker.axes import CallAxes, num_rows
 from sgld.worker.batch import ADAPTERS, Trait
 from sgld.worker.calls import Call
 from sgld.worker.comparison import relative_error
+from sgld.worker.out_of_memory import one_error
 from sgld.worker.trees import at, copied, leaves, opened, rebuilt
 
 # A mixed batch may be this much further from single forwards than a batch of one row repeated: batching alone changes
@@ -52,6 +53,7 @@ def problem(
     :raises torch.OutOfMemoryError: the device has too little memory for so many calls.
     """
 
+    @one_error()
     def measured() -> tuple[list[float], float]:
         merged = batch.split(forward(calls, mixed, axes), calls, axes)
         pulse()

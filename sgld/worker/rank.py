@@ -46,7 +46,7 @@ from sgld.worker.delivery import Delivery
 from sgld.worker.executor import Executor
 from sgld.worker.filters import Filters
 from sgld.worker.memory import Memory
-from sgld.worker.postprocess import is_out_of_memory
+from sgld.worker.out_of_memory import is_out_of_memory
 from sgld.worker.preparation import Preparation
 from sgld.worker.preview import Previewer
 from sgld.worker.results import Results

@@ -22,6 +22,7 @@ from sgld.outcome import message_of
 from sgld.worker.graph_orders import GraphOrder
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
+from sgld.worker.out_of_memory import one_error
 from sgld.worker.precision import cast, computing_in, differs
 from sgld.worker.residency import Residency
 from sgld.worker.swap import COMPILED, IRREGULAR, Swap
@@ -200,6 +201,7 @@ class Runtime:
         with computing_in(module, torch.float32 if is_half else None):
             yield
 
+    @one_error()
     def _invoked(self, invocation: Invocation) -> Any:
         module = invocation.module
         self.residency.bring(module)

@@ -417,19 +417,23 @@ def test_call_that_fails_during_a_proof_is_its_own_outcome() -> None:
 
 
 class Cramped:
-    """A device with memory for some rows."""
+    """A device with memory for some rows; the host if torch says it in words only."""
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, *, is_host: bool = False) -> None:
         self.max_rows = max_rows
+        self.is_host = is_host
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > self.max_rows:
+            if self.is_host:
+                torch.empty(10**15)
             raise torch.OutOfMemoryError("no room")
         return linear(x)
 
 
-def test_out_of_memory_splits_the_batch_and_the_next_are_split_before() -> None:
-    executor, model = Executor(), Model(Cramped(2))
+@pytest.mark.parametrize("is_host", [False, True])
+def test_out_of_memory_splits_the_batch_and_the_next_are_split_before(is_host: bool) -> None:
+    executor, model = Executor(), Model(Cramped(2, is_host=is_host))
     proved(executor, model, num_calls=2)
     for batches, is_timed in (([4, 2, 2], False), ([2, 2], True), ([2, 2], True)):
         model.batches.clear()

@@ -17,7 +17,7 @@ from sgld.worker.ahead import News
 from sgld.worker.calls import Call
 from sgld.worker.executor import Executor, single
 from sgld.worker.job import Job
-from sgld.worker.postprocess import FilterCall, Postprocessing, edge_of, is_out_of_memory, smallest_edge
+from sgld.worker.postprocess import FilterCall, Postprocessing, edge_of, smallest_edge
 from sgld.worker.residency import Residency
 from sgld.worker.runtime import Runtime
 from sgld.worker.session import Session
@@ -153,12 +153,6 @@ def test_where_memory_is_too_small_tiles_become_smaller_and_stay_so() -> None:
 def test_where_there_is_no_room_for_the_smallest_tile_the_request_fails() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="no room for tiles of"):
         processed(Body(), moving(1, height=150, width=210), narrow(100), upscaling_scale=2)
-
-
-def test_other_errors_are_not_taken_for_missing_memory() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError())
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shapes don't fit"))
 
 
 def test_tiles_of_larger_networks_are_smaller() -> None:
