@@ -1,5 +1,6 @@
 """What a client may choose for one request."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
@@ -10,6 +11,8 @@ from sgld.fields import FieldError, check_fields
 
 DEFAULT_SEED = 42
 MAX_SEED = 2**63 - 1
+MAX_NUMBER = 3.4028234663852886e38
+"""The largest of float32: tensors take no larger ones."""
 MAX_LORAS = 16
 DEFAULT_FPS = 24.0
 """Where neither the client nor the model says; as in SGLang Diffusion."""
@@ -213,6 +216,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             check_fields(self)
         except FieldError as error:
             raise InvalidRequest(str(error), error.field) from None
+        for name in self.__struct_fields__:
+            for number in _numbers(getattr(self, name)):
+                if not abs(number) <= MAX_NUMBER:
+                    limit = f"numbers may be up to {MAX_NUMBER:.2g}, the largest of float32"
+                    raise InvalidRequest(f"{name} is {number!r}: {limit}", name)
         if any(choice.nickname is None and choice.path is None for choice in self.lora or ()):
             raise InvalidRequest("each adapter in lora needs a nickname or a path", "lora")
         if self.bit_depth == 16 and (self.num_frames or 1) > 1:
@@ -239,3 +247,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def output(self, index: int) -> Self:
         """The params of output `index` alone, with its own seed."""
         return msgspec.structs.replace(self, seed=(self.seed + index) % (MAX_SEED + 1), num_outputs_per_prompt=1)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a field, however deep."""
+    match value:
+        case int() | float():
+            yield value
+        case dict():
+            for part in value.values():
+                yield from _numbers(part)
+        case list() | tuple():
+            for part in value:
+                yield from _numbers(part)
+        case msgspec.Struct():
+            yield from _numbers(msgspec.structs.astuple(value))

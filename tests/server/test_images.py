@@ -113,6 +113,7 @@ async def test_a_url_leads_to_the_picture_until_it_is_deleted(tmp_path: Path) ->
         ({"output_format": "gif"}, "output_format"),
         ({"background": "transparent"}, "background"),
         ({"guidance_scale": -1}, "guidance_scale"),
+        ({"guidance_scale": 1e300}, "guidance_scale"),
         ({"stepps": 3}, "stepps"),
         ({"enable_frame_interpolation": True}, "enable_frame_interpolation"),
         ({"upscaling_scale": 9}, "upscaling_scale"),
