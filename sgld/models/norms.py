@@ -101,8 +101,7 @@ class _SpreadNorms(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # With keywords it is no call of a layer: torch computes it.
-        if func is functional.group_norm and len(args) > 1 and _pays(*args[:2]):
+        if func is functional.group_norm and _pays(*args[:2]):
             func = spread_group_norm
         return func(*args, **(kwargs or {}))
 

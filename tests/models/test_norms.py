@@ -66,12 +66,6 @@ def test_only_large_groups_in_half_precision_take_other_kernels(x: torch.Tensor,
     assert torch.equal(result, spread_group_norm(x, 2, norm.weight, norm.bias) if is_spread else norm(x))
 
 
-def test_arguments_may_be_named() -> None:
-    x = values(*LARGE).bfloat16()
-    with fast_norms(nn.Identity(), CUDA):
-        assert torch.equal(functional.group_norm(x, num_groups=2), functional.group_norm(input=x, num_groups=2))
-
-
 def test_elsewhere_than_on_a_gpu_nothing_changes() -> None:
     norm, x = nn.GroupNorm(2, 4).bfloat16(), values(*LARGE).bfloat16()
     for device in (torch.device("cpu"), None):
