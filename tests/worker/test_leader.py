@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from sgld.errors import PipelineFailed
 from sgld.ipc.seats import Seat
 from sgld.parallel import Ranks
 from sgld.worker.axes import Batched
 from sgld.worker.distributed import _obey
 from sgld.worker.elastic import ElasticLeader, serve
 from sgld.worker.graph_orders import Ordered, Refusal
-from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
+from sgld.worker.graph_policy import CAPTURES_AFTER, Decision, GraphPolicy
 from sgld.worker.graphs import Graphs
 from sgld.worker.invocation import Invocation
 from sgld.worker.leader import Leader
@@ -131,10 +132,23 @@ def test_ranks_that_share_forwards_without_rank_0_replay_graphs_of_which_it_keep
         [has_replayed] = {runtime.graphs is not None and runtime.graphs.has_replayed for runtime in there}
         return has_replayed
 
+    def loses() -> None:
+        """The first of them loses its graphs by calls of its own."""
+        recorders[1].problem = Leaking("it keeps tensors")
+        for _ in range(CAPTURES_AFTER):
+            with leader.on(Ranks(2, 1)):
+                away = here.run(Invocation(module, "forward", (torch.ones(5, 2),), fixed=()))
+            serve(following[0], receive(following[0].seat.wires[0]), there[0])
+            away.result()
+        recorders[1].problem = None
+
     def num_trials() -> list[int]:
         return [runtime.graphs.num_trials for runtime in (here, *there) if runtime.graphs is not None]
 
     assert [replays() for _ in range(CAPTURES_AFTER + 2)] == [False] * (CAPTURES_AFTER + 1) + [True]
+    loses()
+    again = [replays() for _ in range(2 * CAPTURES_AFTER + 2)]
+    assert again == [False] * (2 * CAPTURES_AFTER + 1) + [True]
     assert here.graphs is not None
     assert here.graphs.make_room() is False, "it has none itself"
     assert not replays(), "they hear that it has given up theirs"
@@ -143,6 +157,23 @@ def test_ranks_that_share_forwards_without_rank_0_replay_graphs_of_which_it_keep
     before = num_trials()
     assert not any(replays(rows=3) for _ in range(2 * CAPTURES_AFTER))
     assert num_trials() == [before[0], before[1] + 1, before[2] + 1]
+
+
+@torch.no_grad()
+def test_what_fails_without_rank_0_is_no_graph() -> None:
+    module, pairs, ranks = nn.Linear(2, 2), [Pipe() for _ in range(3)], Ranks(2, 2)
+    leading: Any = FakeMember(module, Seat(0, 4, "", tuple(own for own, _ in pairs)))
+    runtime = Runtime(graphs=Graphs(CPU, GraphPolicy(10_000), FakeRecorder(), {module: "transformer"}))
+    runtime.ranks = leader = ElasticLeader(leading, lambda name, note: None)
+    for _ in range(2 * CAPTURES_AFTER):
+        with leader.on(ranks):
+            away = runtime.run(Invocation(module, "forward", (torch.ones(1, 2),), fixed=()))
+        orders = [receive(pairs[rank - 1][1]) for rank in ranks.every]
+        assert all(order.graph.decision is Decision.EAGER for order in orders)
+        for rank, order in zip(ranks.every, orders, strict=True):
+            send(pairs[rank - 1][1], FollowerFailed(order.seq, "no room"))
+        with pytest.raises(PipelineFailed, match="no room"):
+            away.result()
 
 
 @torch.no_grad()
