@@ -67,7 +67,8 @@ class Curve:
         num_first = sum(map(len, row.samples.values()))
         if num_first < self._num_first if self._best is None else len(samples) < MIN_SAMPLES:
             return False
-        self._settle(row, variant)
+        # Of several ranks the last run may be that of a block which has no graph yet.
+        self._settle(row, variant if self._best is not None else max(row.samples, key=_SPEED.__getitem__))
         self._max_rows = max(self._max_rows, rows)
         known = list(self._points())
         if len(known) == len(self.known) and all(map(_is_no_news, self.known, known)):

@@ -177,6 +177,14 @@ def test_first_runs_of_several_ranks_are_not_believed_as_graphs_may_follow() -> 
     assert cost.predict("c", 1, 2) == 5.0
 
 
+def test_block_of_ranks_that_has_no_graph_yet_says_nothing_of_those_that_have() -> None:
+    cost = CostModel()
+    cost.observe("c", 1, 8.0)
+    for variant, elapsed_s in (("eager", 9.0), ("eager", 9.0), ("graph", 5.0), ("graph", 5.0), ("eager", 100.0)):
+        cost.observe(at_degree("c", 2), 1, elapsed_s, variant)  # type: ignore[arg-type]
+    assert cost.predict("c", 1, 2) == 5.0
+
+
 def test_what_several_ranks_take_is_recalled() -> None:
     cost, again = CostModel(), CostModel()
     cost.observe("c", 1, 8.0)
