@@ -4,10 +4,12 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+import diffusers
 import torch
 
 from sgld.errors import InvalidRequest
@@ -31,6 +33,8 @@ _NAMED = (
 _OWNED = re.compile(r"output_type|return_dict|generator|callback\w*|num_\w+_per_prompt")
 # Pipelines, and image processors of transformers, take text there for a file or URL, and read it, whoever wrote it.
 _MEDIA = re.compile(r"(.*_)?(audio|frame|image|img|mask|picture|video)s?(_\d+)?|(.*_)?(file|path|url)s?")
+
+_UNDECLARED = inspect.Parameter.empty
 
 
 def arguments(
@@ -72,9 +76,17 @@ def parameters_of(pipeline: Any) -> dict[str, inspect.Parameter]:
     if of_blocks is not None:
         # One without a name stands for whatever else is given.
         named = {name: default for name, default in of_blocks.items() if name is not None}
-        return {n: inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d) for n, d in named.items()}
+        # Few blocks declare types; the pipeline without blocks of the same model does.
+        whole = getattr(diffusers, type(pipeline).__name__.replace("ModularPipeline", "Pipeline"), type(pipeline))
+        declared = {name: parameter.annotation for name, parameter in _of_call(whole).items()}
+        of_name = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        return {n: of_name(n, default=d, annotation=declared.get(n, _UNDECLARED)) for n, d in named.items()}
+    return _of_call(type(pipeline))
+
+
+def _of_call(pipeline: type) -> dict[str, inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
-    for call in (vars(base)["__call__"] for base in type(pipeline).__mro__ if "__call__" in vars(base)):
+    for call in (vars(base)["__call__"] for base in pipeline.__mro__ if "__call__" in vars(base)):
         _self, *parameters = inspect.signature(call).parameters.values()
         found = {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} | found
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
