@@ -192,7 +192,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_body_bytes: Annotated[int, Meta(ge=1), option("size of a request with its uploads at most")] = 64 * 1024 * 1024
     heartbeat_s: Annotated[float, Meta(gt=0), option("silence after which an event stream gets a sign of life")] = 15.0
     shutdown_timeout_s: Annotated[float, Meta(ge=0), option("how long running requests may go on at the end")] = 30.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("log level of the HTTP server")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], option("log level of the server and its ranks")
+    ] = "info"
     log_format: Annotated[Literal["text", "json"], option("form of the log; json has request ids")] = "text"
     log_requests: Annotated[bool, option("log each HTTP request")] = False
     storage: StorageConfig = StorageConfig()

@@ -5,12 +5,14 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from sgld.config import EngineConfig, ServerConfig
+from sgld.logs import set_up_logs
 from sgld_cli.errors import OK
 from sgld_cli.options import UsageError
 from sgld_cli.settings import fill, given, merge
@@ -33,15 +35,15 @@ def run(args: argparse.Namespace, engine_class: "EngineFactory | None" = None) -
     values = {name: setting.value for name, setting in merge(given(args)).items()}
     config = fill(ServerConfig, values)
     engine_config = fill(EngineConfig, values)
-    from sgld.server.logs import set_up_logs  # these two take a second
-    from sgld.server.serve import listen
+    from sgld.server.serve import listen  # takes a second
 
-    set_up_logs(config)
+    set_up = partial(set_up_logs, config.log_level, config.log_format)
+    set_up()
     try:
         listener = listen(config)
     except (OSError, ValueError) as error:
         raise UsageError(f"the server can't start: {error}") from None
-    anyio.run(_serve, engine_config, listener, engine_class)
+    anyio.run(_serve, engine_config, listener, engine_class, set_up)
     return OK
 
 
@@ -51,14 +53,16 @@ def _without_cancellations(loop: asyncio.AbstractEventLoop, context: dict[str, A
         loop.default_exception_handler(context)
 
 
-async def _serve(engine_config: EngineConfig, listener: "Listener", engine_class: "EngineFactory | None") -> None:
+async def _serve(
+    engine_config: EngineConfig, listener: "Listener", engine_class: "EngineFactory | None", set_up: Callable[[], None]
+) -> None:
     from sgld.engine.engine import Engine
     from sgld.engine.replica import rank_process
     from sgld.server.serve import serve
 
     asyncio.get_running_loop().set_exception_handler(_without_cancellations)
     print(f"sgld: serving {engine_config.model_path} on {listener.url}", file=sys.stderr, flush=True)
-    rank_factory = partial(rank_process, niceness=_RANK_NICENESS)
+    rank_factory = partial(rank_process, niceness=_RANK_NICENESS, set_up=set_up)
     await serve(engine_config, listener, engine_class or partial(Engine, rank_factory=rank_factory))
     timer = threading.Timer(_LEAVE_S, os._exit, (OK,))
     timer.daemon = True

@@ -127,19 +127,25 @@ _Spawned = multiprocessing.get_context("spawn").Process
 
 @asynccontextmanager
 async def rank_process(
-    config: EngineConfig, replica: int = 0, *, niceness: int = 0, process: Callable[..., Any] = _Spawned
+    config: EngineConfig,
+    replica: int = 0,
+    *,
+    niceness: int = 0,
+    set_up: Callable[[], None] | None = None,
+    process: Callable[..., Any] = _Spawned,
 ) -> AsyncIterator[Rank]:
     """A rank in a process of its own, and its followers; when the block ends nothing of them is left.
 
     :param replica: index of its replica, which has GPUs of its own.
     :param niceness: of a rank that runs on the CPU.
+    :param set_up: called in each process before it loads anything; says how it logs.
     :param process: makes a process that isn't started, of what multiprocessing's has: target, args and name.
     """
     front, rank_end = channel_pair()
     reader, writer = tensor_queue()
     meeting = os.memfd_create("sgld-ranks")
     try:
-        args = (rank_end, writer, config, replica, niceness, f"/proc/{os.getpid()}/fd/{meeting}", process)
+        args = (rank_end, writer, (config, replica, niceness, set_up), f"/proc/{os.getpid()}/fd/{meeting}", process)
         processes = await to_thread.run_sync(_start, *args)
         try:
             async with _flushing(front):
@@ -157,9 +163,7 @@ async def rank_process(
 def _start(
     rank_end: RankEnd[AnyReply, AnyCommand],
     writer: TensorWriter,
-    config: EngineConfig,
-    replica: int,
-    niceness: int,
+    common: tuple[EngineConfig, int, int, Callable[[], None] | None],
     meeting: str,
     process: Callable[..., Any],
 ) -> list[Any]:
@@ -167,8 +171,10 @@ def _start(
 
     They are no daemons: those may not have children, and loaders may use them. They watch their parent instead.
 
+    :param common: what all of them are given: the config, the replica's index, their niceness, and what sets them up.
     :param meeting: an empty file, by which they find each other.
     """
+    config, replica, *_ = common
     of = "" if replica == 0 else f"-of-replica-{replica}"
     processes: list[Any] = []
 
@@ -177,11 +183,10 @@ def _start(
             started.kill()
 
     with on_failure(kill), seats(config.parallel.num_ranks, meeting) as (seat, *others):
-        args = (rank_end, writer, config, replica, niceness, seat)
-        _started(processes, process(target=rank_main, args=args, name=f"sgld-rank-0{of}"))
+        _started(processes, process(target=rank_main, args=(rank_end, writer, *common, seat), name=f"sgld-rank-0{of}"))
         for other in others:
-            args_ = (config, replica, niceness, other)
-            _started(processes, process(target=follower_main, args=args_, name=f"sgld-rank-{other.index}{of}"))
+            name = f"sgld-rank-{other.index}{of}"
+            _started(processes, process(target=follower_main, args=(*common, other), name=name))
     rank_end.close()
     writer.close()
     return processes

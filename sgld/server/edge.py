@@ -6,17 +6,16 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sgld.logs import request_id_var
 from sgld.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
-request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH"})
 # As nginx writes it.
 _CLIENT_LEFT = 499

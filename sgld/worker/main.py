@@ -36,23 +36,27 @@ def rank_main(
     config: EngineConfig,
     replica: int = 0,
     niceness: int = 0,
+    set_up: Callable[[], None] | None = None,
     seat: Seat = ALONE,
 ) -> None:
     """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone.
 
     :param replica: index of its replica.
     :param niceness: of a rank that runs on the CPU.
+    :param set_up: called before anything is loaded; says how it logs.
     :param seat: its place among the ranks of its replica, of which it is the first.
     """
-    _begin(config, replica)
+    _begin(config, replica, set_up)
     serve(channel, tensors, config, functools.partial(_load, config, niceness, seat), seat)
     # All that matters has been sent, and taking down torch takes a second.
     os._exit(0)
 
 
-def follower_main(config: EngineConfig, replica: int, niceness: int, seat: Seat) -> None:
+def follower_main(
+    config: EngineConfig, replica: int, niceness: int, set_up: Callable[[], None] | None, seat: Seat
+) -> None:
     """Entry of the process of another rank. It ends with rank 0, and when the front is gone."""
-    _begin(config, replica)
+    _begin(config, replica, set_up)
     try:
         model = _load(config, niceness, seat)
     except ModelError as error:
@@ -112,13 +116,15 @@ def _compiled_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _begin(config: EngineConfig, replica: int) -> None:
+def _begin(config: EngineConfig, replica: int, set_up: Callable[[], None] | None = None) -> None:
     """What each rank does before it loads anything."""
     # Ctrl-C reaches the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=2)
     say_on_stderr()
+    if set_up is not None:
+        set_up()
     _leave_with_parent()
     _unname_lock()
     if config.parallel.dp_size > 1:

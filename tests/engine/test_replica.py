@@ -1,12 +1,20 @@
 """How processes of ranks are started."""
 
+import logging
+import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
+import msgspec
 import pytest
 
-from sgld.engine.replica import _started
+from sgld.config import EngineConfig
+from sgld.engine.replica import _started, rank_process
+from sgld.errors import RankLost
+from sgld.logs import set_up_logs
 from sgld.worker.main import rank_environment
 
 
@@ -43,3 +51,21 @@ def test_where_no_cache_can_be_ranks_have_that_of_torch(monkeypatch: pytest.Monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path / "file"))
     assert "TORCHINDUCTOR_CACHE_DIR" not in rank_environment()
+
+
+def say_and_leave(path: Path) -> None:
+    """A rank that logs and leaves, before it imports torch."""
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    set_up_logs("info", "json")
+    logging.getLogger("sgld.worker").info("a rank says %s", "this")
+    os._exit(0)
+
+
+async def test_ranks_log_as_they_are_told(tmp_path: Path) -> None:
+    with anyio.fail_after(30):
+        async with rank_process(EngineConfig(), set_up=partial(say_and_leave, tmp_path / "log")) as rank:
+            with pytest.raises(RankLost):
+                await rank.receive()
+    line = msgspec.json.decode((tmp_path / "log").read_bytes(), type=dict[str, Any])
+    assert (line["level"], line["message"]) == ("info", "a rank says this")

@@ -13,8 +13,8 @@ from anyio.to_thread import run_sync
 from openai import AsyncOpenAI
 from storage.s3_server import BUCKET, S3Server
 
+from sgld.logs import set_up_logs
 from sgld.media.metadata import read_metadata
-from sgld.server.logs import set_up_logs
 from sgld.storage import cloud, s3
 from sgld.storage.cloud import CloudStorage
 from sgld.storage_config import StorageConfig
@@ -169,7 +169,7 @@ async def test_secrets_are_nowhere_to_be_seen(
 ) -> None:
     async with running(tmp_path, storage=bucket.config(), log_level="debug") as server:
         with caplog.at_level(logging.DEBUG):
-            set_up_logs(server.services.config)
+            set_up_logs("debug", "text")
             made = await server.post(prompt="a cat")
             await run_sync(bucket.stop)
             kept = await server.post(prompt="a cat", response_format="url")

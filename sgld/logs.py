@@ -1,17 +1,16 @@
 """Log lines as JSON objects, each with the id of the HTTP request that it is about."""
 
 import logging
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
 import msgspec
 
-from sgld.config import ServerConfig
-from sgld.server.edge import request_id_var
-
+request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 # At lower levels they tell of requests with their signatures.
-_TALKATIVE = ("aioboto3", "aiobotocore", "boto3", "botocore")
+_TALKATIVE = ("aioboto3", "aiobotocore", "boto3", "botocore", "httpcore", "httpx")
 
 
 class JsonFormatter(logging.Formatter):
@@ -32,12 +31,12 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode({name: value for name, value in line.items() if value is not None}).decode()
 
 
-def set_up_logs(config: ServerConfig) -> None:
-    """Log to stderr, as the config says."""
+def set_up_logs(log_level: str, log_format: str) -> None:
+    """Log to stderr, as the fields of these names in the config say."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if config.log_format == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
+    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=log_level.upper(), handlers=[handler])
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
-    if config.log_level != "debug":
+    if log_level != "debug":
         logging.getLogger("hypercorn").setLevel(logging.WARNING)

@@ -5,8 +5,7 @@ import logging
 import msgspec
 import pytest
 
-from sgld.server.edge import request_id_var
-from sgld.server.logs import JsonFormatter
+from sgld.logs import JsonFormatter, request_id_var
 
 
 def line(record: logging.LogRecord) -> dict[str, object]:
