@@ -4,13 +4,12 @@
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from sgld.errors import ModelError
 from sgld.models.hub import http_error, names_in
-from sgld.models.resolve import hub_file
+from sgld.models.resolve import hub_file, hub_file_if_any
 from sgld.outcome import one_line
 
 
@@ -71,12 +70,9 @@ def _in_folder(folder: Path, name: str, suffixes: Sequence[str], usual: Sequence
 
 
 def _from_hub(repo: str, name: str, beside: str | None) -> Path:
-    from huggingface_hub.errors import EntryNotFoundError
-
     file = hub_file(repo, name, None)
     if beside is not None:
-        with suppress(EntryNotFoundError):
-            hub_file(repo, str(PurePosixPath(name).with_name(beside)), None)
+        hub_file_if_any(repo, str(PurePosixPath(name).with_name(beside)), None)
     return file
 
 

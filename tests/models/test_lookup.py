@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from sgld.models import lookup
 from sgld.models.lookup import NotFound, find, is_hub_id, place
@@ -63,14 +65,29 @@ def test_what_is_nothing_is_an_error(path: str) -> None:
 def test_a_file_on_the_hub_is_fetched_with_what_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
-    def fetch(_repo: str, name: str, _revision: None) -> Path:
+    def fetch(_repo: str, name: str, *, revision: None) -> str:
         fetched.append(name)
-        return Path(name)
+        return name
 
-    monkeypatch.setattr(lookup, "hub_file", fetch)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.setattr(lookup, "names_in", lambda _repo, _revision: ["README.md", "in/b.pth"])
     assert find("owner/name", SUFFIXES) == find("owner/name:in/b.pth", SUFFIXES, beside="c.json") == Path("in/b.pth")
     assert fetched == ["in/b.pth", "in/b.pth", "in/c.json"]
+
+
+def test_weights_are_not_taken_without_what_may_belong_to_them_where_the_hub_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights of an adapter would be applied as if nothing more were known of it."""
+
+    def fetch(_repo: str, name: str, *, revision: None) -> str:
+        if name == "c.json":
+            raise LocalEntryNotFoundError("the hub can't be reached")
+        return name
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    with pytest.raises(NotFound, match="can't be reached"):
+        find("owner/name:b.pth", SUFFIXES, beside="c.json")
 
 
 def test_repositories_are_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
