@@ -38,9 +38,9 @@ Channel = RankEnd[AnyReply, AnyCommand]
 
 class MortalRanks:
     """Each request has one call, and all may share a forward. Running one with the prompt "bad" ends the rank, one with
-    "wait" waits for `go`, one with "forget" drops its adapters.
+    "once" does so the first time, one with "wait" waits for `go`, one with "forget" drops its adapters.
 
-    :param devices: of each rank that loads, in order, then the CPU; "broken": it can't load.
+    :param devices: of each rank that loads, in order, then the CPU; "broken": it can't load, "slow": nor is it done.
     :param num_started: of each rank, how many requests it waits for before it announces their calls, and those of
         others at once.
     """
@@ -79,6 +79,8 @@ class MortalRanks:
             if device == "broken":
                 channel.send(LoadFailed(message="the device has no memory"))
                 return
+            if device == "slow":
+                channel.receive(None)
             channel.send(Ready(model=msgspec.structs.replace(MODEL, device=device)))
             while (command := channel.receive(None)) is not None:
                 if isinstance(command, Start):
@@ -92,7 +94,9 @@ class MortalRanks:
                     self.replicas.append(replica)
                     if "wait" in self.batches[-1]:
                         self.go.wait(60)
-                    if "bad" in self.batches[-1]:
+                    if "bad" in self.batches[-1] or (
+                        self.batches[-1] == ["once"] and self.batches.count(["once"]) == 1
+                    ):
                         return
                     for source in (adapters_of(start.params) for start in batch if start.params.prompt == "forget"):
                         for path, alpha in source:

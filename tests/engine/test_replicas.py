@@ -91,6 +91,16 @@ async def test_requests_of_a_lost_rank_go_on_elsewhere_meanwhile() -> None:
         assert engine.statistics().num_restarts == 2
 
 
+async def test_request_of_a_lost_rank_goes_to_one_that_has_nothing_to_do() -> None:
+    """And so has nothing to say: the engine must turn to it."""
+    ranks = MortalRanks(devices=("cpu", "cpu", "slow"))
+    async with Engine(config(), rank_factory=ranks) as engine:
+        await all_ready(engine)
+        with anyio.fail_after(20):
+            await completed(engine, SamplingParams(prompt="once"))
+    assert ranks.replicas == [0, 1]
+
+
 async def test_all_requests_of_a_lost_rank_go_elsewhere_at_once() -> None:
     ranks = MortalRanks()
     async with Engine(config(), rank_factory=ranks) as engine, anyio.create_task_group() as tasks:
