@@ -186,6 +186,13 @@ class TestWhatIsNoGraph:
         assert self.refused(world, torch.ones(2)) == ""
         assert world.recorder.num_renewed == 1
 
+    def test_where_others_wait_for_the_host_both_are_one(self) -> None:
+        world = World(Function(doubled))
+        world.graphs._frees_host = True
+        world.recorder.launch_s, world.recorder.seconds = 0.1, [1.0, 1.0]
+        world.run(torch.ones(2), times=UNTIL_REPLAYED)
+        assert world.is_replayed(torch.ones(2))
+
     def test_a_capture_that_fails(self, caplog: pytest.LogCaptureFixture) -> None:
         world = World(Function(doubled))
         world.recorder.problem = Unfit("operation not permitted when stream is capturing")
