@@ -250,15 +250,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """The numbers in a field, however deep."""
-    match value:
-        case int() | float():
-            yield value
-        case dict():
-            for part in value.values():
-                yield from _numbers(part)
-        case list() | tuple():
-            for part in value:
-                yield from _numbers(part)
-        case msgspec.Struct():
-            yield from _numbers(msgspec.structs.astuple(value))
+    """The numbers in a field, however deep: deeper than functions can call themselves, too."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case int() | float() as number:
+                yield number
+            case dict() as parts:
+                waiting += parts.values()
+            case list() | tuple() as parts:
+                waiting += parts
+            case msgspec.Struct() as fields:
+                waiting += msgspec.structs.astuple(fields)

@@ -406,7 +406,7 @@ async def served(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(folder / "data"))
         patch.setattr(
-            "sgld_cli.serve.anyio.run", lambda _main, config, listener, _e: started.append((config, listener))
+            "sgld_cli.serve.anyio.run", lambda _main, config, listener, *_: started.append((config, listener))
         )
         assert main(argv) == 0
     ((config, listener),) = started
