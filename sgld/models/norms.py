@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ _PIECE_EPS = 1e-12
 # The square of what `normalize` divides by at least.
 _RMS_EPS = 1e-24
 _STEERABLE: set[type[nn.Module]] = set()
+_PREPARED: WeakSet[nn.Module] = WeakSet()
+"""Components all of whose norms are steerable: to look for these takes a while, and a replay of a graph doesn't."""
 _ARE_FAST = ContextVar("_ARE_FAST", default=False)
 
 
@@ -43,8 +46,10 @@ def fast_norms(module: nn.Module, device: torch.device | None) -> AbstractContex
 
 @contextlib.contextmanager
 def _fast_norms(module: nn.Module) -> Iterator[None]:
-    for kind in {type(part) for part in module.modules() if _is_rms_norm(part)}:
-        _make_steerable(kind)
+    if module not in _PREPARED:
+        for kind in {type(part) for part in module.modules() if _is_rms_norm(part)} - _STEERABLE:
+            _make_steerable(kind)
+        _PREPARED.add(module)
     token = _ARE_FAST.set(True)
     try:
         with _SpreadNorms():
@@ -60,7 +65,8 @@ def fused_rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """
     dim = 1 if norm.channel_first else -1
     last = functional.rms_norm(x.movedim(dim, -1), (x.shape[dim],), norm.gamma.flatten(), _RMS_EPS)
-    return last.movedim(-1, dim) + norm.bias if isinstance(norm.bias, torch.Tensor) else last.movedim(-1, dim)
+    result = last.movedim(-1, dim)
+    return result + norm.bias if isinstance(norm.bias, torch.Tensor) else result
 
 
 def spread_group_norm(
@@ -118,8 +124,6 @@ def _is_rms_norm(part: nn.Module) -> bool:
 
 def _make_steerable(kind: type[nn.Module]) -> None:
     """From now on these heed what holds where they run."""
-    if kind in _STEERABLE:
-        return
     _STEERABLE.add(kind)
     plain: Callable[[nn.Module, torch.Tensor], torch.Tensor] = kind.forward
 
