@@ -64,11 +64,12 @@ class Curve:
         row = self._rows.setdefault(rows, _Row())
         samples = row.samples.setdefault(variant, deque(maxlen=MAX_SAMPLES))
         samples.append(elapsed_s)
-        num_first = sum(map(len, row.samples.values()))
-        if num_first < self._num_first if self._best is None else len(samples) < MIN_SAMPLES:
+        is_first = self._best is None
+        num = sum(map(len, row.samples.values())) if is_first else len(samples)
+        if num < (self._num_first if is_first else MIN_SAMPLES):
             return False
         # Of several ranks the last run may be that of a block which has no graph yet.
-        self._settle(row, variant if self._best is not None else max(row.samples, key=_SPEED.__getitem__))
+        self._settle(row, max(row.samples, key=_SPEED.__getitem__) if is_first else variant)
         self._max_rows = max(self._max_rows, rows)
         known = list(self._points())
         if len(known) == len(self.known) and all(map(_is_no_news, self.known, known)):
@@ -146,7 +147,8 @@ class Curve:
         right = min(max(bisect.bisect_left(self.known, (rows,)), 1), len(self.known) - 1)
         (low, low_s), (high, high_s) = self.known[right - 1 : right + 1]
         slope = (high_s - low_s) / (high - low)
-        if rows > high:
+        # What is known comes out as it is, however far apart its neighbours are.
+        if rows >= high:
             return high_s + max(slope, 0.0) * (rows - high)
         if rows < low:
             return min(low_s, max(low_s - slope * (low - rows), low_s * rows / low))

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sgld.engine.curve import GROWTH, NEWS, PATIENCE, Curve
@@ -84,6 +84,7 @@ def test_rows_may_grow_from_all_that_ran_in_whatever_way() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.sampled_from(VARIANTS), st.floats(1e-6, 1e3)), min_size=1))
+@example([(2, "eager", 3.0), (1, "compiled", 1.0), (1, "compiled", 1.0), (7, "compiled", 1.0), (7, "eager", 1.0)])
 def test_prediction_is_positive_and_the_last_variant_wins_if_it_stays(runs: list[tuple[int, Variant, float]]) -> None:
     seen = curve(*runs, times=1)
     for rows in range(1, 9):
