@@ -8,8 +8,9 @@ before anything is compiled or captured, and kept on disk for the device.
 import functools
 import hashlib
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,9 @@ from sgld.models.shared_file import change
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from sgld.models.sharing import Sharing
+    from sgld.parallel import ParallelConfig
 
 logger = logging.getLogger(__name__)
 # Kernels that compute exact attention. Torch's own choice among its kernels is `native`, and mostly the fastest.
@@ -51,11 +55,6 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     min_length: int
     gain: float
 
-    @property
-    def note(self) -> str:
-        """The choice, for people."""
-        return f"attention by {self.backend} from {self.min_length} positions on, up to {self.gain:.2f} times as fast"
-
 
 Timer = Callable[[str, Heads, int, "torch.dtype"], float]
 """Seconds of a kernel for these heads and a sequence of this length."""
@@ -77,11 +76,21 @@ def fastest(seconds: Mapping[str, Sequence[float]]) -> Choice | None:
 
 
 def settle(
-    components: Iterable[tuple[str, "nn.Module"]], device: "torch.device", timer: Timer | None = None
+    components: Iterable[tuple[str, "nn.Module"]],
+    device: "torch.device",
+    divisors: Mapping[str, Collection[int]],
+    timer: Timer | None = None,
 ) -> dict[str, str]:
-    """Let the denoisers compute attention by what is fastest here; returns what is to be said of each."""
+    """Let the denoisers compute attention by what is fastest here; returns what is to be said of each.
+
+    :param divisors: by component, by how many ranks its heads may be divided in a forward; empty for a rank alone.
+    """
     denoisers = {name: part for name, part in components if attention.is_denoiser(part)}
-    found = {name: heads for name, part in denoisers.items() if (heads := sorted(heads_of(part)))}
+    found = {
+        name: heads
+        for name, part in denoisers.items()
+        if (heads := sorted(_parts(heads_of(part), divisors.get(name, (1,))), reverse=True))
+    }
     if device.type != "cuda" or not found:
         return {}
     dtype = dtype_of(denoisers[next(iter(found))])
@@ -91,20 +100,54 @@ def settle(
     known = _read(file)
     wanted = {heads for of_one in found.values() for heads in of_one}
     if new := [heads for heads in wanted if _name(heads) not in known]:
-        timer = timer or functools.partial(_seconds, device)
+        timer, measured = timer or functools.partial(_seconds, device), {}
         for own in new:
             times = {name: [timer(name, own, length, dtype) for length in LENGTHS] for name in ("native", *usable)}
             logger.debug("attention of %s: %s", _name(own), times)
-            known[_name(own)] = fastest(times)
-        known = _settled(file, known)
-    choices = {heads: choice for heads in wanted if (choice := known[_name(heads)]) is not None}
+            measured[_name(own)] = fastest(times)
+        known = _settled(file, known, measured, is_alone=not divisors)
+    choices = {heads: choice for heads in wanted if (choice := known.get(_name(heads))) is not None}
     if choices:
         steer(choices)
-    notes = {
-        name: "; ".join(dict.fromkeys(choices[heads].note for heads in of_one if heads in choices))
-        for name, of_one in found.items()
-    }
-    return {name: note or "attention by native, which is as fast as any here" for name, note in notes.items()}
+    native = (
+        "attention by native, which is as fast as any here"
+        if all(_name(heads) in known for heads in wanted)
+        else "attention by native: ranks can't agree on another kernel, as nothing can be kept"
+    )
+    return {name: _note(of_one, choices) or native for name, of_one in found.items()}
+
+
+def head_divisors(sharing: "Sharing", parallel: "ParallelConfig") -> dict[str, set[int]]:
+    """By component, by how many ranks the heads of its attention may be divided in a forward.
+
+    What can't be shared is run by one. Around a ring there are more keys than queries: that is left out.
+    """
+    found = {name: {1} for name in sharing.names}
+    for name in sharing.denoisers if parallel.ring == 1 else ():
+        found[name] |= {degree for degree in parallel.degrees if degree <= sharing.max_degrees.get(name, degree)}
+    parts = {name: parallel.tp_size if name in sharing.divided.names else 1 for name in found}
+    return {name: {degree * parts[name] for degree in degrees} for name, degrees in found.items()}
+
+
+def _parts(heads: Iterable[Heads], divisors: Iterable[int]) -> set[Heads]:
+    """What ranks have of them; they are padded where they must be."""
+    return {Heads(-(-own.num // num), own.dim) for own, num in itertools.product(heads, divisors)}
+
+
+def _note(heads: Sequence[Heads], choices: Mapping[Heads, Choice]) -> str:
+    """What was chosen for a model with these heads, for people: one phrase for each kernel."""
+    phrases = []
+    for backend in dict.fromkeys(choices[own].backend for own in heads if own in choices):
+        those = [own for own in heads if own in choices and choices[own].backend == backend]
+        of_those = "" if len(those) == len(heads) else f" of {_either(own.num for own in those)} heads"
+        lengths = _either(sorted(choices[own].min_length for own in those))
+        gain = max(choices[own].gain for own in those)
+        phrases.append(f"attention{of_those} by {backend} from {lengths} positions on, up to {gain:.2f} times as fast")
+    return "; ".join(phrases)
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(dict.fromkeys(map(str, numbers)))
 
 
 def heads_of(module: "nn.Module") -> set[Heads]:
@@ -227,19 +270,23 @@ def _decoded(content: bytes) -> dict[str, Choice | None]:
     return {name: choice for name, choice in known.items() if choice is None or choice.backend in CANDIDATES}
 
 
-def _settled(file: Path, measured: Mapping[str, Choice | None]) -> dict[str, Choice | None]:
+def _settled(
+    file: Path, known: Mapping[str, Choice | None], measured: Mapping[str, Choice | None], *, is_alone: bool
+) -> dict[str, Choice | None]:
     """What all processes know, kept for the next start; what others measured first holds here, too.
 
-    So copies of a model that start together compute alike. Where nothing can be kept, the next start measures again.
+    So ranks and copies of a model that start together compute alike. Where nothing can be kept, the next start measures
+    again, and what was measured holds for a rank alone only.
     """
-    known = dict(measured)
+    settled = {**known, **measured}
 
     def merged(content: bytes) -> bytes:
-        known.update(_decoded(content))
-        return msgspec.json.encode(known)
+        settled.update(_decoded(content))
+        return msgspec.json.encode(settled)
 
     try:
         change(file, merged)
     except OSError as error:
         logger.warning("what was measured of attention can't be kept: %s", error)
-    return known
+        return settled if is_alone else dict(known)
+    return settled

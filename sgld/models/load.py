@@ -208,7 +208,10 @@ def _settle_attention(planned: Plan, pipeline: Any, device: torch.device) -> dic
     parts = pipeline.components.items()
     if planned.attention is not None:
         return attention.apply(planned.attention, parts)
-    return {} if planned.backend.is_whole else attention_choice.settle(parts, device)
+    if planned.backend.is_whole:
+        return {}
+    divisors = attention_choice.head_divisors(planned.sharing, planned.config.parallel)
+    return attention_choice.settle(parts, device, divisors)
 
 
 def _compiled(planned: Plan, pipeline: Any, compilation: Compilation | None) -> tuple[tuple[str, ...], dict[str, str]]:

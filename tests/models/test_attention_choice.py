@@ -10,8 +10,23 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from pipelines import build
 
 from sgld.models import attention, attention_choice
-from sgld.models.attention_choice import LENGTHS, Choice, Heads, fastest, heads_of, native_only, settle, steer
+from sgld.models.attention_choice import (
+    LENGTHS,
+    Choice,
+    Heads,
+    fastest,
+    head_divisors,
+    heads_of,
+    native_only,
+    settle,
+    steer,
+)
 from sgld.models.flash3 import adopt_wheel
+from sgld.models.shared_attention import prepare
+from sgld.models.sharing import NOTHING, Sharing
+from sgld.models.tensor_choice import Divided
+from sgld.models.tokens import TokenRanks, Tokens
+from sgld.parallel import ParallelConfig
 
 HEADS = Heads(2, 8)
 CUDA = torch.device("cuda", 0)
@@ -31,6 +46,16 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def transformer_of_flux() -> Any:
     return build("flux")[0].transformer
+
+
+class OneOfTwo(Tokens):
+    """A rank that gets of itself what the other one would send: tokens, or heads."""
+
+    def _by_heads(self, parts: tuple[torch.Tensor, ...], lengths: list[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.cat([part[:, :, : (part.shape[2] + 1) // 2]] * 2, dim=1) for part in parts)
+
+    def _by_tokens(self, part: torch.Tensor, lengths: list[int], num_heads: int) -> torch.Tensor:
+        return torch.cat([part[:, : lengths[0]]] * 2, dim=2)[:, :, :num_heads]
 
 
 def _zeros(query: Any, key: Any, value: Any, scale: Any = None, is_causal: bool = False) -> Any:
@@ -126,7 +151,7 @@ def test_what_is_measured_is_said_and_kept_for_the_next_start(on_a_gpu: list[str
         on_a_gpu.append(backend)
         return 0.5 if backend == "flash" else 1.0
 
-    said = [settle([("transformer", transformer)], CUDA, timer) for _ in range(2)]
+    said = [settle([("transformer", transformer)], CUDA, {}, timer) for _ in range(2)]
     assert said[0] == said[1] == {"transformer": "attention by flash from 1024 positions on, up to 2.00 times as fast"}
     assert set(on_a_gpu) == {"native", "flash", "_native_cudnn"}
     assert len(on_a_gpu) == 3 * len(LENGTHS)
@@ -134,20 +159,120 @@ def test_what_is_measured_is_said_and_kept_for_the_next_start(on_a_gpu: list[str
 
 def test_native_stays_where_nothing_is_faster(on_a_gpu: list[str]) -> None:
     before = dict(_AttentionBackendRegistry._backends)
-    said = settle([("transformer", transformer_of_flux())], CUDA, lambda *_: 1.0)
+    said = settle([("transformer", transformer_of_flux())], CUDA, {}, lambda *_: 1.0)
     assert said == {"transformer": "attention by native, which is as fast as any here"}
     assert _AttentionBackendRegistry._backends == before
 
 
+def test_heads_that_ranks_have_are_measured_too(on_a_gpu: list[str]) -> None:
+    transformer = transformer_of_flux()
+    (whole,) = heads_of(transformer)
+    gains = {whole: 2.0, Heads(1, whole.dim): 1.5}
+    measured = set()
+
+    def timer(backend: str, of: Heads, length: int, dtype: torch.dtype) -> float:
+        measured.add(of)
+        is_faster = backend == "flash" and (of == whole or length > LENGTHS[0])
+        return 1 / gains[of] if is_faster else 1.0
+
+    said = settle([("transformer", transformer)], CUDA, {"transformer": {1, whole.num}, "vae": {8}}, timer)
+    assert measured == set(gains)
+    assert said == {"transformer": "attention by flash from 1024 or 2048 positions on, up to 2.00 times as fast"}
+    assert is_steered(1024, whole)
+    assert not is_steered(1024, Heads(1, whole.dim))
+    assert is_steered(2048, Heads(1, whole.dim))
+
+
+def test_heads_are_divided_by_those_who_exchange_them_and_by_those_with_parts_of_layers() -> None:
+    shared = Sharing(denoisers=("transformer",), vaes=("vae",))
+    assert head_divisors(shared, ParallelConfig(num_gpus=4)) == {"transformer": {1, 4}, "vae": {1}}
+    assert head_divisors(shared, ParallelConfig(enable_cfg_parallel=True))["transformer"] == {1}
+    assert head_divisors(shared, ParallelConfig(ulysses_degree=2, ring_degree=2))["transformer"] == {1}
+    elastic = Sharing(denoisers=("a", "b"), max_degrees={"a": 4, "b": 1})
+    assert head_divisors(elastic, ParallelConfig(num_gpus=8, elastic_sp=True)) == {"a": {1, 2, 4}, "b": {1}}
+    parted = Sharing(denoisers=("transformer",), divided=Divided(("transformer",)))
+    assert head_divisors(parted, ParallelConfig(tp_size=2, sp_degree=2))["transformer"] == {2, 4}
+    assert head_divisors(NOTHING, ParallelConfig()) == {}
+
+
+def test_heads_that_do_not_divide_are_those_that_they_are_padded_to() -> None:
+    assert attention_choice._parts({Heads(10, 64), Heads(20, 64)}, (1, 4)) == {Heads(num, 64) for num in (10, 3, 20, 5)}
+
+
+def test_kernel_of_some_heads_only_says_of_which() -> None:
+    fast = Choice(backend="flash", min_length=1024, gain=1.2)
+    heads = [Heads(num, 8) for num in (12, 6, 3, 2)]
+    chosen = {heads[0]: fast, heads[2]: fast, heads[3]: Choice(backend="other", min_length=4096, gain=1.5)}
+    assert attention_choice._note(heads, chosen) == (
+        "attention of 12 or 3 heads by flash from 1024 positions on, up to 1.20 times as fast; "
+        "attention of 2 heads by other from 4096 positions on, up to 1.50 times as fast"
+    )
+
+
+def test_attention_that_ranks_share_goes_to_the_kernel_chosen_for_the_heads_of_one(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_templated_context_parallel_attention", "_native_attention_forward_op"):
+        monkeypatch.setattr(dispatcher, name, getattr(dispatcher, name))
+    prepare()
+    steer({HEADS: Choice(backend=kernel, min_length=16, gain=1.2)})
+    tokens = OneOfTwo("Model", TokenRanks(None, None, None, 1, 2, 0))
+    shared: Any = {"parallel_config": tokens}
+    assert is_steered(8, Heads(3, 8), **shared)
+    assert not is_steered(7, Heads(3, 8), **shared)
+    assert not is_steered(8, Heads(6, 8), **shared)
+    with native_only():
+        assert not is_steered(8, Heads(3, 8), **shared)
+
+
+def settled_at_once(first: Any, second: Any) -> list[dict[str, str]]:
+    """What is said by two ranks that begin before the other one has ended; the second one to begin ends first."""
+    said: list[dict[str, str]] = []
+
+    def timer(backend: str, of: Heads, length: int, dtype: torch.dtype) -> float:
+        if not said:
+            said.append(settle([("transformer", transformer_of_flux())], CUDA, {"transformer": {1, 2}}, second))
+        return float(first(backend, of, length, dtype))
+
+    said.append(settle([("transformer", transformer_of_flux())], CUDA, {"transformer": {1, 2}}, timer))
+    return said
+
+
+def by_flash(backend: str, *_: Any) -> float:
+    return 0.5 if backend == "flash" else 1.0
+
+
+def by_cudnn(backend: str, *_: Any) -> float:
+    return 0.4 if backend == "_native_cudnn" else 1.0
+
+
+def test_ranks_that_measure_at_once_choose_alike(on_a_gpu: list[str]) -> None:
+    one, other = settled_at_once(by_flash, by_cudnn)
+    assert one == other
+    assert "_native_cudnn" in one["transformer"]
+
+
+def test_ranks_that_cannot_tell_each_other_choose_alike(
+    on_a_gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(attention_choice, "cache_root", lambda: tmp_path / "file")
+    one, other = settled_at_once(by_flash, by_cudnn)
+    native = "attention by native: ranks can't agree on another kernel, as nothing can be kept"
+    assert one == other == {"transformer": native}
+    alone = settle([("transformer", transformer_of_flux())], CUDA, {}, by_flash)
+    assert "flash" in alone["transformer"]
+
+
 def test_what_another_process_measured_first_holds(tmp_path: Path) -> None:
-    choice = Choice(backend="flash", min_length=4096, gain=1.2)
-    attention_choice._settled(tmp_path / "a.json", {"2x64": choice})
-    known = attention_choice._settled(tmp_path / "a.json", {"2x64": None, "4x64": None})
-    assert known == attention_choice._read(tmp_path / "a.json") == {"2x64": choice, "4x64": None}
+    choice, file = Choice(backend="flash", min_length=4096, gain=1.2), tmp_path / "a.json"
+    attention_choice._settled(file, {}, {"2x64": choice}, is_alone=True)
+    known = attention_choice._settled(file, {}, {"2x64": None, "4x64": None}, is_alone=True)
+    assert known == attention_choice._read(file) == {"2x64": choice, "4x64": None}
 
 
 def test_nothing_is_measured_on_a_cpu() -> None:
-    assert settle([("transformer", transformer_of_flux())], torch.device("cpu")) == {}
+    assert settle([("transformer", transformer_of_flux())], torch.device("cpu"), {}) == {}
 
 
 def test_wheel_of_flash_attention_3_is_found_on_the_gpus_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
