@@ -73,7 +73,7 @@ def groups(gpus: int, *, has_room: bool) -> list[Group]:
         compiled if has_room else compiled[:-1],
         (Part("tokens of small FLUX", "sgld", SMALL, 25, elastic, has_one=True, all_degrees=True, beside=SMALL),),
         (Part("tokens of FLUX, more rows", "sgld", MORE, 35, elastic, all_degrees=True),),
-        (Part("copies of SDXL", "sgld", (), 75, one, copies=gpus),),
+        (Part("copies of SDXL", "sgld", (), 170, one, copies=gpus),),
         (Part("tiles of a VAE", "sgld", (Work("vae", (2048,)),), 20, every, has_one=True),),
     ]
 
