@@ -34,6 +34,7 @@ from engine.streams import (
 )
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
+from sgld.engine.replica import rank_process
 from sgld.events import Completed, Failed, Progress, Restarted
 from sgld.parallel import ParallelConfig
 from sgld.sampling_params import FirstBlockCache, LoraChoice, SamplingParams
@@ -84,9 +85,11 @@ def serving(
         trace=str(trace) if trace is not None else None,
         parallel=ParallelConfig(**parallel),
     )
+    # What forks from a process that looked for GPUs can't use them.
+    factory = preloaded_rank if device == "cpu" else rank_process
     with (
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(Engine(config, rank_factory=preloaded_rank)) as engine,
+        portal.wrap_async_context_manager(Engine(config, rank_factory=factory)) as engine,
     ):
         portal.call(engine.ready)
         yield Served(portal, engine, pipeline, kwargs, folder, others)
