@@ -19,6 +19,9 @@ MIN_LAUNCH_SHARE = 0.7
 T5-XXL saved 5 %, at 0.6 one of FLUX at 1024² saved 2.6, at 0.55 one of SDXL at 1024² with 8 rows nothing."""
 HOST_S = 0.01
 """Where forwards run side by side others wait for the host: a graph is worth it that frees it from longer launches."""
+MAX_LOSS = 0.1
+"""So much longer than an eager forward a replay may seem to take then: where the device is hot, two forwards of a large
+size differ by 8 %. The host would be held up for 60 % of them."""
 # Most keys never come again: sizes, lengths of text and numbers of rows are in them.
 _MAX_KEYS = 4096
 K = TypeVar("K", bound=Hashable)
@@ -162,4 +165,4 @@ def is_worth_capturing(launch_s: float, total_s: float, *, frees_host: bool = Fa
 
 def pays(replay_s: float, eager_s: float, *, frees_host: bool = False) -> bool:
     """Whether a replay saves so much that a graph is kept; or nothing, but the host is free."""
-    return replay_s <= (1 + MIN_GAIN if frees_host else 1 - MIN_GAIN) * eager_s
+    return replay_s <= (1 + MAX_LOSS if frees_host else 1 - MIN_GAIN) * eager_s
