@@ -239,9 +239,11 @@ def _edges(graph: int) -> list[Edge]:
 
 @torch.no_grad()
 def test_a_forward_of_one_stream_is_captured_as_a_chain() -> None:
+    events = []  # a graph whose events are gone crashes
+
     def ties(x: torch.Tensor) -> torch.Tensor:
         for _ in range(3):
-            earlier, beside = _event(), _event(external=True)
+            events.extend([earlier := _event(), beside := _event(external=True)])
             earlier.record()
             x = x + 1
             beside.record()
