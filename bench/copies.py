@@ -27,7 +27,7 @@ from sgld.ipc.seats import Seat
 from sgld.parallel import ParallelConfig
 
 # Of each copy.
-NUM_REQUESTS, STAGGER_S, NUM_STEPS = 48, 0.005, 20
+NUM_REQUESTS, STAGGER_S, NUM_STEPS = 24, 0.005, 20
 # Rounds go on until they don't get faster by this: each copy captures its graphs and learns what forwards take.
 MIN_GAIN, MAX_ROUNDS = 0.03, 6
 READY_S = 120.0
