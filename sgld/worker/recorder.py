@@ -11,7 +11,6 @@ import torch
 
 from sgld.outcome import Raised, one_line, outcome_of
 from sgld.worker.axes import is_constant
-from sgld.worker.graph_chain import make_chain
 from sgld.worker.trees import opened, rebuilt, values
 
 # What torch says of it has numbers that differ each time.
@@ -146,9 +145,8 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         free, (reserved, used) = torch.cuda.mem_get_info(self._device)[0], self._pool_use()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        graph = torch.cuda.CUDAGraph()
         outputs = opened(self._capture(graph, forward, static))
-        _instantiate(graph)
         reserved_now, used_now = self._pool_use()
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(outputs)}
         if used_now - used > sum(storages.values()):
@@ -232,14 +230,6 @@ class CudaRecording:
         torch._foreach_copy_(self._inputs, [_distinct(tensor) for tensor in tensors], non_blocking=True)
         self._graph.replay()
         return self._outputs
-
-
-def _instantiate(graph: torch.cuda.CUDAGraph) -> None:
-    try:
-        make_chain(graph.raw_cuda_graph())
-        graph.instantiate()
-    except RuntimeError as error:
-        raise _unfit(error, is_broken=False) from None
 
 
 def _static(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,7 @@ from sgld.ipc.seats import Seat, seats
 from sgld.models.load import LoadedModel
 from sgld.models.sharing import Sharing
 from sgld.parallel import ParallelConfig
-from sgld.worker import recorder
 from sgld.worker.distributed import follow, lead
-from sgld.worker.graph_chain import make_chain
 from sgld.worker.graph_orders import GraphOrder, Ordered, Refusal, refusal_of, strongest
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs, graphs_on
@@ -327,7 +325,7 @@ class Chain(nn.Module):
 
 
 def rank_with_gpu(seat: Seat, told: Connection) -> None:
-    """Rank 0 tells how many calls were replayed, whether all were right, and which of its graphs are chains."""
+    """Rank 0 tells how many calls were replayed, and whether all were right."""
     device = torch.device("cuda", seat.index)
     torch.cuda.set_device(device)
     torch.manual_seed(0)
@@ -339,14 +337,13 @@ def rank_with_gpu(seat: Seat, told: Connection) -> None:
     graphs = graphs_on(device, 2**30, own.pipeline.components)
     eager, replayed = Runtime(), Runtime(graphs=graphs)
     eager.ranks = replayed.ranks = lead(seat, own, config(), lambda _name, _note: None)
-    is_right, are_chains = [], list[bool]()
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(recorder, "make_chain", lambda graph: are_chains.append(make_chain(graph)))
+    is_right = []
+    with torch.no_grad():
         for _ in range(UNTIL_REPLAYED + 3):
             call = Invocation(module, "forward", (torch.randn(3, 64, device=device),), fixed=())
             is_right.append(torch.equal(replayed.run(call), eager.run(call)))
     assert graphs is not None
-    told.send_bytes(json.dumps([graphs.num_replays, all(is_right), are_chains]).encode())
+    told.send_bytes(json.dumps([graphs.num_replays, all(is_right)]).encode())
 
 
 def silent(seat: Seat, told: Connection) -> None:
@@ -358,4 +355,4 @@ def silent(seat: Seat, told: Connection) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
 def test_on_gpus_what_ranks_send_one_another_is_in_their_graphs(tmp_path: Path) -> None:
     with telling(tmp_path / "meeting", rank_with_gpu, silent) as (heard, _):
-        assert heard == [3, True, [True]]
+        assert heard == [3, True]

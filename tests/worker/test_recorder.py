@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from sgld.worker import recorder as recorder_module
-from sgld.worker.graph_chain import Edge, edges_of, make_chain
 from sgld.worker.graph_keys import Key
 from sgld.worker.graph_policy import CAPTURES_AFTER, GraphPolicy
 from sgld.worker.graphs import Graphs
@@ -225,64 +223,6 @@ def test_forms_of_arguments_come_as_they_are() -> None:
         assert torch.equal(recorded.run(module, *args, times=1), noted(*args))
     assert recorded.graphs.num_replays > 0
     assert len(seen) == 1
-
-
-def _event(*, external: bool = False) -> torch.cuda.Event:
-    return torch.cuda.Event(external=external)  # type: ignore[no-untyped-call]
-
-
-def _edges(graph: int) -> list[Edge]:
-    edges = edges_of(graph)
-    assert edges is not None
-    return edges
-
-
-@torch.no_grad()
-def test_a_forward_of_one_stream_is_captured_as_a_chain() -> None:
-    events = []  # a graph whose events are gone crashes
-
-    def ties(x: torch.Tensor) -> torch.Tensor:
-        for _ in range(3):
-            events.extend([earlier := _event(), beside := _event(external=True)])
-            earlier.record()
-            x = x + 1
-            beside.record()
-            torch.cuda.current_stream().wait_event(earlier)
-            x = x * 2
-        return x
-
-    x = torch.randn(4, 64, device="cuda")
-    recorder, made = CudaRecorder(x.device), list[tuple[bool, list[Edge]]]()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(recorder_module, "make_chain", lambda graph: made.append((make_chain(graph), _edges(graph))))
-        recording = recorder.record(lambda tree: ties(*tree), (x,), [x])
-    [(is_chain, links)] = made
-    assert is_chain
-    assert len({first for first, _ in links}) == len({second for _, second in links}) == len(links)
-    assert torch.equal(recording.replay([x + 1]), ties(x + 1))
-
-
-@torch.no_grad()
-def test_what_a_forward_runs_beside_something_else_stays_beside_it() -> None:
-    def beside(x: torch.Tensor) -> torch.Tensor:
-        stream, current = torch.cuda.Stream(x.device), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            y = x * 2
-        x = x + 1
-        current.wait_stream(stream)
-        return x + y
-
-    x = torch.randn(4, 64, device="cuda")
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    beside(x)
-    with torch.cuda.graph(graph):
-        result = beside(x)
-    before = _edges(graph.raw_cuda_graph())
-    assert not make_chain(graph.raw_cuda_graph())
-    assert _edges(graph.raw_cuda_graph()) == before
-    graph.replay()
-    assert torch.equal(result, beside(x))
 
 
 @torch.no_grad()
