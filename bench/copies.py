@@ -70,9 +70,10 @@ async def settled(engine: Engine, num: int, copies: int, num_steps: int, sizes: 
     """Seconds of the fastest round, and the pictures, which are those of each round."""
     best_s, pictures = await round_of(engine, num, copies, num_steps, sizes)
     for _ in range(MAX_ROUNDS - 1):
+        before_s = best_s
         taken_s, pictures = await round_of(engine, num, copies, num_steps, sizes)
-        is_settled, best_s = taken_s > (1 - MIN_GAIN) * best_s, min(taken_s, best_s)
-        if is_settled:
+        best_s = min(taken_s, best_s)
+        if best_s > (1 - MIN_GAIN) * before_s:
             break
     return best_s, pictures
 
@@ -80,6 +81,7 @@ async def settled(engine: Engine, num: int, copies: int, num_steps: int, sizes: 
 async def round_of(engine: Engine, num: int, copies: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
     """Seconds from the first request to the last answer, and the pictures."""
     pictures: dict[int, NDArray[np.uint8]] = {}
+    every = range(num * copies)
 
     async def client(index: int) -> None:
         await anyio.sleep(index * STAGGER_S / copies)
@@ -92,9 +94,9 @@ async def round_of(engine: Engine, num: int, copies: int, num_steps: int, sizes:
 
     start = time.perf_counter()
     async with anyio.create_task_group() as tasks:
-        for index in range(num * copies):
+        for index in every:
             tasks.start_soon(client, index)
-    return time.perf_counter() - start, [pictures[index] for index in range(num * copies)]
+    return time.perf_counter() - start, [pictures[index] for index in every]
 
 
 def difference(pictures: Pictures, others: Pictures) -> float:

@@ -100,11 +100,7 @@ def settle(
     known = _read(file)
     wanted = {heads for of_one in found.values() for heads in of_one}
     if new := [heads for heads in wanted if _name(heads) not in known]:
-        timer, measured = timer or functools.partial(_seconds, device), {}
-        for own in new:
-            times = {name: [timer(name, own, length, dtype) for length in LENGTHS] for name in ("native", *usable)}
-            logger.debug("attention of %s: %s", _name(own), times)
-            measured[_name(own)] = fastest(times)
+        measured = _measured(new, ("native", *usable), dtype, timer or functools.partial(_seconds, device))
         known = _settled(file, known, measured, is_alone=not divisors)
     choices = {heads: choice for heads in wanted if (choice := known.get(_name(heads))) is not None}
     if choices:
@@ -115,6 +111,18 @@ def settle(
         else "attention by native: ranks can't agree on another kernel, as nothing can be kept"
     )
     return {name: _note(of_one, choices) or native for name, of_one in found.items()}
+
+
+def _measured(
+    every: Iterable[Heads], backends: Collection[str], dtype: "torch.dtype", timer: Timer
+) -> dict[str, Choice | None]:
+    """The fastest of these kernels for each of the heads."""
+    found = {}
+    for heads in every:
+        times = {name: [timer(name, heads, length, dtype) for length in LENGTHS] for name in backends}
+        logger.debug("attention of %s: %s", _name(heads), times)
+        found[_name(heads)] = fastest(times)
+    return found
 
 
 def head_divisors(sharing: "Sharing", parallel: "ParallelConfig") -> dict[str, set[int]]:

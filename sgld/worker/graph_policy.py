@@ -164,5 +164,5 @@ def is_worth_capturing(launch_s: float, total_s: float, *, frees_host: bool = Fa
 
 
 def pays(replay_s: float, eager_s: float, *, frees_host: bool = False) -> bool:
-    """Whether a replay saves so much that a graph is kept; or nothing, but the host is free."""
+    """Whether a replay saves so much that a graph is kept; or frees the host, and takes no longer but for noise."""
     return replay_s <= (1 + MAX_LOSS if frees_host else 1 - MIN_GAIN) * eager_s
