@@ -48,8 +48,9 @@ class FakeEngine:
 
     `refuse CODE` is refused, `fail CODE` ends as Failed after a step, `break` raises what no engine should, `hang`
     never goes on after its first step, `wait` not before `go` is set, `show` not after its first
-    preview before that, `nothing` makes no picture, `layers N` makes N, `pause` is a video that stops after half of its
-    frames until `go` is set. With num_frames above 1 there are as many frames.
+    preview before that, `nothing` makes no picture, `layers N` makes N, `picture` makes one where a video was asked
+    for, `pause` is a video that stops after half of its frames until `go` is set. With num_frames above 1 there are as
+    many frames, and 4 where only a video will do.
     """
 
     def __init__(self, *, is_ready: bool = True) -> None:
@@ -108,13 +109,15 @@ class FakeEngine:
                 for index in range(params.num_outputs_per_prompt):
                     yield Queued(request_id="r1", output_index=index, position=index, eta_s=None)
                 for index in range(params.num_outputs_per_prompt):
-                    async for event in self._output(params.output(index), index, verb, rest):
+                    async for event in self._output(params.output(index), index, verb, rest, limits):
                         yield event
         finally:
             self.ended.append(params.prompt)
             self.has_ended.set()
 
-    async def _output(self, params: SamplingParams, index: int, verb: str, rest: str) -> AsyncIterator[AnyEvent]:
+    async def _output(
+        self, params: SamplingParams, index: int, verb: str, rest: str, limits: Limits
+    ) -> AsyncIterator[AnyEvent]:
         about: dict[str, Any] = {"request_id": "r1", "output_index": index}
         yield Started(**about)
         num_steps = params.num_inference_steps or 4
@@ -139,8 +142,9 @@ class FakeEngine:
                 if verb == "show":
                     await self.go.wait()
         num_frames = {"nothing": 0, "layers": int(rest or 0) if verb == "layers" else 1}.get(verb, 1)
-        is_video = (params.num_frames or 1) > 1
-        num_frames = (params.num_frames or 1) if is_video else num_frames
+        asked = params.num_frames or (4 if limits.only_videos and verb != "picture" else 1)
+        is_video = asked > 1
+        num_frames = asked if is_video else num_frames
         frames = np.full((num_frames, params.height or 16, params.width or 24, 3), params.seed % 256, np.uint8)
         if is_video:
             yield Frames(**about, index=0, frames=frames[: num_frames // 2])

@@ -137,7 +137,7 @@ async def test_a_failed_video_is_told_with_200(tmp_path: Path) -> None:
 
 async def test_a_model_of_pictures_makes_no_video(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
-        answer = await server.http.post("/v1/videos", json={"prompt": "a cat"})
+        answer = await server.http.post("/v1/videos", json={"prompt": "picture"})
         video = await ended(server, answer.json())
 
     assert video["error"]["code"] == "pipeline_failed"
