@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from sgld.errors import PipelineFailed
-from sgld.outcome import Raised, outcome_of
+from sgld.outcome import Raised, message_of, outcome_of
 from sgld.parallel import Ranks
 from sgld.worker import rows
 from sgld.worker.adapted_layer import Changes
@@ -117,7 +117,7 @@ class Leader:
             known = self._parts[key]
             return once(replace(invoke, rows=replace(axes, results=known.results) if known is not None else None))
         whole = once(invoke)
-        self._parts[key] = self._proved(whole, rows.completed(axes, whole), invoke, once)
+        self._parts[key] = self._proved(whole, rows.completed(axes, whole), invoke, invocation, runtime)
         return whole
 
     def _invoke(self, invocation: Invocation, parcel: Parcel) -> Invoke:
@@ -138,16 +138,34 @@ class Leader:
         )
 
     def _proved(
-        self, whole: Any, axes: RowAxes | None, invoke: Invoke, once: Callable[[Invoke], Any]
+        self, whole: Any, axes: RowAxes | None, invoke: Invoke, invocation: Invocation, runtime: Runtime
     ) -> RowAxes | None:
-        """The axes, if a forward whose rows are parted is equal to a whole one."""
+        """The axes, if the parts of a forward are together equal to the whole one.
+
+        All ranks run all parts, one after the other: what can't be run so fails on each of them alike.
+        """
         if axes is None or axes.parts(self._member.num_groups) is None:
             return None
-        error = relative_error(once(replace(invoke, rows=axes)), whole)
-        is_right = error <= ceiling(whole)
-        said = "are shared by" if is_right else f"differ by {error:.2g} (relative) if shared by"
+        error = outcome_of(
+            functools.partial(self._error, whole, axes, invoke, invocation, runtime), passes=(torch.OutOfMemoryError,)
+        )
+        if isinstance(error, Raised):
+            self._note(invoke.component, f"rows of its calls can't be shared: {message_of(error.error, 200)}")
+            return None
+        is_right = error.value <= ceiling(whole)
+        said = "are shared by" if is_right else f"differ by {error.value:.2g} (relative) if shared by"
         self._note(invoke.component, f"rows of its calls {said} {self._member.num_groups} groups of ranks")
         return axes if is_right else None
+
+    def _error(self, whole: Any, axes: RowAxes, invoke: Invoke, invocation: Invocation, runtime: Runtime) -> float:
+        """How far the results of parts are, together, from the whole one; raises what a part does."""
+        results = []
+        for group in range(self._member.num_groups):
+            tree, adapters = self._member.rows_of(replace(invoke, rows=axes), invocation.tree, group)
+            parcel, buffer = packed(tree, self._member.device)
+            part, own = replace(invoke, parcel=parcel, adapters=adapters), invocation.having(tree)
+            results.append(self._run_once(part, buffer=buffer, invocation=own, runtime=runtime))
+        return relative_error(rows.joined(results, axes), whole)
 
     def _run_once(
         self, invoke: Invoke, *, buffer: torch.Tensor | None, invocation: Invocation, runtime: Runtime

@@ -81,7 +81,7 @@ class Member:
 
     def perform(self, invoke: Invoke, tree: Any, runtime: Runtime) -> Any:
         """Run this rank's share of a forward of the whole arguments; all ranks must."""
-        tree, adapters = self._own_rows(invoke, tree)
+        tree, adapters = self.rows_of(invoke, tree, self.group)
         ranks = invoke.ranks or Ranks(0, self.seat.num_ranks)
         invocation = self._invocation(invoke, tree, ranks)
         forward = functools.partial(self._forward, runtime, invoke.component, invocation, ranks)
@@ -93,13 +93,13 @@ class Member:
             chosen = self._token_ranks(invoke.ranks) if invoke.ranks is not None else None
             return sequence.run(invocation.course, forward, chosen)
 
-    def _own_rows(self, invoke: Invoke, tree: Any) -> tuple[Any, AdaptersOfRows | None]:
-        """The arguments and adapters of this rank's rows."""
+    def rows_of(self, invoke: Invoke, tree: Any, group: int) -> tuple[Any, AdaptersOfRows | None]:
+        """The arguments and adapters of the rows of a group."""
         if invoke.rows is None:
             return tree, invoke.adapters
         bounds = invoke.rows.parts(self.num_groups)
         assert bounds is not None
-        start, stop = bounds[self.group]
+        start, stop = bounds[group]
         adapters = invoke.adapters and (_between(invoke.adapters[0], start, stop), invoke.adapters[1])
         return rows.part(tree, invoke.rows, start, stop), adapters
 

@@ -220,6 +220,18 @@ def test_halves_of_guidance_are_shared(shared_rows: Served) -> None:
     assert "rows of its calls are shared by 2 groups of ranks" in model.decisions["transformer"]
 
 
+def test_rows_that_are_not_what_they_seem_are_not_shared(tmp_path: Path) -> None:
+    """Z-Image has lists of latents, whose channels look like rows to who has seen one request only."""
+    with serving("z_image", tmp_path, enable_cfg_parallel=True) as served:
+        params = served.params(seed=3, num_inference_steps=3)
+        for _ in range(2):
+            assert difference(served.completed(params).frames, plain(served.pipeline, params)) <= 1
+        model = served.engine.model
+        assert model is not None
+        assert "rows of its calls can't be shared" in model.decisions["transformer"]
+        assert served.engine.statistics().num_restarts == 0
+
+
 def test_each_rank_has_parts_of_layers(shared_layers: Served) -> None:
     requests = [shared_layers.params(seed=seed, num_inference_steps=seed) for seed in (3, 4)]
     ends = shared_layers.portal.call(ends_of, shared_layers.engine, *requests)
