@@ -7,7 +7,7 @@ with zeros in the place of the others; then with the tiles of all.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,9 +24,17 @@ _NO_CACHE = object()
 
 @dataclass
 class Shapes:
-    """What decoders returned for arguments of some geometry: shape and dtype; None: they drew random numbers, too."""
+    """What decoders returned for arguments of some geometry; None: they drew random numbers, too."""
 
-    known: dict[_Geometry, tuple[torch.Size, torch.dtype] | None] = field(default_factory=dict)
+    known: dict[_Geometry, "_Form | None"] = field(default_factory=dict)
+
+
+class _Form(NamedTuple):
+    """What a decoder returns. `has_cache`: with it what the next call of a tile needs, asked for or not."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    has_cache: bool
 
 
 @dataclass
@@ -35,6 +43,7 @@ class _Tile:
 
     value: torch.Tensor
     owner: int | None
+    has_cache: bool
 
 
 class _Recorder:
@@ -69,20 +78,20 @@ class _Recorder:
         self._in_unit += 1
         owner = (self._num_units - 1) % self._num_ranks
         if self._is_shared and owner != self._rank:
-            known = self._shapes.known[key]
-            assert known is not None
-            shape, dtype = known
-            value = args[0].new_zeros(shape, dtype=dtype)
-            self.tiles.append(_Tile(value, owner))
-            return (value, _NO_CACHE) if "conv_cache" in kwargs else value
+            form = self._shapes.known[key]
+            assert form is not None
+            value = args[0].new_zeros(form.shape, dtype=form.dtype)
+            self.tiles.append(_Tile(value, owner, form.has_cache))
+            return (value, _NO_CACHE) if form.has_cache else value
         before = [] if key in self._shapes.known else self._random_states()
         result = self._decode(*args, **kwargs)
-        value = result[0] if isinstance(result, tuple) else result
+        has_cache = isinstance(result, tuple)
+        value = result[0] if has_cache else result
         if key not in self._shapes.known:
             is_drawn = not all(map(torch.equal, before, self._random_states()))
-            self._shapes.known[key] = None if is_drawn else (value.shape, value.dtype)
+            self._shapes.known[key] = None if is_drawn else _Form(value.shape, value.dtype, has_cache)
         # The VAE blends in place.
-        self.tiles.append(_Tile(value.clone(), owner if self._is_shared else None))
+        self.tiles.append(_Tile(value.clone(), owner if self._is_shared else None, has_cache))
         return result
 
     def _random_states(self) -> list[torch.Tensor]:
@@ -131,12 +140,14 @@ def _decoded(
         result = decode(*args, **kwargs)
     if all(tile.owner is None for tile in recorder.tiles):
         return result
-    tiles = [tile.value if tile.owner is None else share(tile.value, tile.owner) for tile in recorder.tiles]
-    rest: Iterator[torch.Tensor] = iter(tiles)
+    for tile in recorder.tiles:
+        if tile.owner is not None:
+            tile.value = share(tile.value, tile.owner)
+    rest = iter(recorder.tiles)
 
-    def known(*_args: Any, **kwargs: Any) -> Any:
-        value = next(rest)
-        return (value, None) if "conv_cache" in kwargs else value
+    def known(*_args: Any, **_kwargs: Any) -> Any:
+        tile = next(rest)
+        return (tile.value, None) if tile.has_cache else tile.value
 
     with _instead(vae, known, lambda: None):
         return decode(*args, **kwargs)

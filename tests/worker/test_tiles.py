@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
 )
 
@@ -66,6 +67,16 @@ def ltx_vae(*, is_noisy: bool = False) -> Any:
     return vae
 
 
+def mochi_vae() -> Any:
+    """Its decoder returns a cache that nobody asked for."""
+    vae = AutoencoderKLMochi(
+        latent_channels=4, out_channels=3, encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5,
+    )  # fmt: skip
+    vae.enable_tiling(32, 32, 16, 16)
+    return vae
+
+
 class Exchange:
     """What `share` does, between threads."""
 
@@ -95,8 +106,9 @@ class Exchange:
         (hunyuan_vae, (1, 4, 4, 4, 3)),
         (hunyuan_vae, (1, 4, 5, 2, 2)),
         (ltx_vae, (1, 4, 3, 6, 6)),
+        (mochi_vae, (1, 4, 2, 6, 6)),
     ],
-    ids=["picture", "wan", "cogvideox", "hunyuanvideo", "hunyuanvideo, frames only", "ltx"],
+    ids=["picture", "wan", "cogvideox", "hunyuanvideo", "hunyuanvideo, frames only", "ltx", "mochi"],
 )
 def test_each_rank_computes_a_share_and_gets_the_whole(make: Callable[[], Any], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
