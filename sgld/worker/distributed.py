@@ -52,7 +52,8 @@ def lead(seat: Seat, model: LoadedModel, config: EngineConfig, note: Callable[[s
         try:
             reply = receive(wire) if wire.poll(timeout_s) else FollowerFailed(0, f"it was silent for {timeout_s:.0f} s")
         except (EOFError, OSError):
-            reply = FollowerFailed(0, "its process died")
+            # No fault of the model, as where rank 0 itself dies: the front sees it, and loads again if it had loaded.
+            raise SystemExit(f"rank {rank} died while it loaded the model") from None
         if isinstance(reply, FollowerFailed):
             raise ModelError(f"rank {rank} can't load the model: {reply.message}")
     _join(seat, model.device, timeout_s)

@@ -1,9 +1,11 @@
 from multiprocessing import Pipe
 from typing import Any
 
+import pytest
+
 from sgld.config import EngineConfig
 from sgld.ipc.seats import Seat
-from sgld.worker.distributed import fail, follow
+from sgld.worker.distributed import fail, follow, lead
 
 
 def test_follower_whose_rank_0_could_not_load_the_model_leaves_without_a_word() -> None:
@@ -12,3 +14,12 @@ def test_follower_whose_rank_0_could_not_load_the_model_leaves_without_a_word() 
     seat, model = Seat(1, 2, "", (wire,)), Any
     fail(seat, "there is no such model")
     follow(seat, model, EngineConfig())  # type: ignore[arg-type]
+
+
+def test_follower_that_dies_while_it_loads_is_no_fault_of_the_model() -> None:
+    """The front loads again, as where rank 0 dies."""
+    wire, gone = Pipe()
+    gone.close()
+    model: Any = None
+    with pytest.raises(SystemExit, match="rank 1 died while it loaded the model"):
+        lead(Seat(0, 2, "", (wire,)), model, EngineConfig(), lambda name, note: None)
