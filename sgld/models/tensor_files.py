@@ -94,7 +94,10 @@ def _cut_of(key: str, names: Any, cuts: Mapping[str, Cut]) -> Cut | None:
     atoms = key.split(".")
     for start in range(1, len(atoms)):
         end = ".".join(atoms[start:])
-        found = {cuts.get(name) for name in names if name == end or name.endswith(f".{end}")}
+        alike = [name for name in names if name == end or name.endswith(f".{end}")]
+        # Towers of a model have layers of the same names; what is before them is in both, in whatever order.
+        own = [name for name in alike if set(atoms[:start]) <= set(name.split("."))]
+        found = {cuts.get(name) for name in own or alike}
         if len(found) == 1:
             return found.pop()
     return None

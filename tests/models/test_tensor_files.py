@@ -11,6 +11,7 @@ import torch
 import transformers
 from pipelines.flux import SIZES as FLUX_SIZES
 from pipelines.language import gemma_2, llama, qwen_2_5, qwen_3
+from pipelines.ltx_variants import gemma_3
 from pipelines.parts import clip, t5
 from safetensors.torch import load_file, save_file
 
@@ -65,6 +66,8 @@ def tensors(tree: Any) -> list[torch.Tensor]:
         (clip, 0.54, 2),
         (llama, 0.53, 2),
         (gemma_2, 0.53, 2),
+        # Its eyes are whole, whose layers have the same names; its files have the names of older ones.
+        (gemma_3, 0.9, 2),
         (qwen_3, 0.53, 2),
         # Its eyes are whole, which are large here.
         (qwen_2_5, 0.93, 2),

@@ -17,7 +17,7 @@ def ltx_image_to_video() -> Any:
     return diffusers.LTXImageToVideoPipeline(**ltx().components)
 
 
-def _gemma_3() -> transformers.Gemma3ForConditionalGeneration:
+def gemma_3() -> transformers.Gemma3ForConditionalGeneration:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -119,7 +119,7 @@ def ltx_2() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=_video_vae(),
         audio_vae=_audio_vae(),
-        text_encoder=_gemma_3(),
+        text_encoder=gemma_3(),
         tokenizer=tokenizer(),
         connectors=_connectors(),
         transformer=transformer,
