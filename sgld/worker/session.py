@@ -141,8 +141,8 @@ class Session:
         return has_ended
 
     def _may_run(self, call: Call) -> bool:
-        """Whether components are what the call's task expects."""
-        return self._exclusive in (None, self._tasks.get(call.request_id))
+        """Whether its task still waits for it, and components are what that expects."""
+        return self._is_waiting(call) and self._exclusive in (None, self._tasks.get(call.request_id))
 
     def _is_waiting(self, call: Call) -> bool:
         task = self._tasks.get(call.request_id)

@@ -237,6 +237,16 @@ def test_order_that_crosses_the_news_of_an_exclusive_task_begins_nothing(log: Lo
     assert lanes.begun == [("a", FIRST)]
 
 
+def test_what_failed_elsewhere_runs_here_for_nobody_who_has_left(log: Log) -> None:
+    log.start("a")
+    [call] = log.session._waiting([log.waiting()["a"].call.id])
+    log.session.cancel("a")
+    log.session.lanes = lanes = FailingLanes(call)  # type: ignore[assignment]
+    assert log.session.ended_lanes()
+    assert lanes.may_run == [False]
+    log.session.lanes = None
+
+
 def test_what_failed_elsewhere_runs_here_only_when_components_are_what_it_expects(log: Log) -> None:
     pipeline, _ = build("sd_pag")
     for request_id, arguments in zip("ab", pag_calls(), strict=False):
