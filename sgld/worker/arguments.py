@@ -55,8 +55,17 @@ def arguments(
         if name not in accepted:
             raise InvalidRequest(f"{type(pipeline).__name__} takes no {name}; it takes {', '.join(accepted)}", name)
     recommended = {name: value for name, value in defaults.items() if name in accepted}
-    ours = {"generator": _generator(params), "output_type": "pt"}
+    ours = {"generator": _generator(params), "output_type": _output_type(pipeline)}
     return recommended | chosen | {name: value for name, value in ours.items() if name in accepted}
+
+
+def _output_type(pipeline: Any) -> str:
+    """Tensors of values from 0 to 1 where a processor of diffusers makes the outputs.
+
+    Pipelines that do so themselves, as those of Kandinsky 2.2, may give tensors as their decoder has them.
+    """
+    is_processed = any(getattr(pipeline, name, None) is not None for name in ("image_processor", "video_processor"))
+    return "pt" if is_processed or hasattr(pipeline, "default_call_parameters") else "np"
 
 
 def with_pictures(kwargs: dict[str, Any]) -> dict[str, Any]:

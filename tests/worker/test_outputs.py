@@ -6,9 +6,12 @@ import pytest
 import torch
 from diffusers.modular_pipelines import PipelineState
 from diffusers.utils import BaseOutput
+from engine.streams import params_of, plain
+from pipelines import build
 from torch import nn
 
 from sgld.errors import PipelineFailed
+from sgld.worker.arguments import arguments
 from sgld.worker.outputs import outputs_of, sample_rate_of
 
 PICTURES = torch.rand(1, 3, 4, 6)
@@ -116,3 +119,16 @@ class Vocoder(nn.Module):
 )
 def test_sample_rate_is_what_the_models_tell(pipeline: Any, rate: int | None) -> None:
     assert sample_rate_of(pipeline) == rate
+
+
+@pytest.mark.parametrize("name", ["sd", "wan", "kandinsky"])
+@pytest.mark.filterwarnings("ignore:.callback_steps. is deprecated")
+def test_what_comes_out_is_what_the_pipeline_shows(name: str) -> None:
+    """Kandinsky's has tensors of its decoder's range, and makes pictures of these itself."""
+    pipeline, kwargs = build(name)
+    params = params_of(kwargs, seed=1)
+    outputs = outputs_of(pipeline(**arguments(pipeline, params, {}, [])))
+    assert outputs.pixels is not None
+    wanted = plain(pipeline, params)
+    assert len(set(wanted.ravel())) > 2
+    np.testing.assert_allclose(outputs.pixels.frames.cpu().numpy().astype(int), wanted.astype(int), atol=1)
