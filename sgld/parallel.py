@@ -7,6 +7,9 @@ from msgspec import Meta
 
 from sgld.fields import FieldError, check_fields, option
 
+# As many processes as one machine has GPUs, and more.
+MAX_RANKS = 64
+
 
 class Ranks(msgspec.Struct, frozen=True, array_like=True):
     """Some ranks of a replica that stand side by side: a power of two, beginning at a multiple of it."""
@@ -84,16 +87,23 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         check_fields(self)
         if self.elastic_sp:
             self._check_elastic()
+        if self.total > MAX_RANKS:
+            raise FieldError("num_gpus", self.total, f"it must be at most {MAX_RANKS}: all are of one machine")
         apart = self.dp_size * self.cfg_degree * self.tp_size
         if self.total % apart:
-            problem = f"it must be a multiple of dp x cfg x tp = {self.dp_size} x {self.cfg_degree} x {self.tp_size}"
-            raise FieldError("num_gpus", self.num_gpus, problem)
+            product = f"{self.dp_size} x {self.cfg_degree} x {self.tp_size} = {apart}"
+            raise FieldError("num_gpus", self.num_gpus, f"it must be a multiple of dp x cfg x tp = {product}")
         if self.total != apart * self.sp:
             product = f"{self.dp_size} x {self.cfg_degree} x {self.sp} x {self.tp_size} = {apart * self.sp}"
             raise FieldError("num_gpus", self.num_gpus, f"it must be dp x cfg x sp x tp = {product}")
         if self.sp != self.ulysses * self.ring:
-            problem = f"it must be ulysses x ring = {self.ulysses} x {self.ring} = {self.ulysses * self.ring}"
-            raise FieldError("sp_degree", self.sp, problem)
+            product = f"ulysses x ring = {self.ulysses} x {self.ring} = {self.ulysses * self.ring}"
+            if self.sp_degree is not None:
+                raise FieldError("sp_degree", self.sp, f"it must be {product}")
+            others = f"dp {self.dp_size} x cfg {self.cfg_degree} x tp {self.tp_size}"
+            raise FieldError(
+                "num_gpus", self.num_gpus, f"{others} leaves {self.sp} of them for sp, which must be {product}"
+            )
 
     def _check_elastic(self) -> None:
         """See that the ranks of a copy can be taken in halves, and that nothing else says how many share a forward."""

@@ -18,16 +18,27 @@ def test_one_gpu_shares_nothing() -> None:
     [
         (
             {"num_gpus": 3, "enable_cfg_parallel": True},
-            "num_gpus is 3: it must be a multiple of dp x cfg x tp = 1 x 2 x 1",
+            "num_gpus is 3: it must be a multiple of dp x cfg x tp = 1 x 2 x 1 = 2",
         ),
         ({"num_gpus": 4, "sp_degree": 2}, "num_gpus is 4: it must be dp x cfg x sp x tp = 1 x 1 x 2 x 1 = 2"),
         ({"num_gpus": 1, "sp_degree": 2}, "num_gpus is 1: it must be dp x cfg x sp x tp = 1 x 1 x 2 x 1 = 2"),
         ({"num_gpus": 8, "ulysses_degree": 2, "ring_degree": 2}, "dp x cfg x sp x tp = 1 x 1 x 4 x 1 = 4"),
-        ({"num_gpus": 4, "ulysses_degree": 3}, "sp_degree is 4: it must be ulysses x ring = 3 x 1 = 3"),
+        (
+            {"num_gpus": 4, "ulysses_degree": 3},
+            "num_gpus is 4: dp 1 x cfg 1 x tp 1 leaves 4 of them for sp, which must be ulysses x ring = 3 x 1 = 3",
+        ),
         ({"sp_degree": 4, "ulysses_degree": 2, "ring_degree": 1}, "sp_degree is 4: it must be ulysses x ring = 2 x 1"),
-        ({"num_gpus": 2, "ulysses_degree": 4}, "sp_degree is 2: it must be ulysses x ring = 4 x 1 = 4"),
-        ({"num_gpus": 4, "ring_degree": 8}, "sp_degree is 4: it must be ulysses x ring = 1 x 8 = 8"),
+        (
+            {"num_gpus": 2, "ulysses_degree": 4},
+            "num_gpus is 2: dp 1 x cfg 1 x tp 1 leaves 2 of them for sp, which must be ulysses x ring = 4 x 1 = 4",
+        ),
+        (
+            {"num_gpus": 4, "ring_degree": 8},
+            "num_gpus is 4: dp 1 x cfg 1 x tp 1 leaves 4 of them for sp, which must be ulysses x ring = 1 x 8 = 8",
+        ),
         ({"num_gpus": 0}, ">= 1"),
+        ({"num_gpus": 64_000}, "num_gpus is 64000: it must be at most 64"),
+        ({"dp_size": 16, "tp_size": 8}, "num_gpus is 128: it must be at most 64"),
         ({"num_gpus": 6, "elastic_sp": True}, "each copy must have a power of two of GPUs, not 6 / dp 1 = 6"),
         (
             {"num_gpus": 4, "elastic_sp": True, "ring_degree": 2},

@@ -233,10 +233,14 @@ async def _flushing(front: FrontEnd[AnyCommand, AnyReply]) -> AsyncIterator[None
 
 
 def _first_death(processes: Sequence[_Process], timeout_s: float) -> str | None:
-    """How one of the processes of a replica ended; None if all still live after `timeout_s`."""
-    for index, process in enumerate(processes):
-        if (cause := _cause_of_death(process, 0)) is not None:
-            return cause if len(processes) == 1 else f"rank {index}: {cause}"
+    """How one of the processes of a replica ended; None if all still live after `timeout_s`.
+
+    Where one is killed the others leave by themselves.
+    """
+    causes = {index: cause for index, process in enumerate(processes) if (cause := _cause_of_death(process, 0))}
+    if causes:
+        index = min(causes, key=lambda index: (processes[index].exitcode or 0) >= 0)
+        return causes[index] if len(processes) == 1 else f"rank {index}: {causes[index]}"
     if timeout_s:
         ended = wait([process.sentinel for process in processes], timeout_s)
         for process in processes:

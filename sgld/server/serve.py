@@ -49,6 +49,8 @@ from sgld.server.video_work import video_work
 from sgld.storage.cloud import open_storage
 from sgld.storage.settings import resolved
 
+logger = logging.getLogger(__name__)
+
 # For connections to be closed in order; answers that are complete still have to leave.
 _CLOSE_S = 1.0
 _STATS_S = 1.0
@@ -211,6 +213,8 @@ async def _come_to_rest(services: Services, activity: Activity) -> None:
     """Let requests end, then end them."""
     services.requests.close()
     services.feed.announce_shutdown()
+    num, timeout_s = services.requests.num_live, services.config.shutdown_timeout_s
+    logger.info("leaving; requests on their way: %d, for %g s at most, or until a second signal", num, timeout_s)
     with anyio.move_on_after(services.config.shutdown_timeout_s):
         await _wait_idle(services, activity)
     services.requests.cancel_all()

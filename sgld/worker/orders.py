@@ -97,21 +97,33 @@ class Part:
     parcel: Parcel
 
 
+class WireGone(OSError):
+    """The process at the other end of a wire is gone."""
+
+
 def send(wire: Connection, message: Any) -> None:
     """Send a message.
 
-    :raises OSError: the other end is gone.
+    :raises WireGone: the other end is gone.
     """
-    # Not `wire.send`: with it torch puts each tensor into a file of /dev/shm.
-    wire.send_bytes(pickle.dumps(message))
+    content = pickle.dumps(message)
+    try:
+        # Not `wire.send`: with it torch puts each tensor into a file of /dev/shm.
+        wire.send_bytes(content)
+    except OSError as error:
+        raise WireGone(str(error)) from None
 
 
 def receive(wire: Connection) -> Any:
     """The next message; waits for it.
 
-    :raises EOFError: the other end is gone; or OSError.
+    :raises WireGone: the other end is gone.
     """
-    return pickle.loads(wire.recv_bytes())
+    try:
+        content = wire.recv_bytes()
+    except (EOFError, OSError) as error:
+        raise WireGone(str(error)) from None
+    return pickle.loads(content)
 
 
 def portable(context: CallContext) -> CallContext:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from sgld.config import EngineConfig
-from sgld.engine.replica import _started, rank_process
+from sgld.engine.replica import _first_death, _started, rank_process
 from sgld.errors import RankLost
 from sgld.logs import set_up_logs
 from sgld.worker.main import rank_environment
@@ -42,6 +42,32 @@ def test_ranks_get_an_environment_that_this_process_does_not_keep(monkeypatch: p
     assert processes == [process]
     assert {"OMP_WAIT_POLICY=PASSIVE", "TQDM_DISABLE=0"} <= set(process.environment)
     assert sorted(environment()) == sorted(before)
+
+
+class Ended:
+    """Stands for a process that has ended so."""
+
+    sentinel = 0
+
+    def __init__(self, exitcode: int | None) -> None:
+        self.exitcode = exitcode
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ([1, -9, 0], "rank 1: killed by SIGKILL"),
+        ([1, None, None], "rank 0: exit code 1"),
+        ([None, None], None),
+        ([-11], "killed by SIGSEGV"),
+    ],
+)
+def test_who_was_killed_is_named_rather_than_who_left_for_it(codes: list[int | None], cause: str | None) -> None:
+    processes: Any = [Ended(code) for code in codes]
+    assert _first_death(processes, 0) == cause
 
 
 def test_where_no_cache_can_be_ranks_have_that_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
