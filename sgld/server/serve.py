@@ -215,7 +215,7 @@ async def _come_to_rest(services: Services, activity: Activity) -> None:
     services.feed.announce_shutdown()
     num, timeout_s = services.requests.num_live, services.config.shutdown_timeout_s
     logger.info("leaving; requests on their way: %d, for %g s at most, or until a second signal", num, timeout_s)
-    with anyio.move_on_after(services.config.shutdown_timeout_s):
+    with anyio.move_on_after(timeout_s):
         await _wait_idle(services, activity)
     services.requests.cancel_all()
     with anyio.move_on_after(_CLOSE_S):

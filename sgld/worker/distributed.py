@@ -34,6 +34,7 @@ from sgld.worker.orders import (
     Part,
     PutAdapters,
     RemoveAdapters,
+    WireGone,
     receive,
     send,
 )
@@ -51,7 +52,7 @@ def lead(seat: Seat, model: LoadedModel, config: EngineConfig, note: Callable[[s
     for rank, wire in enumerate(seat.wires, 1):
         try:
             reply = receive(wire) if wire.poll(timeout_s) else FollowerFailed(0, f"it was silent for {timeout_s:.0f} s")
-        except (EOFError, OSError):
+        except OSError:
             # No fault of the model, as where rank 0 itself dies: the front sees it, and loads again if it had loaded.
             raise SystemExit(f"rank {rank} died while it loaded the model") from None
         if isinstance(reply, FollowerFailed):
@@ -65,9 +66,9 @@ def fail(seat: Seat, problem: str) -> None:
     """A follower can't load the model: rank 0 hears why, and this one waits for its end."""
     [wire] = seat.wires
     # Mostly rank 0 can't, either, and has said so and left.
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(WireGone):
         send(wire, FollowerFailed(0, problem))
-        wire.recv_bytes()
+        receive(wire)
 
 
 def follow(
@@ -79,34 +80,34 @@ def follow(
     :raises SystemExit: it can't go on.
     """
     [wire] = seat.wires
-    try:
+    # Whatever it does then; the front says what became of rank 0.
+    with contextlib.suppress(WireGone):
         send(wire, Loaded())
-    except OSError:
-        return
-    _join(seat, model.device, config.load_timeout_s)
-    member = Member(seat, model, config.parallel)
-    runtime = runtime_of(model, member.components, config, graphs_on=graphs_on)
-    max_slots = config.adapters.max_loras + 1
-    member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}
-    while True:
-        try:
-            order: Order = receive(wire)
-        except (EOFError, OSError):
-            return
-        match order:
-            case Invoke(ranks=ranks) if ranks is not None and ranks.first:
-                serve(member, order, runtime)
-            case Invoke():
-                _obey(member, order, runtime)
-            case PutAdapters(component=component, key=key, changes=changes):
-                member.slots[component].put(key, changes)
-            case RemoveAdapters(component=component, key=key):
-                member.slots[component].remove(key)
-            case Agree():
-                # It succeeded here; rank 0 will see to the rest.
-                send(wire, Loaded())
-            case unknown:
-                assert_never(unknown)
+        _join(seat, model.device, config.load_timeout_s)
+        member = Member(seat, model, config.parallel)
+        runtime = runtime_of(model, member.components, config, graphs_on=graphs_on)
+        max_slots = config.adapters.max_loras + 1
+        member.slots = {name: Slots(part, model.device, max_slots) for name, part in member.components.items()}
+        while True:
+            _follow(receive(wire), member, runtime)
+
+
+def _follow(order: Order, member: Member, runtime: Runtime) -> None:
+    match order:
+        case Invoke(ranks=ranks) if ranks is not None and ranks.first:
+            serve(member, order, runtime)
+        case Invoke():
+            _obey(member, order, runtime)
+        case PutAdapters(component=component, key=key, changes=changes):
+            member.slots[component].put(key, changes)
+        case RemoveAdapters(component=component, key=key):
+            member.slots[component].remove(key)
+        case Agree():
+            # It succeeded here; rank 0 will see to the rest.
+            [wire] = member.seat.wires
+            send(wire, Loaded())
+        case unknown:
+            assert_never(unknown)
 
 
 def _obey(member: Member, invoke: Invoke, runtime: Runtime) -> None:

@@ -218,7 +218,7 @@ class Leader:
                 if wire.poll():
                     self._give_up(f"rank {rank} failed, and rank 0 didn't: {receive(wire)}")
                 wire.send_bytes(message)
-            except (EOFError, OSError):
+            except OSError:
                 self._give_up(f"rank {rank} is gone")
 
     def _agree(self, error: BaseException, ranks: Ranks | None) -> None:
@@ -242,7 +242,7 @@ class Leader:
             if timeout_s is not None and not wire.poll(timeout_s):
                 self._give_up(f"rank {rank} is still in a forward in which another failed")
             return receive(wire)
-        except (EOFError, OSError):
+        except OSError:
             self._give_up(f"rank {rank} is gone")
 
     def _give_up(self, problem: str) -> Any:

@@ -66,11 +66,8 @@ def follower_main(
         fail(seat, str(error))
     else:
         from sgld.worker.distributed import follow
-        from sgld.worker.orders import WireGone
 
-        # The front says what became of rank 0.
-        with suppress(WireGone):
-            follow(seat, model, config)
+        follow(seat, model, config)
     os._exit(0)
 
 

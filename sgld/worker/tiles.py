@@ -67,8 +67,7 @@ class _Recorder:
         self._in_unit = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        has_cache = "feat_cache" in kwargs or kwargs.get("conv_cache") is not None
-        if not has_cache:
+        if "feat_cache" not in kwargs and kwargs.get("conv_cache") is None:
             self.begin_unit()
         if self._in_unit == 0:
             self._num_units += 1

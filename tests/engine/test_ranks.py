@@ -61,6 +61,12 @@ class Served:
     def params(self, **choices: Any) -> SamplingParams:
         return params_of(self.kwargs, **choices)
 
+    def decision(self, about: str) -> str:
+        """What was decided of a component, or of the model."""
+        model = self.engine.model
+        assert model is not None
+        return model.decisions[about]
+
     def completed(self, params: SamplingParams) -> Completed:
         return self.portal.call(completed, self.engine, params)
 
@@ -132,9 +138,7 @@ def pids(others: frozenset[int] = frozenset()) -> dict[int, int]:
 def test_tokens_are_shared_by_ulysses(shared_tokens: Served) -> None:
     params = shared_tokens.params(seed=3, num_inference_steps=4)
     assert difference(shared_tokens.completed(params).frames, plain(shared_tokens.pipeline, params)) <= 1
-    model = shared_tokens.engine.model
-    assert model is not None
-    assert "2 = dp 1 x cfg 1 x sp 2 (ulysses 2 x ring 1) x tp 1" in model.decisions["model"]
+    assert "2 = dp 1 x cfg 1 x sp 2 (ulysses 2 x ring 1) x tp 1" in shared_tokens.decision("model")
 
 
 def test_requests_of_other_sizes_and_lengths_share_them_too(shared_tokens: Served) -> None:
@@ -215,9 +219,7 @@ def test_halves_of_guidance_are_shared(shared_rows: Served) -> None:
     params = shared_rows.params(seed=3, num_inference_steps=5)
     for _ in range(2):
         assert difference(shared_rows.completed(params).frames, plain(shared_rows.pipeline, params)) <= 1
-    model = shared_rows.engine.model
-    assert model is not None
-    assert "rows of its calls are shared by 2 groups of ranks" in model.decisions["transformer"]
+    assert "rows of its calls are shared by 2 groups of ranks" in shared_rows.decision("transformer")
 
 
 def test_rows_that_are_not_what_they_seem_are_not_shared(tmp_path: Path) -> None:
@@ -226,9 +228,7 @@ def test_rows_that_are_not_what_they_seem_are_not_shared(tmp_path: Path) -> None
         params = served.params(seed=3, num_inference_steps=3)
         for _ in range(2):
             assert difference(served.completed(params).frames, plain(served.pipeline, params)) <= 1
-        model = served.engine.model
-        assert model is not None
-        assert "rows of its calls can't be shared" in model.decisions["transformer"]
+        assert "rows of its calls can't be shared" in served.decision("transformer")
         assert served.engine.statistics().num_restarts == 0
 
 
@@ -238,11 +238,9 @@ def test_each_rank_has_parts_of_layers(shared_layers: Served) -> None:
     for end, params in zip(ends, requests, strict=True):
         assert isinstance(end, Completed), end
         assert difference(end.frames, plain(shared_layers.pipeline, params)) <= 1
-    model = shared_layers.engine.model
-    assert model is not None
-    assert "2 = dp 1 x cfg 1 x sp 1 (ulysses 1 x ring 1) x tp 2" in model.decisions["model"]
+    assert "2 = dp 1 x cfg 1 x sp 1 (ulysses 1 x ring 1) x tp 2" in shared_layers.decision("model")
     for name in ("text_encoder", "text_encoder_2", "transformer"):
-        assert "each of 2 ranks has parts of its layers" in model.decisions[name]
+        assert "each of 2 ranks has parts of its layers" in shared_layers.decision(name)
 
 
 def test_parts_of_layers_have_the_adapters_of_requests(shared_layers: Served, tmp_path: Path) -> None:
@@ -259,8 +257,7 @@ def test_each_forward_has_ranks_of_its_own_and_company_changes_nothing(tmp_path:
         for end, params in zip(ends, requests, strict=True):
             assert isinstance(end, Completed), end
             assert difference(end.frames, plain(served.pipeline, params)) <= 1
-        assert served.engine.model is not None
-        assert "sp 1 or 2 or 4 (elastic)" in served.engine.model.decisions["model"]
+        assert "sp 1 or 2 or 4 (elastic)" in served.decision("model")
     events = json.loads(trace.read_text())
     ticks = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
     assert len({tick["tid"] for tick in ticks if tick["name"].startswith("transformer")}) == 4
@@ -289,8 +286,7 @@ def test_what_several_ranks_can_not_share_one_of_them_runs(elastic: Served) -> N
     """One token of text can't be split in two."""
     params = elastic.params(num_inference_steps=12, max_sequence_length=1)
     assert difference(elastic.completed(params).frames, plain(elastic.pipeline, params)) <= 1
-    assert elastic.engine.model is not None
-    assert "some calls run on one rank each" in elastic.engine.model.decisions["transformer"]
+    assert "some calls run on one rank each" in elastic.decision("transformer")
 
 
 def test_forward_that_fails_ends_its_own_request_only_and_cancelled_ones_leave(elastic: Served) -> None:
