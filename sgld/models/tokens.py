@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
+from sgld.models.exchange import arrived, gathered, gathered_sizes, sent_to_all
+
 Compute = Callable[..., torch.Tensor]
 """Attention of (B, S, H, D) tensors on one rank: query, key, value, mask."""
-# Its name since torch 2.13, and before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# So many queries of one head a GPU attends to at a time: 128 on each of 132 multiprocessors.
+WAVE = 16_896
 
 
 class UnevenTokens(Exception):
@@ -21,14 +23,19 @@ class UnevenTokens(Exception):
 
 @dataclass(frozen=True)
 class TokenRanks:
-    """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`."""
+    """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`.
+
+    :ivar ulysses: the name of their group.
+    :ivar overlaps: some heads come and go while others are attended to.
+    """
 
     group: Any
     ring: Any
-    ulysses: Any
+    ulysses: str
     num_ring: int
     num_ulysses: int
     index: int
+    overlaps: bool = True
 
     @property
     def num(self) -> int:
@@ -37,7 +44,7 @@ class TokenRanks:
     @classmethod
     def alone(cls) -> "TokenRanks":
         """One that has all tokens."""
-        return cls(None, None, None, 1, 1, 0)
+        return cls(None, None, "", 1, 1, 0)
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> "TokenRanks":
@@ -46,7 +53,7 @@ class TokenRanks:
         return cls(
             mesh._flatten().get_group(),
             ring.get_group(),
-            ulysses.get_group(),
+            ulysses.get_group().group_name,
             ring.size(),
             ulysses.size(),
             ring.get_local_rank() * ulysses.size() + ulysses.get_local_rank(),
@@ -104,10 +111,23 @@ class Tokens:
         """How long the parts of all ranks are, of which this one's is `num`."""
         return self._told(num) if self.is_uneven else [num] * self.ranks.num
 
+    def _both_lengths(self, num: int, num_keys: int) -> tuple[list[int], list[int]]:
+        """Of queries and keys; one list where they are alike on all ranks."""
+        if self.is_uneven:
+            return self._told_both(num, num_keys)  # type: ignore[no-any-return]
+        lengths = self.lengths(num)
+        return lengths, lengths if num == num_keys else self.lengths(num_keys)
+
+    # Compiled code can't compare lengths that it doesn't know.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _told_both(self, num: int, num_keys: int) -> tuple[list[int], list[int]]:
+        lengths, key_lengths = self._told(num), self._told(num_keys)
+        return lengths, lengths if lengths == key_lengths else key_lengths
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _told(self, num: int) -> list[int]:
         if self._num_asked == len(self._lengths):
-            self._lengths.append(_gathered_sizes(num, self.ranks))
+            self._lengths.append(gathered_sizes(num, self.ranks.num, self.ranks.group))
         known = self._lengths[self._num_asked]
         self._num_asked += 1
         if known[self.ranks.index] != num:
@@ -121,7 +141,7 @@ class Tokens:
         """What all ranks have, on each of them."""
         if self.ranks.num == 1:
             return part
-        return _gathered(part, dim, self.lengths(part.shape[dim]), self.ranks.group)
+        return gathered(part, dim, self.lengths(part.shape[dim]), self.ranks.group)
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors."""
@@ -136,7 +156,7 @@ class Tokens:
         if self.ranks.num == 1:
             return functional.pad(rows, (0, 0, 1, 1))
         edges = torch.cat((rows[:, :, :1], rows[:, :, -1:]), dim=2)
-        all_edges = _gathered(edges, 2, [2] * self.ranks.num, self.ranks.group)
+        all_edges = gathered(edges, 2, [2] * self.ranks.num, self.ranks.group)
         padded = functional.pad(all_edges, (0, 0, 1, 1))
         first = 2 * self.ranks.index
         return torch.cat((padded[:, :, first : first + 1], rows, padded[:, :, first + 3 : first + 4]), dim=2)
@@ -157,30 +177,32 @@ class Tokens:
         ranks, num_heads = self.ranks, query.shape[2]
         if ranks.num == 1:
             return compute(query, key, value, mask)
-        lengths, key_lengths = self.lengths(query.shape[1]), self.lengths(key.shape[1])
+        lengths, key_lengths = self._both_lengths(query.shape[1], key.shape[1])
         # All ranks must find the same.
-        is_alike = lengths == key_lengths and query.shape[2:] == key.shape[2:] == value.shape[2:]
+        is_alike = lengths is key_lengths and query.shape[2:] == key.shape[2:] == value.shape[2:]
         if mask is not None:
             mask = self._mask_of_keys(mask, key.shape[1], key_lengths)
         if key.shape[2] != num_heads and key.shape[2] % ranks.num_ulysses:
             key, value = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (key, value))
-        if ranks.num_ulysses > 1:
-            if is_alike:
-                query, key, value = self._by_heads((query, key, value), lengths)
-            else:
-                [query] = self._by_heads((query,), lengths)
-                key, value = self._by_heads((key, value), key_lengths)
-        if ranks.num_ring > 1:
-            key, value = self._of_ring(key, value, key_lengths)
-        if mask is not None and mask.shape[1] == num_heads > 1:
-            mask = self._own_heads(mask, query.shape[2])
-        return self._by_tokens(compute(query, key, value, mask), lengths, num_heads)
+        if ranks.num_ulysses == 1:
+            return compute(query, *self._of_ring(key, value, key_lengths), mask)
+        parts = self._parts(query, lengths) if is_alike and (mask is None or mask.shape[1] == 1) else [slice(None)]
+        messages = [((query, key, value), lengths)] if is_alike else [((query,), lengths), ((key, value), key_lengths)]
+        coming = [self._by_heads(tensors, of_ranks, parts) for tensors, of_ranks in messages]
+        going = []
+        for message in zip(*coming, strict=True):
+            query, key, value = (heads for tensors in message for heads in tensors.arrived())
+            if ranks.num_ring > 1:
+                key, value = self._of_ring(key, value, key_lengths)
+            own = mask if mask is None or mask.shape[1] == 1 else self._own_heads(mask, query.shape[2])
+            going.append(self._by_tokens(compute(query, key, value, own), lengths))
+        return self._joined(going, lengths)[:, :, :num_heads]
 
     def _of_ring(self, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the same heads (B, S, H, D), of all ranks."""
         num = self.ranks.num_ulysses
         by_ring = [sum(lengths[start : start + num]) for start in range(0, self.ranks.num, num)]
-        pairs = _gathered(torch.cat((key, value), dim=-1), 1, by_ring, self.ranks.ring)
+        pairs = gathered(torch.cat((key, value), dim=-1), 1, by_ring, self.ranks.ring)
         key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
         return key, value
 
@@ -190,7 +212,7 @@ class Tokens:
             mask = mask[:, None, None, :]
         if mask.ndim != 4 or mask.shape[2] != 1 or mask.shape[3] not in (num_own, sum(lengths)):
             raise ValueError(f"{self._name} has a mask of {tuple(mask.shape)}, which can't be shared by its tokens")
-        return mask if mask.shape[3] == sum(lengths) else _gathered(mask, 3, lengths, self.ranks.group)
+        return mask if mask.shape[3] == sum(lengths) else gathered(mask, 3, lengths, self.ranks.group)
 
     def _own_heads(self, mask: torch.Tensor, num: int) -> torch.Tensor:
         index = self.ranks.index % self.ranks.num_ulysses
@@ -202,57 +224,63 @@ class Tokens:
         start = self.ranks.index // self.ranks.num_ulysses * self.ranks.num_ulysses
         return lengths[start : start + self.ranks.num_ulysses]
 
-    def _by_heads(self, parts: tuple[torch.Tensor, ...], lengths: list[int]) -> tuple[torch.Tensor, ...]:
-        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads. Heads are padded where they must be."""
+    def _parts(self, query: torch.Tensor, lengths: list[int]) -> list[slice]:
+        """Of the heads that a rank will have those that are attended to together."""
+        num = -(-query.shape[2] // self.ranks.num_ulysses)
+        can_part = self.ranks.overlaps and self.ranks.num_ring == 1
+        first = first_heads(num, query.shape[0] * sum(lengths)) if can_part else 0
+        return [slice(first), slice(first, None)] if first else [slice(None)]
+
+    def _by_heads(self, tensors: tuple[torch.Tensor, ...], lengths: list[int], parts: list[slice]) -> list["_Heads"]:
+        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads, by parts of these: all are under way.
+
+        Heads are padded where they must be.
+        """
         num = self.ranks.num_ulysses
-        length, heads = parts[0].shape[1:3]
+        length, heads = tensors[0].shape[1:3]
         if heads % num:
-            parts = tuple(functional.pad(part, (0, 0, 0, -heads % num)) for part in parts)
-        # One message for all of them, which are copied once.
-        views = [part.reshape(*part.shape[:2], num, -1, part.shape[-1]).permute(2, 1, 0, 3, 4) for part in parts]
-        sent = torch.cat(views, dim=-1).contiguous().flatten(0, 1)
-        joined = _exchanged(sent, self._of_ulysses(lengths), [length] * num, self.ranks.ulysses).transpose(0, 1)
-        return torch.split(joined, [part.shape[-1] for part in parts], dim=-1)
+            tensors = tuple(functional.pad(tensor, (0, 0, 0, -heads % num)) for tensor in tensors)
+        by_rank = [each.reshape(*each.shape[:2], num, -1, each.shape[-1]).permute(2, 1, 0, 3, 4) for each in tensors]
+        under_way = []
+        for part in parts:
+            # One message for all of them, which are copied once.
+            sent = torch.cat([each[:, :, :, part] for each in by_rank], dim=-1).contiguous().flatten(0, 1)
+            message = sent_to_all(sent, self._of_ulysses(lengths), [length] * num, self.ranks.ulysses)
+            under_way.append(_Heads(message, [each.shape[-1] for each in tensors]))
+        return under_way
 
-    def _by_tokens(self, part: torch.Tensor, lengths: list[int], num_heads: int) -> torch.Tensor:
-        """The way back."""
-        num = self.ranks.num_ulysses
-        if num == 1:
-            return part
-        batch, _, heads, width = part.shape
+    def _by_tokens(self, part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """The way back of some heads, under way."""
+        own = [lengths[self.ranks.index]] * self.ranks.num_ulysses
+        return sent_to_all(part.transpose(0, 1).contiguous(), own, self._of_ulysses(lengths), self.ranks.ulysses)
+
+    def _joined(self, parts: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
+        """Own tokens, all heads (B, S, H, D), of what comes back."""
         length = lengths[self.ranks.index]
-        received = _exchanged(
-            part.transpose(0, 1).contiguous(), [length] * num, self._of_ulysses(lengths), self.ranks.ulysses
-        )
-        joined = received.view(num, length, batch, heads, width).permute(2, 1, 0, 3, 4).flatten(2, 3)
-        return joined[:, :, :num_heads]
+        by_rank = [arrived(part).view(self.ranks.num_ulysses, length, *part.shape[1:]) for part in parts]
+        return torch.cat(by_rank, dim=3).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
-def _exchanged(sent: torch.Tensor, received: list[int], given: list[int], group: Any) -> torch.Tensor:
-    """All to all along the first axis."""
-    result = sent.new_empty((sum(received), *sent.shape[1:]))
-    dist.all_to_all_single(result, sent, received, given, group=group)
-    return result
+def first_heads(num: int, num_queries: int) -> int:
+    """Of a rank's heads so many are attended to first, while the others come; 0: all of them together.
+
+    What comes first, and what goes last, is waited for, and what comes is thrice as much. So the first part is as small
+    as keeps half of a GPU busy; where less than one and a half times what it does at a time are parted, that is slower.
+
+    :param num_queries: of each head.
+    """
+    if num == 1 or 2 * num * num_queries < 3 * WAVE:
+        return 0
+    return 1 if 2 * num_queries >= WAVE else num // 2
 
 
-def _gathered(part: torch.Tensor, dim: int, lengths: list[int], group: Any) -> torch.Tensor:
-    """Parts of these lengths along `dim`, joined."""
-    longest = max(lengths)
-    sent = part.movedim(dim, 0).contiguous()
-    if sent.shape[0] < longest:
-        sent = torch.cat([sent, sent.new_zeros((longest - sent.shape[0], *sent.shape[1:]))])
-    result = sent.new_empty((longest * len(lengths), *sent.shape[1:]))
-    _all_gather(result, sent, group=group)
-    if min(lengths) < longest:
-        parts = torch.split(result, longest)
-        result = torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
-    return result.movedim(0, dim)
+@dataclass(frozen=True)
+class _Heads:
+    """Some heads of the tokens of all ranks, under way: of several tensors, which are so wide."""
 
+    message: torch.Tensor
+    widths: list[int]
 
-def _gathered_sizes(num: int, ranks: TokenRanks) -> list[int]:
-    # By gloo where there is one, so that no GPU has to be waited for.
-    device = "cpu" if "cpu" in str(dist.get_backend_config(ranks.group)) else "cuda"
-    own = torch.tensor([num], device=device)
-    sizes = [torch.empty_like(own) for _ in range(ranks.num)]
-    dist.all_gather(sizes, own, group=ranks.group)
-    return [int(size) for size in sizes]
+    def arrived(self) -> tuple[torch.Tensor, ...]:
+        """Each as (B, S, H, D)."""
+        return torch.split(arrived(self.message).transpose(0, 1), self.widths, dim=-1)

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import FluxAutoBlocks
+from diffusers.models import attention_dispatch
 from own_code import save_tiny_autoencoder
 from pipelines import build
+
+from sgld.models.shared_attention import prepare
+from sgld.models.tokens import TokenRanks
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +25,25 @@ def threads_as_before() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenRanks]:
+    """The first of four ranks, of which the others send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for name in ("_templated_context_parallel_attention", "_native_attention_forward_op"):
+        monkeypatch.setattr(attention_dispatch, name, getattr(attention_dispatch, name))
+    prepare()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        yield TokenRanks(group, None, group.group_name, 1, 4, 0)
+    finally:
+        dist.destroy_process_group()
+        torch.compiler.reset()
 
 
 def saved(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

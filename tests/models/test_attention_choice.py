@@ -51,11 +51,11 @@ def transformer_of_flux() -> Any:
 class OneOfTwo(Tokens):
     """A rank that gets of itself what the other one would send: tokens, or heads."""
 
-    def _by_heads(self, parts: tuple[torch.Tensor, ...], lengths: list[int]) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.cat([part[:, :, : (part.shape[2] + 1) // 2]] * 2, dim=1) for part in parts)
-
-    def _by_tokens(self, part: torch.Tensor, lengths: list[int], num_heads: int) -> torch.Tensor:
-        return torch.cat([part[:, : lengths[0]]] * 2, dim=2)[:, :, :num_heads]
+    def attention(self, query: Any, key: Any, value: Any, mask: Any, compute: Any) -> torch.Tensor:
+        num_heads = query.shape[2]
+        own = [torch.cat([x[:, :, : (num_heads + 1) // 2]] * 2, dim=1) for x in (query, key, value)]
+        result: torch.Tensor = compute(*own, mask)
+        return torch.cat([result[:, : query.shape[1]]] * 2, dim=2)[:, :, :num_heads]
 
 
 def _zeros(query: Any, key: Any, value: Any, scale: Any = None, is_causal: bool = False) -> Any:
@@ -216,7 +216,7 @@ def test_attention_that_ranks_share_goes_to_the_kernel_chosen_for_the_heads_of_o
         monkeypatch.setattr(dispatcher, name, getattr(dispatcher, name))
     prepare()
     steer({HEADS: Choice(backend=kernel, min_length=16, gain=1.2)})
-    tokens = OneOfTwo("Model", TokenRanks(None, None, None, 1, 2, 0))
+    tokens = OneOfTwo("Model", TokenRanks(None, None, "", 1, 2, 0))
     shared: Any = {"parallel_config": tokens}
     assert is_steered(8, Heads(3, 8), **shared)
     assert not is_steered(7, Heads(3, 8), **shared)

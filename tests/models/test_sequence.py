@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from pipelines import SHARING, build
 from worker.requests import request
 
 from models.ranks import Attending, Given, Group, group
+from sgld.models import tokens
+from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
 from sgld.models.token_plans import plan_of
-from sgld.models.tokens import TokenRanks
+from sgld.models.tokens import TokenRanks, first_heads
 from sgld.parallel import ParallelConfig
 from sgld.worker.invocation import Invocation
 from sgld.worker.trees import leaves, opened
@@ -213,6 +216,23 @@ def test_attention_is_among_all_tokens(
     check(two_ranks if parallel.sp == 2 else four_ranks, parallel, Attending(), calls, wanted)
 
 
+@pytest.mark.parametrize(
+    ("heads", "num", "mask"),
+    [(8, 6400, None), (5, 9001, None), (4, 12_800, (1, 12_800))],
+    ids=["plain", "padded and uneven", "masked"],
+)
+def test_heads_that_are_attended_to_in_parts_are_those_of_one_rank(
+    two_ranks: Group, heads: int, num: int, mask: tuple[int, ...] | None
+) -> None:
+    assert first_heads(-(-heads // 2), num)
+    torch.manual_seed(0)
+    inputs = {name: torch.randn(1, num, heads, 4) for name in ("query", "key", "value")}
+    if mask is not None:
+        inputs["mask"] = torch.randn(mask) > -0.5
+    calls, wanted = called(Attending(), **inputs)
+    check(two_ranks, ULYSSES, Attending(), calls, wanted)
+
+
 def test_too_few_tokens_are_refused_by_name_and_nothing_hangs(two_ranks: Group) -> None:
     few = {name: torch.randn(1, 1, 2, 8) for name in ("query", "key", "value")}
     for results in two_ranks.run(Attending(), ULYSSES, [Given("few", (), few)]):
@@ -226,6 +246,20 @@ def test_mask_for_each_query_is_refused(two_ranks: Group) -> None:
         assert results == ["ValueError: Attending has a mask of (1, 1, 4, 2), which can't be shared by its tokens"]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+def test_tokens_that_are_no_multiple_can_be_compiled(one_of_four: TokenRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "gathered_sizes", lambda num, *_: [num, num, num, num - 1])
+    pipeline, _ = build("wan")
+    model = pipeline.transformer
+    latents, text = torch.randn(1, model.config.in_channels, 3, 6, 6), torch.randn(1, 4, model.config.text_dim)
+    forward = functools.partial(model, latents, torch.tensor([5]), text, return_dict=False)
+    sequence = Sequence(model, one_of_four)
+    compile_components({"transformer": model})
+    with torch.no_grad():
+        [result] = sequence.run("a course", forward)
+    assert result.shape == latents.shape
+
+
 def test_ranks_that_a_forward_names_share_no_other_one() -> None:
     pipeline, _ = build("wan")
     sequence = Sequence(pipeline.transformer, TokenRanks.alone())
@@ -237,7 +271,7 @@ def test_ranks_that_a_forward_names_share_no_other_one() -> None:
     def fails() -> None:
         raise ValueError("the model's own")
 
-    two = TokenRanks(None, None, None, 1, 2, 0)
+    two = TokenRanks(None, None, "", 1, 2, 0)
     assert sequence.run("a course", forward, two) == 2
     assert shares.ranks.num == 1
     with pytest.raises(ValueError, match="own"):

@@ -1,15 +1,21 @@
 """Which tokens a rank has; tests/models/test_sequence.py has what it does with them."""
 
+import re
+import shutil
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
-from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens
+from sgld.models.placement import compile_module
+from sgld.models.tokens import WAVE, TokenRanks, Tokens, UnevenTokens, first_heads
 
 
 def tokens_of(index: int, num: int) -> Tokens:
-    return Tokens("Model", TokenRanks(None, None, None, 1, num, index))
+    return Tokens("Model", TokenRanks(None, None, "", 1, num, index))
 
 
 @pytest.mark.parametrize(("num", "ranks"), [(9, 2), (8, 4), (7, 4), (4, 4)])
@@ -57,3 +63,47 @@ def test_a_rank_alone_has_all_and_asks_nobody() -> None:
     around = tokens.with_neighbours(rows)
     assert torch.equal(around[:, :, 1:-1], rows)
     assert not around[:, :, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("num", "num_queries", "wanted"),
+    [(6, 9728, 1), (6, 4608, 3), (6, 1536, 0), (3, 32_760, 1), (1, 32_760, 0)],
+    ids=["FLUX 1536²", "FLUX 1024²", "FLUX 512²", "Wan", "one head"],
+)
+def test_first_heads_are_as_few_as_keep_a_gpu_busy(num: int, num_queries: int, wanted: int) -> None:
+    """The sizes are those of four GPUs."""
+    assert first_heads(num, num_queries) == wanted
+
+
+class Attending(nn.Module):
+    """Attention of this rank's tokens among those of all."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__()
+        self._tokens = tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tokens.attention(2 * x, x, x, None, attend)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None) -> torch.Tensor:
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def compiled_code(module: nn.Module, *args: Any) -> str:
+    """What torch makes of a module."""
+    from torch._inductor.utils import run_and_get_code
+
+    compile_module(module)
+    with torch.no_grad():
+        _, code = run_and_get_code(module, *args)
+    return "".join(code)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+def test_heads_come_and_go_while_others_are_attended_to_in_compiled_code(one_of_four: TokenRanks) -> None:
+    code = compiled_code(Attending(Tokens("Model", one_of_four)), torch.randn(1, WAVE // 4, 8, 8))
+    steps = re.findall(r"= torch\.ops\.\w+\.(all_to_all|_scaled_dot)|(wait_tensor)\.default\(", code)
+    sends, attends, waits = ("all_to_all", ""), ("_scaled_dot", ""), ("", "wait_tensor")
+    assert steps == [sends, sends, waits, attends, sends, waits, attends, sends, waits, waits]
