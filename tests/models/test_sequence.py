@@ -217,18 +217,18 @@ def test_attention_is_among_all_tokens(
 
 
 @pytest.mark.parametrize(
-    ("heads", "num", "mask"),
-    [(8, 6400, None), (5, 9001, None), (4, 12_800, (1, 12_800))],
-    ids=["plain", "padded and uneven", "masked"],
+    ("rows", "heads", "num", "is_masked"),
+    [(1, 8, 6400, False), (1, 3, 9001, False), (2, 4, 6400, True)],
+    ids=["halves", "one first, padded and uneven", "rows with masks"],
 )
 def test_heads_that_are_attended_to_in_parts_are_those_of_one_rank(
-    two_ranks: Group, heads: int, num: int, mask: tuple[int, ...] | None
+    two_ranks: Group, rows: int, heads: int, num: int, is_masked: bool
 ) -> None:
-    assert first_heads(-(-heads // 2), num)
+    assert first_heads(-(-heads // 2), rows, num, 2)
     torch.manual_seed(0)
-    inputs = {name: torch.randn(1, num, heads, 4) for name in ("query", "key", "value")}
-    if mask is not None:
-        inputs["mask"] = torch.randn(mask) > -0.5
+    inputs = {name: torch.randn(rows, num, heads, 4) for name in ("query", "key", "value")}
+    if is_masked:
+        inputs["mask"] = torch.randn(rows, num) > -0.5
     calls, wanted = called(Attending(), **inputs)
     check(two_ranks, ULYSSES, Attending(), calls, wanted)
 

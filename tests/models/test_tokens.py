@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from sgld.models.placement import compile_module
-from sgld.models.tokens import WAVE, TokenRanks, Tokens, UnevenTokens, first_heads
+from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens, first_heads
 
 
 def tokens_of(index: int, num: int) -> Tokens:
@@ -66,13 +66,18 @@ def test_a_rank_alone_has_all_and_asks_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num", "num_queries", "wanted"),
-    [(6, 9728, 1), (6, 4608, 3), (6, 1536, 0), (3, 32_760, 1), (1, 32_760, 0)],
-    ids=["FLUX 1536²", "FLUX 1024²", "FLUX 512²", "Wan", "one head"],
-)
-def test_first_heads_are_as_few_as_keep_a_gpu_busy(num: int, num_queries: int, wanted: int) -> None:
-    """The sizes are those of four GPUs."""
-    assert first_heads(num, num_queries) == wanted
+    ("num", "num_tokens", "ranks", "wanted"),
+    [
+        (6, 9728, 4, 1), (6, 4608, 4, 3), (6, 1536, 4, 0), (12, 4608, 2, 6), (12, 9728, 2, 6),
+        (3, 32_760, 4, 1), (3, 10_920, 4, 0), (1, 32_760, 12, 0),
+    ],
+    ids=[
+        "FLUX 1536²", "FLUX 1024²", "FLUX 512²", "FLUX 1024² on two", "FLUX 1536² on two",
+        "Wan, 81 frames", "Wan, 25 frames", "one head",
+    ],
+)  # fmt: skip
+def test_first_heads_are_as_few_as_cost_nothing(num: int, num_tokens: int, ranks: int, wanted: int) -> None:
+    assert first_heads(num, 1, num_tokens, ranks) == wanted
 
 
 class Attending(nn.Module):
@@ -103,7 +108,7 @@ def compiled_code(module: nn.Module, *args: Any) -> str:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
 def test_heads_come_and_go_while_others_are_attended_to_in_compiled_code(one_of_four: TokenRanks) -> None:
-    code = compiled_code(Attending(Tokens("Model", one_of_four)), torch.randn(1, WAVE // 4, 8, 8))
+    code = compiled_code(Attending(Tokens("Model", one_of_four)), torch.randn(1, 3000, 8, 8))
     steps = re.findall(r"= torch\.ops\.\w+\.(all_to_all|_scaled_dot)|(wait_tensor)\.default\(", code)
     sends, attends, waits = ("all_to_all", ""), ("_scaled_dot", ""), ("", "wait_tensor")
     assert steps == [sends, sends, waits, attends, sends, waits, attends, sends, waits, waits]
