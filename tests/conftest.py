@@ -1,6 +1,7 @@
 """What tests of several packages share, and the order of files."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,6 +20,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first, so that no worker waits for the other's last one; then those of many tests."""
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.get_closest_marker("long") is None, -sizes[item.path], item.path))
+
+
+@pytest.fixture(autouse=True)
+def _recursion_limit() -> Iterator[None]:
+    """Torch's compiler sets another one, and what is nested too deeply would be less so for tests that come later."""
+    before = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(before)
 
 
 @pytest.fixture(scope="session")
