@@ -78,11 +78,13 @@ def groups(gpus: int, *, has_room: bool) -> list[Group]:
     ]
 
 
-def chosen(all_groups: Sequence[Group], words: Sequence[str]) -> list[Group]:
-    """Those whose names have one of these words; none: all."""
-    kept = (
-        tuple(part for part in group if not words or any(word in part.name for word in words)) for group in all_groups
-    )
+def chosen(all_groups: Sequence[Group], words: Sequence[str], by: Sequence[str]) -> list[Group]:
+    """Those whose names have one of these words, none: all; of whose code is named."""
+
+    def is_wanted(part: Part) -> bool:
+        return part.by in by and (not words or any(word in part.name for word in words))
+
+    kept = (tuple(part for part in group if is_wanted(part)) for group in all_groups)
     return [group for group in kept if group]
 
 
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="all in all; what is worth less is left out")
     parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="ranks that say nothing for so long hang")
     parser.add_argument("--parts", nargs="+", default=[], help="words in names of parts, to measure only these")
+    parser.add_argument("--by", nargs="+", default=["sgld", "diffusers"], help="whose code is measured")
     parser.add_argument("--tiny", action="store_true", help="next to no layers, small sizes")
     parser.add_argument(
         "--ahead", action=argparse.BooleanOptionalAction, default=True, help="start processes in advance"
@@ -271,9 +274,8 @@ def main() -> None:
     args = parser.parse_args()
     is_gpu = args.device == "cuda"
     room = min((torch.cuda.get_device_properties(n).total_memory for n in range(args.gpus)), default=0) if is_gpu else 0
-    parts = chosen(groups(args.gpus, has_room=room > _ROOM_FOR_THREE_BYTES), args.parts)
-    if not is_gpu:  # there diffusers shares nothing
-        parts = [left for group in parts if (left := tuple(part for part in group if part.by == "sgld"))]
+    by = args.by if is_gpu else ["sgld"]  # on a CPU diffusers shares nothing
+    parts = chosen(groups(args.gpus, has_room=room > _ROOM_FOR_THREE_BYTES), args.parts, by)
     bench = Bench(args)
     bench.run([tuple(part.tiny() for part in group) for group in parts] if args.tiny else parts)
     print(bench.write())

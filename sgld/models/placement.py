@@ -15,11 +15,8 @@ from sgld.models.roles import Place
 # So many forms of calls (one row or several, sizes that a kernel needs to know) are compiled of a layer. Beyond that
 # torch would go on without compiling, and bits would change.
 _MAX_FORMS = 64
-# What ranks exchange is under way as early as it can be, and waited for as late: otherwise torch keeps no order here.
-_OVERLAP: dict[str, Any] = {
-    "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
-}
+# As models have it: else torch sends what ranks exchange as late as it can, which takes less memory.
+_IN_ORDER = {"reorder_for_peak_memory": False}
 
 
 def place(
@@ -101,7 +98,7 @@ def compile_module(module: nn.Module) -> None:
     torch.fx.experimental._config.use_duck_shape = False
     # Of sizes only: an epsilon that is a variable has every trace done twice, and nothing of it is found in the cache.
     torch._dynamo.config.specialize_float = True
-    module.compile(dynamic=True, options=_OVERLAP)
+    module.compile(dynamic=True, options=_IN_ORDER)
     called = _called_with_numbers if _takes_numbers(module) else _called
     module._compiled_call_impl = functools.partial(called, module._compiled_call_impl)
 

@@ -9,16 +9,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
-from sgld.models.exchange import arrived, gathered, gathered_sizes, sent_to_all
+from sgld.models.exchange import arrived, gathered, gathered_sizes, group_aside, sent_to_all
 
 Compute = Callable[..., torch.Tensor]
 """Attention of (B, S, H, D) tensors on one rank: query, key, value, mask."""
-# So many queries of one head a GPU attends to at a time, in a wave: 128 on each of 132 multiprocessors. Of 4,608 tokens
-# on an H200 1, 2 and 3 heads take 64, 64 and 66 us, and 4, 5 and 6 take 123, 123 and 124.
+# How long things take on an H200; constants, as all ranks must part heads alike. It attends to so many queries of one
+# head at a time, in a wave, 128 on each of 132 multiprocessors: with 4,608 tokens 1, 2 and 3 heads take 64, 64 and
+# 66 us, and 4, 5 and 6 take 123, 123 and 124.
 WAVE = 16_896
-# Thousandths of a wave that it takes to send a head of one row, all of whose tokens are others', there and back. Both
-# take as long as there are tokens: on four H200s 6 heads, of which the rank has a quarter, took 196 us, and a wave 120.
+# To send a head of one row there and back, if all of its tokens are others', takes so many thousandths of a wave: both
+# are proportional to the number of tokens. With 9,728 of them on four ranks 6 heads took 196 us, and a wave 120.
 MESSAGE = 360
+# The same aside, on few multiprocessors.
+MESSAGE_ASIDE = 900
 
 
 class UnevenTokens(Exception):
@@ -29,8 +32,8 @@ class UnevenTokens(Exception):
 class TokenRanks:
     """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`.
 
-    :ivar ulysses: the name of their group.
-    :ivar overlaps: some heads come and go while others are attended to.
+    :ivar ulysses: the name of the group that exchanges heads.
+    :ivar aside: that of another one of the same ranks, for what goes on beside attention; none: nothing does.
     """
 
     group: Any
@@ -39,7 +42,7 @@ class TokenRanks:
     num_ring: int
     num_ulysses: int
     index: int
-    overlaps: bool = True
+    aside: str = ""
 
     @property
     def num(self) -> int:
@@ -61,6 +64,7 @@ class TokenRanks:
             ring.size(),
             ulysses.size(),
             ring.get_local_rank() * ulysses.size() + ulysses.get_local_rank(),
+            group_aside(ulysses.get_group(), mesh.device_type) if ulysses.size() > 1 else "",
         )
 
 
@@ -115,18 +119,17 @@ class Tokens:
         """How long the parts of all ranks are, of which this one's is `num`."""
         return self._told(num) if self.is_uneven else [num] * self.ranks.num
 
-    def _both_lengths(self, num: int, num_keys: int) -> tuple[list[int], list[int]]:
-        """Of queries and keys; one list where they are alike on all ranks."""
+    def _both_lengths(self, num: int, num_keys: int) -> tuple[list[int], list[int], bool]:
+        """Of queries and of keys, and whether they are alike on all ranks."""
         if self.is_uneven:
             return self._told_both(num, num_keys)  # type: ignore[no-any-return]
-        lengths = self.lengths(num)
-        return lengths, lengths if num == num_keys else self.lengths(num_keys)
+        return self.lengths(num), self.lengths(num_keys), num == num_keys
 
-    # Compiled code can't compare lengths that it doesn't know.
+    # Torch 2.13 can't compile what compares two lists of lengths that it doesn't know.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _told_both(self, num: int, num_keys: int) -> tuple[list[int], list[int]]:
+    def _told_both(self, num: int, num_keys: int) -> tuple[list[int], list[int], bool]:
         lengths, key_lengths = self._told(num), self._told(num_keys)
-        return lengths, lengths if lengths == key_lengths else key_lengths
+        return lengths, key_lengths, lengths == key_lengths
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _told(self, num: int) -> list[int]:
@@ -181,26 +184,34 @@ class Tokens:
         ranks, num_heads = self.ranks, query.shape[2]
         if ranks.num == 1:
             return compute(query, key, value, mask)
-        lengths, key_lengths = self._both_lengths(query.shape[1], key.shape[1])
+        lengths, key_lengths, is_alike = self._both_lengths(query.shape[1], key.shape[1])
         # All ranks must find the same.
-        is_alike = lengths is key_lengths and query.shape[2:] == key.shape[2:] == value.shape[2:]
+        is_alike = is_alike and query.shape[2:] == key.shape[2:] == value.shape[2:]
         if mask is not None:
-            mask = self._mask_of_keys(mask, key.shape[1], key_lengths)
+            mask = self._mask_of_keys(mask, num_heads, key.shape[1], key_lengths)
         if key.shape[2] != num_heads and key.shape[2] % ranks.num_ulysses:
             key, value = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (key, value))
         if ranks.num_ulysses == 1:
             return compute(query, *self._of_ring(key, value, key_lengths), mask)
-        parts = self._parts(query, lengths) if is_alike and (mask is None or mask.shape[1] == 1) else [slice(None)]
-        messages = [((query, key, value), lengths)] if is_alike else [((query,), lengths), ((key, value), key_lengths)]
-        coming = [self._by_heads(tensors, of_ranks, parts) for tensors, of_ranks in messages]
-        going = []
-        for message in zip(*coming, strict=True):
-            query, key, value = (heads for tensors in message for heads in tensors.arrived())
+        first = self._first_heads(query, lengths) if is_alike and (mask is None or mask.shape[1] == 1) else 0
+        parts = [slice(first), slice(first, None)] if first else [slice(None)]
+        tensors = [((query, key, value), lengths)] if is_alike else [((query,), lengths), ((key, value), key_lengths)]
+        coming = [self._by_heads(each, of_ranks, parts) for each, of_ranks in tensors]
+        going: list[torch.Tensor] = []
+        for messages in zip(*coming, strict=True):
+            own_query, own_key, own_value = (heads for message in messages for heads in message.arrived())
             if ranks.num_ring > 1:
-                key, value = self._of_ring(key, value, key_lengths)
-            own = mask if mask is None or mask.shape[1] == 1 else self._own_heads(mask, query.shape[2])
-            going.append(self._by_tokens(compute(query, key, value, own), lengths))
+                own_key, own_value = self._of_ring(own_key, own_value, key_lengths)
+            own_mask = mask if mask is None or mask.shape[1] == 1 else self._own_heads(mask, own_query.shape[2])
+            result = compute(own_query, own_key, own_value, own_mask)
+            going.append(self._by_tokens(result, lengths, is_last=len(going) == len(parts) - 1))
         return self._joined(going, lengths)[:, :, :num_heads]
+
+    def _first_heads(self, query: torch.Tensor, lengths: list[int]) -> int:
+        if not self.ranks.aside or self.ranks.num_ring > 1:
+            return 0
+        num_own = -(-query.shape[2] // self.ranks.num_ulysses)
+        return first_heads(num_own, query.shape[0], sum(lengths), self.ranks.num_ulysses)
 
     def _of_ring(self, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the same heads (B, S, H, D), of all ranks."""
@@ -210,11 +221,12 @@ class Tokens:
         key, value = torch.split(pairs, [key.shape[-1], value.shape[-1]], dim=-1)
         return key, value
 
-    def _mask_of_keys(self, mask: torch.Tensor, num_own: int, lengths: list[int]) -> torch.Tensor:
+    def _mask_of_keys(self, mask: torch.Tensor, num_heads: int, num_own: int, lengths: list[int]) -> torch.Tensor:
         """The mask of all keys, as (B, 1 or H, 1, S)."""
         if mask.ndim == 2:
             mask = mask[:, None, None, :]
-        if mask.ndim != 4 or mask.shape[2] != 1 or mask.shape[3] not in (num_own, sum(lengths)):
+        is_known = mask.ndim == 4 and mask.shape[1] in (1, num_heads) and mask.shape[2] == 1
+        if not is_known or mask.shape[3] not in (num_own, sum(lengths)):
             raise ValueError(f"{self._name} has a mask of {tuple(mask.shape)}, which can't be shared by its tokens")
         return mask if mask.shape[3] == sum(lengths) else gathered(mask, 3, lengths, self.ranks.group)
 
@@ -228,14 +240,7 @@ class Tokens:
         start = self.ranks.index // self.ranks.num_ulysses * self.ranks.num_ulysses
         return lengths[start : start + self.ranks.num_ulysses]
 
-    def _parts(self, query: torch.Tensor, lengths: list[int]) -> list[slice]:
-        """Of the heads that a rank will have those that are attended to together."""
-        num = -(-query.shape[2] // self.ranks.num_ulysses)
-        can_part = self.ranks.overlaps and self.ranks.num_ring == 1
-        first = first_heads(num, query.shape[0], sum(lengths), self.ranks.num_ulysses) if can_part else 0
-        return [slice(first), slice(first, None)] if first else [slice(None)]
-
-    def _by_heads(self, tensors: tuple[torch.Tensor, ...], lengths: list[int], parts: list[slice]) -> list["_Heads"]:
+    def _by_heads(self, tensors: tuple[torch.Tensor, ...], lengths: list[int], parts: list[slice]) -> "list[_Heads]":
         """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads, by parts of these: all are under way.
 
         Heads are padded where they must be.
@@ -245,24 +250,26 @@ class Tokens:
         if heads % num:
             tensors = tuple(functional.pad(tensor, (0, 0, 0, -heads % num)) for tensor in tensors)
         by_rank = [each.reshape(*each.shape[:2], num, -1, each.shape[-1]).permute(2, 1, 0, 3, 4) for each in tensors]
-        under_way = []
+        under_way: list[_Heads] = []
         for part in parts:
             # One message for all of them, which are copied once.
             sent = torch.cat([each[:, :, :, part] for each in by_rank], dim=-1).contiguous().flatten(0, 1)
-            message = sent_to_all(sent, self._of_ulysses(lengths), [length] * num, self.ranks.ulysses)
+            group = self.ranks.aside if under_way else self.ranks.ulysses
+            message = sent_to_all(sent, self._of_ulysses(lengths), [length] * num, group)
             under_way.append(_Heads(message, [each.shape[-1] for each in tensors]))
         return under_way
 
-    def _by_tokens(self, part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def _by_tokens(self, part: torch.Tensor, lengths: list[int], *, is_last: bool) -> torch.Tensor:
         """The way back of some heads, under way."""
         own = [lengths[self.ranks.index]] * self.ranks.num_ulysses
-        return sent_to_all(part.transpose(0, 1).contiguous(), own, self._of_ulysses(lengths), self.ranks.ulysses)
+        group = self.ranks.ulysses if is_last else self.ranks.aside
+        return sent_to_all(part.transpose(0, 1).contiguous(), own, self._of_ulysses(lengths), group)
 
     def _joined(self, parts: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
         """Own tokens, all heads (B, S, H, D), of what comes back."""
-        length = lengths[self.ranks.index]
-        by_rank = [arrived(part).view(self.ranks.num_ulysses, length, *part.shape[1:]) for part in parts]
-        return torch.cat(by_rank, dim=3).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        shape = self.ranks.num_ulysses, lengths[self.ranks.index]
+        by_rank = [arrived(part).view(*shape, *part.shape[1:]).permute(2, 1, 0, 3, 4) for part in parts]
+        return torch.cat(by_rank, dim=3).flatten(2, 3)
 
 
 def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int) -> int:
@@ -277,12 +284,13 @@ def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int) -> int:
     def waves(heads: int) -> int:
         return -(-heads * rows * num_tokens // WAVE)
 
-    message = MESSAGE * num * rows * (num_ranks - 1) // num_ranks
+    message, aside = (each * num * rows * (num_ranks - 1) // num_ranks for each in (MESSAGE, MESSAGE_ASIDE))
     best, first = 1000 * waves(num) + message, 0
-    # Compiled code has a form for each outcome, so not all numbers are tried.
+    # Compiled code has a form for each way through here, so not all numbers are tried.
     for few in (1, num // 2) if num > 1 and waves(num) > 1 else ():
-        late = message * 3 * (num - few) // (4 * num) - 1000 * waves(few)
-        taken = 1000 * (waves(few) + waves(num - few)) + message * (num + 2 * few) // (4 * num) + max(late, 0)
+        waited = message * (num + 2 * few) // (4 * num)
+        late = aside * 3 * (num - few) // (4 * num) - 1000 * waves(few)
+        taken = 1000 * (waves(few) + waves(num - few)) + waited + max(late, 0)
         if taken < best:
             best, first = taken, few
     return first

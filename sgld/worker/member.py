@@ -138,8 +138,7 @@ class Member:
         if ranks.num == 1:
             return TokenRanks.alone()
         group = self.groups[ranks]
-        # Each of the graphs that run side by side stays a chain.
-        return TokenRanks(group, None, group.group_name, 1, ranks.num, self.seat.index - ranks.first, overlaps=False)
+        return TokenRanks(group, None, group.group_name, 1, ranks.num, self.seat.index - ranks.first)
 
     def _in_tiles(self, component: str, module: nn.Module, ranks: Ranks) -> AbstractContextManager[None]:
         """What is known of a VAE is known to the ranks of a block alike: each block has a memory of its own."""

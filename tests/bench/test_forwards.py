@@ -47,9 +47,21 @@ def test_parts_fit_the_gpus_and_have_one_model_each(gpus: int) -> None:
     assert all(part.parallel.num_ranks <= gpus for part in every)
     assert all({work.model for work in part.works} == {part.model} for part in every)
     assert len({part.name for part in every}) == len(every)
-    assert [[part.name for part in group] for group in chosen(groups(gpus, has_room=True), ["rows of Wan"])] == [
-        ["rows of Wan"]
-    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "by", "wanted"),
+    [
+        (["rows of Wan"], ["sgld", "diffusers"], [["rows of Wan"]]),
+        (["Wan, compiled"], ["sgld"], [["Wan, compiled", "tokens of Wan, compiled"]]),
+        (["Wan, compiled"], ["diffusers"], [["tokens of Wan, compiled, diffusers"]]),
+    ],
+)
+def test_parts_are_chosen_by_words_and_by_whose_code_it_is(
+    words: list[str], by: list[str], wanted: list[list[str]]
+) -> None:
+    found = chosen(groups(2, has_room=True), words, by)
+    assert [[part.name for part in group] for group in found] == wanted
 
 
 def test_small_works_are_of_the_same_kind() -> None:
