@@ -7,23 +7,6 @@ import torch.distributed as dist
 
 # Its name since torch 2.13, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Attention fills multiprocessors in waves, and mostly leaves some idle in the last one. Where more are taken from it,
-# it ends later by as long as the message takes.
-_MULTIPROCESSORS_ASIDE = 8
-
-
-def group_aside(group: Any, device_type: str) -> str:
-    """Another group of the same ranks, whose messages take few of a GPU's multiprocessors; all of these must call it.
-
-    :returns: its name.
-    """
-    options, backend = None, "gloo"
-    if device_type == "cuda":
-        options, backend = dist.ProcessGroupNCCL.Options(), "nccl"
-        options.config.max_ctas = _MULTIPROCESSORS_ASIDE
-    ranks = dist.get_process_group_ranks(group)
-    aside = dist.new_group(ranks, backend=backend, pg_options=options, use_local_synchronization=True)
-    return aside.group_name  # type: ignore[no-any-return]
 
 
 def sent_to_all(parts: torch.Tensor, received: list[int], given: list[int], group: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
-from sgld.models.exchange import arrived, gathered, gathered_sizes, group_aside, sent_to_all
+from sgld.models.exchange import arrived, gathered, gathered_sizes, sent_to_all
 
 Compute = Callable[..., torch.Tensor]
 """Attention of (B, S, H, D) tensors on one rank: query, key, value, mask."""
@@ -20,8 +20,6 @@ WAVE = 16_896
 # To send a head of one row there and back, if all of its tokens are others', takes so many thousandths of a wave: both
 # are proportional to the number of tokens. With 9,728 of them on four ranks 6 heads took 196 us, and a wave 120.
 MESSAGE = 360
-# The same aside, on few multiprocessors.
-MESSAGE_ASIDE = 900
 
 
 class UnevenTokens(Exception):
@@ -33,7 +31,7 @@ class TokenRanks:
     """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`.
 
     :ivar ulysses: the name of the group that exchanges heads.
-    :ivar aside: that of another one of the same ranks, for what goes on beside attention; none: nothing does.
+    :ivar overlaps: some heads come and go while others are attended to.
     """
 
     group: Any
@@ -42,7 +40,7 @@ class TokenRanks:
     num_ring: int
     num_ulysses: int
     index: int
-    aside: str = ""
+    overlaps: bool = True
 
     @property
     def num(self) -> int:
@@ -64,7 +62,6 @@ class TokenRanks:
             ring.size(),
             ulysses.size(),
             ring.get_local_rank() * ulysses.size() + ulysses.get_local_rank(),
-            group_aside(ulysses.get_group(), mesh.device_type) if ulysses.size() > 1 else "",
         )
 
 
@@ -203,12 +200,11 @@ class Tokens:
             if ranks.num_ring > 1:
                 own_key, own_value = self._of_ring(own_key, own_value, key_lengths)
             own_mask = mask if mask is None or mask.shape[1] == 1 else self._own_heads(mask, own_query.shape[2])
-            result = compute(own_query, own_key, own_value, own_mask)
-            going.append(self._by_tokens(result, lengths, is_last=len(going) == len(parts) - 1))
+            going.append(self._by_tokens(compute(own_query, own_key, own_value, own_mask), lengths))
         return self._joined(going, lengths)[:, :, :num_heads]
 
     def _first_heads(self, query: torch.Tensor, lengths: list[int]) -> int:
-        if not self.ranks.aside or self.ranks.num_ring > 1:
+        if not self.ranks.overlaps or self.ranks.num_ring > 1:
             return 0
         num_own = -(-query.shape[2] // self.ranks.num_ulysses)
         return first_heads(num_own, query.shape[0], sum(lengths), self.ranks.num_ulysses)
@@ -254,16 +250,14 @@ class Tokens:
         for part in parts:
             # One message for all of them, which are copied once.
             sent = torch.cat([each[:, :, :, part] for each in by_rank], dim=-1).contiguous().flatten(0, 1)
-            group = self.ranks.aside if under_way else self.ranks.ulysses
-            message = sent_to_all(sent, self._of_ulysses(lengths), [length] * num, group)
+            message = sent_to_all(sent, self._of_ulysses(lengths), [length] * num, self.ranks.ulysses)
             under_way.append(_Heads(message, [each.shape[-1] for each in tensors]))
         return under_way
 
-    def _by_tokens(self, part: torch.Tensor, lengths: list[int], *, is_last: bool) -> torch.Tensor:
+    def _by_tokens(self, part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """The way back of some heads, under way."""
         own = [lengths[self.ranks.index]] * self.ranks.num_ulysses
-        group = self.ranks.ulysses if is_last else self.ranks.aside
-        return sent_to_all(part.transpose(0, 1).contiguous(), own, self._of_ulysses(lengths), group)
+        return sent_to_all(part.transpose(0, 1).contiguous(), own, self._of_ulysses(lengths), self.ranks.ulysses)
 
     def _joined(self, parts: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
         """Own tokens, all heads (B, S, H, D), of what comes back."""
@@ -284,12 +278,12 @@ def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int) -> int:
     def waves(heads: int) -> int:
         return -(-heads * rows * num_tokens // WAVE)
 
-    message, aside = (each * num * rows * (num_ranks - 1) // num_ranks for each in (MESSAGE, MESSAGE_ASIDE))
+    message = MESSAGE * num * rows * (num_ranks - 1) // num_ranks
     best, first = 1000 * waves(num) + message, 0
     # Compiled code has a form for each way through here, so not all numbers are tried.
     for few in (1, num // 2) if num > 1 and waves(num) > 1 else ():
         waited = message * (num + 2 * few) // (4 * num)
-        late = aside * 3 * (num - few) // (4 * num) - 1000 * waves(few)
+        late = message * 3 * (num - few) // (4 * num) - 1000 * waves(few)
         taken = 1000 * (waves(few) + waves(num - few)) + waited + max(late, 0)
         if taken < best:
             best, first = taken, few

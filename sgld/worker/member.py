@@ -138,7 +138,9 @@ class Member:
         if ranks.num == 1:
             return TokenRanks.alone()
         group = self.groups[ranks]
-        return TokenRanks(group, None, group.group_name, 1, ranks.num, self.seat.index - ranks.first)
+        index = self.seat.index - ranks.first
+        # Side by side with others their graphs would stall one another even more.
+        return TokenRanks(group, None, group.group_name, 1, ranks.num, index, overlaps=False)
 
     def _in_tiles(self, component: str, module: nn.Module, ranks: Ranks) -> AbstractContextManager[None]:
         """What is known of a VAE is known to the ranks of a block alike: each block has a memory of its own."""

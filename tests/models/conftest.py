@@ -40,7 +40,7 @@ def one_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tok
     group = dist.group.WORLD
     assert group is not None
     try:
-        yield TokenRanks(group, None, group.group_name, 1, 4, 0, group.group_name)
+        yield TokenRanks(group, None, group.group_name, 1, 4, 0)
     finally:
         dist.destroy_process_group()
         torch.compiler.reset()

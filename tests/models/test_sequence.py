@@ -239,11 +239,12 @@ def test_too_few_tokens_are_refused_by_name_and_nothing_hangs(two_ranks: Group) 
         assert results == ["ValueError: Attending has a sequence of 1 tokens, which sp_degree 2 can't share"]
 
 
-def test_mask_for_each_query_is_refused(two_ranks: Group) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 3, 1)], ids=["for each query", "for other heads"])
+def test_mask_that_is_not_of_keys_is_refused(two_ranks: Group, shape: tuple[int, ...]) -> None:
     inputs = {name: torch.randn(1, 4, 2, 8) for name in ("query", "key", "value")}
-    calls = [Given("masked", (), inputs | {"mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)})]
+    calls = [Given("masked", (), inputs | {"mask": torch.ones(*shape, 4, dtype=torch.bool)})]
     for results in two_ranks.run(Attending(), ULYSSES, calls):
-        assert results == ["ValueError: Attending has a mask of (1, 1, 4, 2), which can't be shared by its tokens"]
+        assert results == [f"ValueError: Attending has a mask of {(*shape, 2)}, which can't be shared by its tokens"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")

@@ -68,7 +68,7 @@ def test_a_rank_alone_has_all_and_asks_nobody() -> None:
 @pytest.mark.parametrize(
     ("num", "num_tokens", "ranks", "wanted"),
     [
-        (6, 9728, 4, 3), (6, 4608, 4, 3), (6, 1536, 4, 0), (12, 4608, 2, 6), (12, 9728, 2, 6),
+        (6, 9728, 4, 1), (6, 4608, 4, 3), (6, 1536, 4, 0), (12, 4608, 2, 6), (12, 9728, 2, 6),
         (3, 32_760, 4, 1), (3, 10_920, 4, 0), (1, 32_760, 12, 0),
     ],
     ids=[
@@ -81,14 +81,15 @@ def test_first_heads_are_as_few_as_cost_nothing(num: int, num_tokens: int, ranks
 
 
 class Attending(nn.Module):
-    """Attention of this rank's tokens among those of all."""
+    """Attention of this rank's tokens among those of all, or to other ones."""
 
     def __init__(self, tokens: Tokens) -> None:
         super().__init__()
         self._tokens = tokens
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._tokens.attention(2 * x, x, x, None, attend)
+    def forward(self, x: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+        others = x if others is None else others
+        return self._tokens.attention(2 * x, others, others, None, attend)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: torch.Tensor | None) -> torch.Tensor:
@@ -112,3 +113,28 @@ def test_heads_come_and_go_while_others_are_attended_to_in_compiled_code(one_of_
     steps = re.findall(r"= torch\.ops\.\w+\.(all_to_all|_scaled_dot)|(wait_tensor)\.default\(", code)
     sends, attends, waits = ("all_to_all", ""), ("_scaled_dot", ""), ("", "wait_tensor")
     assert steps == [sends, sends, waits, attends, sends, waits, attends, sends, waits, waits]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+def test_compiled_code_knows_attention_to_the_same_tokens_after_one_to_others(
+    one_of_four: TokenRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, sends = Tokens("Model", one_of_four), torch.ops._c10d_functional.all_to_all_single
+    own, others = [3000, 3000, 3000, 2999], [8, 8, 8, 7]
+    module, x, y = Attending(tokens), torch.randn(1, 3000, 8, 8), torch.randn(1, 8, 8, 8)
+    compile_module(module)
+    sent: list[None] = []
+    send = sends.default
+
+    def count(*args: Any) -> torch.Tensor:
+        sent.append(None)
+        return send(*args)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        for given, lengths in (((x,), own), ((x, y), others)):
+            tokens.begin([own, lengths], is_uneven=True)
+            module(*given)
+        monkeypatch.setattr(sends, "default", count)
+        tokens.begin([own, own], is_uneven=True)
+        module(x)
+    assert len(sent) == 4
