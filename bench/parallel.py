@@ -92,10 +92,11 @@ class Bench:
     """Parts one after the other, within a budget.
 
     :param args: of the command line.
+    :param measure: runs in each rank.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(self, args: argparse.Namespace, measure: Callable[..., None] = measure) -> None:
+        self._args, self._measure_in_rank = args, measure
         self._context = torch.multiprocessing.get_context("spawn")
         self._budget, self._begun = Budget(args.seconds), time.monotonic()
         self._where = reports.where(args.device)
@@ -131,7 +132,7 @@ class Bench:
                 self._context,
                 part.name,
                 part.parallel.num_ranks,
-                copies.measure if part.copies else measure,
+                copies.measure if part.copies else self._measure_in_rank,
                 (part, args.device, args.tiny),
             )
             for part in group

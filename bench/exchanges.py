@@ -1,0 +1,113 @@
+"""What do the messages of ranks that share tokens cost, and what of that is hidden behind attention?
+
+python bench/exchanges.py [--gpus 4] [--seconds 280] [--ways parted together] [--out bench/results/exchanges_4gpu]
+
+Compiled forwards as in bench/parallel.py, of which ranks send their heads in several ways. Without messages (`silent`)
+results are wrong, and what is left is what ranks compute.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
+# Many ranks compile at the same time.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import forwards
+from crews import Row, Teller
+from forwards import Part, Work
+from parallel import QUIET_S, WAN, Bench, Group
+
+from sgld.ipc.seats import Seat
+from sgld.models import tokens
+from sgld.parallel import ParallelConfig
+
+FLUX = tuple(Work("flux", (side,)) for side in (512, 1024, 1536))
+EXPECTED_S = 75.0
+ALONE = "one GPU"
+
+
+def _as_they_are() -> None:
+    """As the engine has it."""
+
+
+def _replaced(**functions: Callable[..., Any]) -> Callable[[], None]:
+    return lambda: vars(tokens).update(functions)
+
+
+def _first() -> None:
+    # NCCL's kernels come before others that wait, too.
+    os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
+
+
+WAYS: dict[str, Callable[[], None]] = {
+    ALONE: _as_they_are,
+    "parted": _as_they_are,
+    "together": _replaced(first_heads=lambda *_: 0),
+    "halves": _replaced(first_heads=lambda num, *_: num // 2),
+    "one first": _replaced(first_heads=lambda num, *_: min(1, num - 1)),
+    "urgent": _first,
+    "silent": _replaced(sent_to_all=lambda parts, *_: parts, arrived=lambda message: message),
+}
+
+
+class Named(Teller):
+    """Says of each row in which way messages were sent."""
+
+    way = ""
+
+    def row(self, row: Row) -> None:
+        super().row(row | {"layout": ", ".join(filter(None, (row["layout"], self.way)))})
+
+
+def measure(seat: Seat, teller: Teller, part: Part, device: str, is_tiny: bool) -> None:
+    """Entry of a rank."""
+    named = Named(teller.wire)
+    named.way = part.name.partition(": ")[2]
+    WAYS[named.way]()
+    forwards.measure(seat, named, part, device, is_tiny)
+
+
+def groups(gpus: int, ways: list[str], models: list[str]) -> list[Group]:
+    """Two ways compile beside one another: there is memory for two models on the first GPU."""
+    works = {"flux": FLUX, "wan": (WAN,)}
+    pairs = [ways[start : start + 2] for start in range(0, len(ways), 2)]
+    return [
+        tuple(
+            Part(
+                f"{model}: {way}", "sgld", works[model], EXPECTED_S,
+                ParallelConfig(num_gpus=1 if way == ALONE else gpus), is_compiled=True,
+            )
+            for way in pair
+        )
+        for model in models
+        for pair in pairs
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure all ways, or some, and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--gpus", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--models", nargs="+", choices=("flux", "wan"), default=["flux", "wan"])
+    parser.add_argument("--seconds", type=float, help="all in all; what doesn't fit is left out")
+    parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="ranks that say nothing for so long hang")
+    parser.add_argument("--tiny", action="store_true", help="next to no layers, small sizes")
+    parser.add_argument("--out", type=Path)
+    parser.set_defaults(ahead=True)
+    args = parser.parse_args()
+    found = groups(args.gpus, args.ways, args.models)
+    bench = Bench(args, measure)
+    bench.run([tuple(part.tiny() for part in group) for group in found] if args.tiny else found)
+    print(bench.write())
+
+
+if __name__ == "__main__":
+    main()
