@@ -20,6 +20,7 @@ from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview,
 from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
 from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code
+from sgld_cli.loading import loading_shown
 from sgld_cli.progress import Display, Output, duration, open_display, print_result
 from sgld_cli.results import Files, Result, Timings, Written, result_of
 from sgld_cli.settings import Setting, Settings, accept, build, given, merge, show
@@ -73,7 +74,7 @@ def _load_engine() -> EngineFactory:
 
 async def _generate(settings: Settings, files: Files, as_json: bool, engine_class: EngineFactory) -> int:
     async with open_uploads(settings.output.storage) as uploads:
-        with open_display() as display:
+        with open_display() as display, loading_shown(display):
             job = Job(settings, files, display, as_json=as_json, uploads=uploads)
             async with engine_class(
                 msgspec.structs.replace(settings.engine, calibration=CalibrationConfig())
