@@ -40,9 +40,14 @@ def _replaced(**functions: Callable[..., Any]) -> Callable[[], None]:
     return lambda: vars(tokens).update(functions)
 
 
-def _first() -> None:
+def _urgent() -> None:
     # NCCL's kernels come before others that wait, too.
     os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
+
+
+def _unmixed() -> None:
+    # Graphs needn't be told from what is launched without one: all of it is in one order.
+    os.environ["NCCL_GRAPH_MIXING_SUPPORT"] = "0"
 
 
 WAYS: dict[str, Callable[[], None]] = {
@@ -51,7 +56,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "together": _replaced(first_heads=lambda *_: 0),
     "halves": _replaced(first_heads=lambda num, *_: num // 2),
     "one first": _replaced(first_heads=lambda num, *_: min(1, num - 1)),
-    "urgent": _first,
+    "urgent": _urgent,
+    "unmixed": _unmixed,
     "silent": _replaced(sent_to_all=lambda parts, *_: parts, arrived=lambda message: message),
 }
 
