@@ -262,7 +262,7 @@ def by_sgld(measuring: Measuring) -> None:
     part, seat, module = measuring.part, measuring.seat, measuring.module
     name, num_ranks = _NAMES[part.model], part.parallel.num_ranks
     if part.is_compiled:
-        compile_components({name: module})
+        compile_components({name: module}, in_order=num_ranks > 1)
     if part.has_one and seat.index == 0:
         on_one(measuring)
     if num_ranks == 1:

@@ -15,7 +15,7 @@ from sgld.models.roles import Place
 # So many forms of calls (one row or several, sizes that a kernel needs to know) are compiled of a layer. Beyond that
 # torch would go on without compiling, and bits would change.
 _MAX_FORMS = 64
-# As models have it: else torch sends what ranks exchange as late as it can, which takes less memory.
+# Else torch sends what ranks exchange as late as it can: that takes less memory, and they wait for it.
 _IN_ORDER = {"reorder_for_peak_memory": False}
 
 
@@ -70,14 +70,16 @@ def dtype_of(component: nn.Module) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else next(weights, torch.float32)
 
 
-def compile_components(components: Mapping[str, Any]) -> None:
+def compile_components(components: Mapping[str, Any], *, in_order: bool = False) -> None:
     """Have components compiled in place by their first forwards.
 
     One compilation is for all sizes and numbers of rows, but for one row.
+
+    :param in_order: of operators as the model has it, whatever memory that takes: ranks exchange something meanwhile.
     """
     for component in components.values():
         for part in regions(component) if isinstance(component, nn.Module) else ():
-            compile_module(part)
+            compile_module(part, in_order=in_order)
 
 
 def regions(component: nn.Module) -> list[nn.Module]:
@@ -86,8 +88,8 @@ def regions(component: nn.Module) -> list[nn.Module]:
     return [part for part in component.modules() if type(part).__name__ in names] or [component]
 
 
-def compile_module(module: nn.Module) -> None:
-    """Have a module compiled in place by its first forwards."""
+def compile_module(module: nn.Module, *, in_order: bool = False) -> None:
+    """Have a module compiled in place by its first forwards; `in_order` as of `compile_components`."""
     import torch._dynamo.config  # takes a second, and only compilation needs it
     import torch.fx.experimental._config
 
@@ -98,7 +100,7 @@ def compile_module(module: nn.Module) -> None:
     torch.fx.experimental._config.use_duck_shape = False
     # Of sizes only: an epsilon that is a variable has every trace done twice, and nothing of it is found in the cache.
     torch._dynamo.config.specialize_float = True
-    module.compile(dynamic=True, options=_IN_ORDER)
+    module.compile(dynamic=True, options=_IN_ORDER if in_order else None)
     called = _called_with_numbers if _takes_numbers(module) else _called
     module._compiled_call_impl = functools.partial(called, module._compiled_call_impl)
 

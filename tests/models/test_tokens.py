@@ -101,7 +101,7 @@ def compiled_code(module: nn.Module, *args: Any) -> str:
     """What torch makes of a module."""
     from torch._inductor.utils import run_and_get_code
 
-    compile_module(module)
+    compile_module(module, in_order=True)
     with torch.no_grad():
         _, code = run_and_get_code(module, *args)
     return "".join(code)
