@@ -15,10 +15,11 @@ from worker.requests import request
 
 from models.ranks import Attending, Given, Group, group
 from sgld.models import tokens
+from sgld.models.overlap import first_heads
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
 from sgld.models.token_plans import plan_of
-from sgld.models.tokens import TokenRanks, first_heads
+from sgld.models.tokens import TokenRanks
 from sgld.parallel import ParallelConfig
 from sgld.worker.invocation import Invocation
 from sgld.worker.trees import leaves, opened

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from sgld.models.placement import compile_module
-from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens, first_heads
+from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens
 
 
 def tokens_of(index: int, num: int) -> Tokens:
@@ -63,21 +63,6 @@ def test_a_rank_alone_has_all_and_asks_nobody() -> None:
     around = tokens.with_neighbours(rows)
     assert torch.equal(around[:, :, 1:-1], rows)
     assert not around[:, :, 0].any()
-
-
-@pytest.mark.parametrize(
-    ("num", "num_tokens", "ranks", "wanted"),
-    [
-        (6, 9728, 4, 1), (6, 4608, 4, 3), (6, 1536, 4, 0), (12, 4608, 2, 6), (12, 9728, 2, 6),
-        (3, 32_760, 4, 1), (3, 10_920, 4, 0), (1, 32_760, 12, 0),
-    ],
-    ids=[
-        "FLUX 1536²", "FLUX 1024²", "FLUX 512²", "FLUX 1024² on two", "FLUX 1536² on two",
-        "Wan, 81 frames", "Wan, 25 frames", "one head",
-    ],
-)  # fmt: skip
-def test_first_heads_are_as_few_as_cost_nothing(num: int, num_tokens: int, ranks: int, wanted: int) -> None:
-    assert first_heads(num, 1, num_tokens, ranks) == wanted
 
 
 class Attending(nn.Module):
