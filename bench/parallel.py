@@ -266,7 +266,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="all in all; what is worth less is left out")
     parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="ranks that say nothing for so long hang")
     parser.add_argument("--parts", nargs="+", default=[], help="words in names of parts, to measure only these")
-    parser.add_argument("--by", nargs="+", default=["sgld", "diffusers"], help="whose code is measured")
+    codes = ("sgld", "diffusers")
+    parser.add_argument("--by", nargs="+", choices=codes, default=codes, help="whose code is measured; sgld's on a CPU")
     parser.add_argument("--tiny", action="store_true", help="next to no layers, small sizes")
     parser.add_argument(
         "--ahead", action=argparse.BooleanOptionalAction, default=True, help="start processes in advance"

@@ -26,13 +26,17 @@ class LoadingLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record, unless it is too early."""
         if record.levelno > logging.INFO or self._clock() >= self._until:
-            self._display.note(record.getMessage())
+            try:
+                self._display.note(self.format(record))
+            except (OSError, ValueError):
+                # As of stderr that nobody reads any more: whoever logs has something else to do.
+                self.handleError(record)
 
 
 @contextmanager
-def loading_shown(display: Display) -> Iterator[None]:
+def loading_shown(display: Display, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
     """While the block runs the engine's log goes to a display."""
-    lines, loading = LoadingLines(display), logging.getLogger(_OF_LOADING)
+    lines, loading = LoadingLines(display, clock), logging.getLogger(_OF_LOADING)
     before = loading.level
     loading.setLevel(logging.INFO)
     logging.getLogger(_OF_ALL).addHandler(lines)

@@ -1,8 +1,8 @@
 """How many heads are attended to first, while others are on their way: a pure function."""
 
-# How long things take on an H200; constants, as all ranks must part heads alike. It attends to so many queries of one
-# head at a time, in a wave, 128 on each of 132 multiprocessors: with 4,608 tokens 1, 2 and 3 heads take 64, 64 and
-# 66 us, and 4, 5 and 6 take 123, 123 and 124.
+# Measured on H200s; constants, as all ranks must part heads alike. One attends to so many queries of one head at a
+# time, in a wave, 128 on each of 132 multiprocessors: with 4,608 tokens 1, 2 and 3 heads take 64, 64 and 66 us, and 4,
+# 5 and 6 take 123, 123 and 124.
 WAVE = 16_896
 # To send a head of one row there and back, if all of its tokens are others', takes so many thousandths of a wave: both
 # are proportional to the number of tokens. With 9,728 of them on four ranks 6 heads took 196 us, and a wave 120.

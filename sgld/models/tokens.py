@@ -116,7 +116,7 @@ class Tokens:
             return self._told_both(num, num_keys)  # type: ignore[no-any-return]
         return self.lengths(num), self.lengths(num_keys), num == num_keys
 
-    # Torch 2.13 can't compile what compares two lists of lengths that it doesn't know.
+    # Compiled by torch 2.13, comparing two lists of numbers that it doesn't know can fail in what follows.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _told_both(self, num: int, num_keys: int) -> tuple[list[int], list[int], bool]:
         lengths, key_lengths = self._told(num), self._told(num_keys)

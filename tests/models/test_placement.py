@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from worker.requests import picture, request
 
 from sgld.config import EngineConfig
 from sgld.errors import ModelError
+from sgld.models import load as load_module
 from sgld.models.load import load
 from sgld.models.placement import compile_module, dtype_of, place, plain
+from sgld.parallel import ParallelConfig
 from sgld.testing import run_together
 from sgld.worker.compilation import watched_compilations
 
@@ -50,6 +52,22 @@ def test_dtype_of_a_model_is_not_that_of_weights_that_it_keeps_in_another() -> N
     first.data = first.data.float()
     assert dtype_of(transformer) is torch.bfloat16
     assert dtype_of(torch.nn.Linear(1, 1).half()) is torch.float16
+
+
+def test_only_what_ranks_share_is_compiled_in_order(
+    flux_folder: Path, sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: dict[str, bool] = {}
+
+    def compiles(components: Mapping[str, Any], *, in_order: bool) -> None:
+        compiled.update(dict.fromkeys(components, in_order))
+
+    monkeypatch.setattr(load_module, "compile_components", compiles)
+    options: Any = {"enable_torch_compile": True}
+    two = ParallelConfig(num_gpus=2)
+    load(EngineConfig(model_path=str(flux_folder), device="cpu", num_cpu_threads=1, parallel=two, **options), 1)
+    load(EngineConfig(model_path=str(sdxl_folder), device="cpu", num_cpu_threads=1, backend="diffusers", **options))
+    assert compiled == {"transformer": True, "unet": False}
 
 
 def test_denoisers_are_compiled_when_asked(sdxl_folder: Path) -> None:

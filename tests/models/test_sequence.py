@@ -24,6 +24,7 @@ from sgld.parallel import ParallelConfig
 from sgld.worker.invocation import Invocation
 from sgld.worker.trees import leaves, opened
 
+pytestmark = pytest.mark.long
 # In float32, relative to the largest value; the largest difference seen is 2e-6.
 TOLERANCE = 1e-5
 ULYSSES, RING = ParallelConfig(ulysses_degree=2), ParallelConfig(ring_degree=2)

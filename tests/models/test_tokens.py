@@ -13,6 +13,8 @@ from torch.nn import functional
 from sgld.models.placement import compile_module
 from sgld.models.tokens import TokenRanks, Tokens, UnevenTokens
 
+pytestmark = pytest.mark.long
+
 
 def tokens_of(index: int, num: int) -> Tokens:
     return Tokens("Model", TokenRanks(None, None, "", 1, num, index))

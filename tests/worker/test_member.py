@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pipelines import build
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sgld.ipc.seats import Seat
 from sgld.models.load import LoadedModel
+from sgld.models.sequence import Sequence
 from sgld.models.sharing import Sharing
+from sgld.models.tokens import TokenRanks
 from sgld.parallel import ParallelConfig, Ranks
 from sgld.worker.calls import current_context
 from sgld.worker.member import Member
@@ -71,3 +74,22 @@ def test_forward_of_several_ranks_is_not_as_others_are_in_the_midst_of_it(second
     vae.decoder = nn.Identity()
     with pytest.raises(torch.OutOfMemoryError):
         second_of_two.perform(invoke, invoke.parcel.tree, runtime)
+
+
+def test_ranks_that_a_forward_names_exchange_all_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TokenRanks] = []
+    monkeypatch.setattr(Sequence, "run", lambda _self, _course, _forward, ranks: seen.append(ranks))
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        model = LoadedModel(
+            build("wan")[0], CPU, {}, "", sharing=Sharing(("transformer",), max_degrees={"transformer": 2})
+        )
+        member = Member(Seat(1, 2), model, ParallelConfig(num_gpus=2, elastic_sp=True))
+        parcel, _ = packed(((), {}), CPU)
+        invoke = Invoke(
+            1, "transformer", "forward", parcel, current_context(), False, (), None, None, ranks=Ranks(0, 2)
+        )
+        member.perform(invoke, parcel.tree, Runtime())
+    finally:
+        dist.destroy_process_group()
+    assert [(ranks.num_ulysses, ranks.index, ranks.overlaps) for ranks in seen] == [(2, 1, False)]
