@@ -6,22 +6,19 @@ Compiled forwards as in bench/parallel.py, of which ranks send their heads in se
 results are wrong, and what is left is what ranks compute.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs where the package isn't installed, too
-# Many ranks compile at the same time.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import forwards
 from crews import Row, Teller
 from forwards import Part, Work
-from parallel import QUIET_S, WAN, Bench, Group
+from parallel import WAN, Bench, Group, arguments
 
 from sgld.ipc.seats import Seat
 from sgld.models import tokens
@@ -62,10 +59,11 @@ WAYS: dict[str, Callable[[], None]] = {
 }
 
 
+@dataclass
 class Named(Teller):
     """Says of each row in which way messages were sent."""
 
-    way = ""
+    way: str
 
     def row(self, row: Row) -> None:
         super().row(row | {"layout": ", ".join(filter(None, (row["layout"], self.way)))})
@@ -73,10 +71,9 @@ class Named(Teller):
 
 def measure(seat: Seat, teller: Teller, part: Part, device: str, is_tiny: bool) -> None:
     """Entry of a rank."""
-    named = Named(teller.wire)
-    named.way = part.name.partition(": ")[2]
-    WAYS[named.way]()
-    forwards.measure(seat, named, part, device, is_tiny)
+    way = part.name.partition(": ")[2]
+    WAYS[way]()
+    forwards.measure(seat, Named(teller.wire, way), part, device, is_tiny)
 
 
 def groups(gpus: int, ways: list[str], models: list[str]) -> list[Group]:
@@ -98,20 +95,12 @@ def groups(gpus: int, ways: list[str], models: list[str]) -> list[Group]:
 
 def main() -> None:
     """Measure all ways, or some, and print the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--gpus", type=int, default=4)
+    parser = arguments()
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--models", nargs="+", choices=("flux", "wan"), default=["flux", "wan"])
-    parser.add_argument("--seconds", type=float, help="all in all; what doesn't fit is left out")
-    parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="ranks that say nothing for so long hang")
-    parser.add_argument("--tiny", action="store_true", help="next to no layers, small sizes")
-    parser.add_argument("--out", type=Path)
-    parser.set_defaults(ahead=True)
     args = parser.parse_args()
-    found = groups(args.gpus, args.ways, args.models)
     bench = Bench(args, measure)
-    bench.run([tuple(part.tiny() for part in group) for group in found] if args.tiny else found)
+    bench.run(groups(args.gpus, args.ways, args.models))
     print(bench.write())
 
 

@@ -106,6 +106,8 @@ class Bench:
     def run(self, all_groups: Sequence[Group]) -> None:
         """Measure what fits. The processes of the next group import meanwhile what they need."""
         waiting, ahead = list(all_groups), list[Crew]()
+        if self._args.tiny:
+            waiting = [tuple(part.tiny() for part in group) for group in waiting]
         while waiting:
             group, crews = waiting.pop(0), ahead
             ahead = []
@@ -258,28 +260,32 @@ def degrees(rows: Sequence[Row]) -> list[Row]:
     return [{"side": side, "rows": num, "degree": gpus, "seconds": s} for (side, num, gpus), s in sorted(found.items())]
 
 
-def main() -> None:
-    """Measure all parts, or some, and print the table."""
+def arguments() -> argparse.ArgumentParser:
+    """What `Bench` is told on the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--gpus", type=int, default=4, help="a power of two; on a CPU as many processes")
     parser.add_argument("--seconds", type=float, help="all in all; what is worth less is left out")
     parser.add_argument("--quiet-s", type=float, default=QUIET_S, help="ranks that say nothing for so long hang")
-    parser.add_argument("--parts", nargs="+", default=[], help="words in names of parts, to measure only these")
-    codes = ("sgld", "diffusers")
-    parser.add_argument("--by", nargs="+", choices=codes, default=codes, help="whose code is measured; sgld's on a CPU")
     parser.add_argument("--tiny", action="store_true", help="next to no layers, small sizes")
     parser.add_argument(
         "--ahead", action=argparse.BooleanOptionalAction, default=True, help="start processes in advance"
     )
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main() -> None:
+    """Measure all parts, or some, and print the table."""
+    parser, codes = arguments(), ("sgld", "diffusers")
+    parser.add_argument("--parts", nargs="+", default=[], help="words in names of parts, to measure only these")
+    parser.add_argument("--by", nargs="+", choices=codes, default=codes, help="whose code is measured; sgld's on a CPU")
     args = parser.parse_args()
     is_gpu = args.device == "cuda"
     room = min((torch.cuda.get_device_properties(n).total_memory for n in range(args.gpus)), default=0) if is_gpu else 0
     by = args.by if is_gpu else ["sgld"]  # on a CPU diffusers shares nothing
-    parts = chosen(groups(args.gpus, has_room=room > _ROOM_FOR_THREE_BYTES), args.parts, by)
     bench = Bench(args)
-    bench.run([tuple(part.tiny() for part in group) for group in parts] if args.tiny else parts)
+    bench.run(chosen(groups(args.gpus, has_room=room > _ROOM_FOR_THREE_BYTES), args.parts, by))
     print(bench.write())
 
 

@@ -221,8 +221,7 @@ def _compiled(planned: Plan, pipeline: Any, compilation: Compilation | None) -> 
     denoisers = {part.name: pipeline.components[part.name] for part in planned.components if part.can_be_compiled}
     names, notes = compilation.components(denoisers)
     if not compilation.is_aside:
-        shares_tokens = bool(planned.sharing.denoisers)
-        compile_components({name: denoisers[name] for name in names}, in_order=shares_tokens)
+        compile_components({name: denoisers[name] for name in names}, in_order=bool(planned.sharing.denoisers))
     return names, notes
 
 

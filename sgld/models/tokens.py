@@ -193,7 +193,7 @@ class Tokens:
             own_query, own_key, own_value = (heads for message in messages for heads in message.arrived())
             if ranks.num_ring > 1:
                 own_key, own_value = self._of_ring(own_key, own_value, key_lengths)
-            own_mask = mask if mask is None or mask.shape[1] == 1 else self._own_heads(mask, own_query.shape[2])
+            own_mask = self._own_heads(mask, own_query.shape[2])
             going.append(self._by_tokens(compute(own_query, own_key, own_value, own_mask), lengths))
         return self._joined(going, lengths)[:, :, :num_heads]
 
@@ -220,7 +220,10 @@ class Tokens:
             raise ValueError(f"{self._name} has a mask of {tuple(mask.shape)}, which can't be shared by its tokens")
         return mask if mask.shape[3] == sum(lengths) else gathered(mask, 3, lengths, self.ranks.group)
 
-    def _own_heads(self, mask: torch.Tensor, num: int) -> torch.Tensor:
+    def _own_heads(self, mask: torch.Tensor | None, num: int) -> torch.Tensor | None:
+        """Of a mask for each head that of so many own ones."""
+        if mask is None or mask.shape[1] == 1:
+            return mask
         index = self.ranks.index % self.ranks.num_ulysses
         missing = self.ranks.num_ulysses * num - mask.shape[1]
         return functional.pad(mask, (0, 0, 0, 0, 0, missing)).narrow(1, index * num, num)

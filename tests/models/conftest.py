@@ -28,14 +28,19 @@ def threads_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenRanks]:
+def shares_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers asks for what ranks share, as in a rank, while the test runs."""
+    for name in ("_templated_context_parallel_attention", "_native_attention_forward_op"):
+        monkeypatch.setattr(attention_dispatch, name, getattr(attention_dispatch, name))
+    prepare()
+
+
+@pytest.fixture
+def one_of_four(shares_attention: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TokenRanks]:
     """The first of four ranks, of which the others send nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    for name in ("_templated_context_parallel_attention", "_native_attention_forward_op"):
-        monkeypatch.setattr(attention_dispatch, name, getattr(attention_dispatch, name))
-    prepare()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     group = dist.group.WORLD
     assert group is not None

@@ -22,7 +22,6 @@ from sgld.models.attention_choice import (
     steer,
 )
 from sgld.models.flash3 import adopt_wheel
-from sgld.models.shared_attention import prepare
 from sgld.models.sharing import NOTHING, Sharing
 from sgld.models.tensor_choice import Divided
 from sgld.models.tokens import TokenRanks, Tokens
@@ -209,12 +208,8 @@ def test_kernel_of_some_heads_only_says_of_which() -> None:
     )
 
 
-def test_attention_that_ranks_share_goes_to_the_kernel_chosen_for_the_heads_of_one(
-    kernel: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("_templated_context_parallel_attention", "_native_attention_forward_op"):
-        monkeypatch.setattr(dispatcher, name, getattr(dispatcher, name))
-    prepare()
+@pytest.mark.usefixtures("shares_attention")
+def test_attention_that_ranks_share_goes_to_the_kernel_chosen_for_the_heads_of_one(kernel: str) -> None:
     steer({HEADS: Choice(backend=kernel, min_length=16, gain=1.2)})
     tokens = OneOfTwo("Model", TokenRanks(None, None, "", 1, 2, 0))
     shared: Any = {"parallel_config": tokens}

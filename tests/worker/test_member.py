@@ -47,20 +47,30 @@ class Roomy(Residency):
 
 
 @pytest.fixture
-def second_of_two() -> Iterator[Member]:
-    """A rank whose other rank does whatever this one expects."""
+def other_rank() -> Iterator[None]:
+    """The first of two ranks does whatever this one expects."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    try:
-        pipeline: Any = SimpleNamespace(components={"vae": Vae()})
-        model = LoadedModel(pipeline, CPU, {}, "", sharing=Sharing(vaes=("vae",)))
-        yield Member(Seat(1, 2), model, ParallelConfig(num_gpus=2, elastic_sp=True))
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+def second_with(pipeline: Any, sharing: Sharing) -> Member:
+    model = LoadedModel(pipeline, CPU, {}, "", sharing=sharing)
+    return Member(Seat(1, 2), model, ParallelConfig(num_gpus=2, elastic_sp=True))
+
+
+@pytest.fixture
+def second_of_two(other_rank: None) -> Member:
+    return second_with(SimpleNamespace(components={"vae": Vae()}), Sharing(vaes=("vae",)))
+
+
+def asked(component: str, method: str, ranks: Ranks, *args: torch.Tensor) -> Invoke:
+    parcel, _ = packed((args, {}), CPU)
+    return Invoke(1, component, method, parcel, current_context(), False, (), None, None, ranks=ranks)
 
 
 def decode(ranks: Ranks) -> Invoke:
-    parcel, _ = packed(((torch.ones(1),), {}), CPU)
-    return Invoke(1, "vae", "decode", parcel, current_context(), False, (), None, None, ranks=ranks)
+    return asked("vae", "decode", ranks, torch.ones(1))
 
 
 def test_forward_of_one_rank_is_tried_again_when_something_left(second_of_two: Member) -> None:
@@ -76,20 +86,11 @@ def test_forward_of_several_ranks_is_not_as_others_are_in_the_midst_of_it(second
         second_of_two.perform(invoke, invoke.parcel.tree, runtime)
 
 
+@pytest.mark.usefixtures("other_rank")
 def test_ranks_that_a_forward_names_exchange_all_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[TokenRanks] = []
     monkeypatch.setattr(Sequence, "run", lambda _self, _course, _forward, ranks: seen.append(ranks))
-    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-    try:
-        model = LoadedModel(
-            build("wan")[0], CPU, {}, "", sharing=Sharing(("transformer",), max_degrees={"transformer": 2})
-        )
-        member = Member(Seat(1, 2), model, ParallelConfig(num_gpus=2, elastic_sp=True))
-        parcel, _ = packed(((), {}), CPU)
-        invoke = Invoke(
-            1, "transformer", "forward", parcel, current_context(), False, (), None, None, ranks=Ranks(0, 2)
-        )
-        member.perform(invoke, parcel.tree, Runtime())
-    finally:
-        dist.destroy_process_group()
+    member = second_with(build("wan")[0], Sharing(("transformer",), max_degrees={"transformer": 2}))
+    invoke = asked("transformer", "forward", Ranks(0, 2))
+    member.perform(invoke, invoke.parcel.tree, Runtime())
     assert [(ranks.num_ulysses, ranks.index, ranks.overlaps) for ranks in seen] == [(2, 1, False)]
