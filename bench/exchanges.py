@@ -6,7 +6,6 @@ Compiled forwards as in bench/parallel.py, of which ranks send their heads in se
 results are wrong, and what is left is what ranks compute.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from forwards import Part, Work
 from parallel import WAN, Bench, Group, arguments
 
 from sgld.ipc.seats import Seat
-from sgld.models import tokens
+from sgld.models import peers, tokens
+from sgld.models.exchange import Messages
 from sgld.parallel import ParallelConfig
 
 FLUX = tuple(Work("flux", (side,)) for side in (512, 1024, 1536))
@@ -37,14 +37,13 @@ def _replaced(**functions: Callable[..., Any]) -> Callable[[], None]:
     return lambda: vars(tokens).update(functions)
 
 
-def _urgent() -> None:
-    # NCCL's kernels come before others that wait, too.
-    os.environ["TORCH_NCCL_HIGH_PRIORITY"] = "1"
+def _by_nccl() -> None:
+    vars(tokens).update(exchange_of=lambda group, index, num: Messages(group.group_name, index, num))
 
 
-def _unmixed() -> None:
-    # Graphs needn't be told from what is launched without one: all of it is in one order.
-    os.environ["NCCL_GRAPH_MIXING_SUPPORT"] = "0"
+def _silently() -> None:
+    peers.Peers._put = lambda *_: None  # type: ignore[method-assign]
+    peers.Room.meet = lambda *_: None  # type: ignore[method-assign]
 
 
 WAYS: dict[str, Callable[[], None]] = {
@@ -53,9 +52,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "together": _replaced(first_heads=lambda *_: 0),
     "halves": _replaced(first_heads=lambda num, *_: num // 2),
     "one first": _replaced(first_heads=lambda num, *_: min(1, num - 1)),
-    "urgent": _urgent,
-    "unmixed": _unmixed,
-    "silent": _replaced(sent_to_all=lambda parts, *_: parts, arrived=lambda message: message),
+    "by NCCL": _by_nccl,
+    "silent": _silently,
 }
 
 

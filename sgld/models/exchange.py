@@ -1,12 +1,107 @@
 """What ranks send one another of their tensors. Compiled code, too, goes on computing while messages are under way."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 # Its name since torch 2.13, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+Shared = tuple[Sequence[torch.Tensor], list[int]]
+"""Tensors (B, S, H, D) that are parts of the tokens of all ranks, which have so many of them."""
+
+
+class Arriving(Protocol):
+    """Some heads of the tokens of all ranks, under way."""
+
+    def arrived(self) -> Sequence[torch.Tensor]:
+        """Each tensor as (B, S, H, D), when they are there. They are read before results are joined, and not later."""
+        ...
+
+
+class HeadExchange(Protocol):
+    """Ranks that have parts of the tokens, and exchange heads so that each has some of them for all tokens.
+
+    Heads come and go in parts: some are attended to while others are on their way.
+
+    :ivar cost: to send a head of one row there and back takes so many thousandths of a wave of attention (overlap.py),
+        if all of its tokens are others'; both are proportional to the number of tokens.
+    """
+
+    @property
+    def cost(self) -> int: ...
+
+    def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> Sequence[Arriving]:
+        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads: by parts of these, all under way."""
+        ...
+
+    def by_tokens(self, heads: torch.Tensor, lengths: list[int], part: slice, num_own: int) -> Any:
+        """The way back of a part of own heads, one part after the other.
+
+        :param lengths: of the tokens of all ranks.
+        :param num_own: heads that each rank has.
+        """
+        ...
+
+    def joined(self, going: Sequence[Any]) -> torch.Tensor:
+        """Own tokens, all heads (B, S, H, D), of what comes back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Coming:
+    """Messages, each of tensors that are so wide."""
+
+    messages: list[tuple[torch.Tensor, list[int]]]
+
+    def arrived(self) -> list[torch.Tensor]:
+        return [
+            heads
+            for message, widths in self.messages
+            for heads in torch.split(arrived(message).transpose(0, 1), widths, dim=-1)
+        ]
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Ranks that exchange heads in messages of torch's.
+
+    :ivar group: the name of theirs, by which compiled code knows it.
+    :ivar index: of this one among them.
+    """
+
+    group: str
+    index: int
+    num: int
+    # With 9,728 tokens on four H200s 6 heads took 196 us, and a wave 120.
+    cost: int = 360
+
+    def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> list[Coming]:
+        by_rank = [
+            [each.reshape(*each.shape[:2], self.num, -1, each.shape[-1]).permute(2, 1, 0, 3, 4) for each in tensors]
+            for tensors, _ in shared
+        ]
+        coming = []
+        for part in parts:
+            messages = []
+            for tensors, (_, lengths) in zip(by_rank, shared, strict=True):
+                # One message for all of them, which are copied once.
+                sent = torch.cat([each[:, :, :, part] for each in tensors], dim=-1).contiguous().flatten(0, 1)
+                message = sent_to_all(sent, lengths, [lengths[self.index]] * self.num, self.group)
+                messages.append((message, [each.shape[-1] for each in tensors]))
+            coming.append(Coming(messages))
+        return coming
+
+    def by_tokens(self, heads: torch.Tensor, lengths: list[int], _part: slice, _num_own: int) -> torch.Tensor:
+        own = [lengths[self.index]] * self.num
+        return sent_to_all(heads.transpose(0, 1).contiguous(), own, lengths, self.group)
+
+    def joined(self, going: Sequence[torch.Tensor]) -> torch.Tensor:
+        back = [arrived(part) for part in going]
+        by_rank = [part.view(self.num, -1, *part.shape[1:]).permute(2, 1, 0, 3, 4) for part in back]
+        return torch.cat(by_rank, dim=3).flatten(2, 3)
 
 
 def sent_to_all(parts: torch.Tensor, received: list[int], given: list[int], group: str) -> torch.Tensor:

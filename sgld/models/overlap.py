@@ -4,24 +4,23 @@
 # time, in a wave, 128 on each of 132 multiprocessors: with 4,608 tokens 1, 2 and 3 heads take 64, 64 and 66 us, and 4,
 # 5 and 6 take 123, 123 and 124.
 WAVE = 16_896
-# To send a head of one row there and back, if all of its tokens are others', takes so many thousandths of a wave: both
-# are proportional to the number of tokens. With 9,728 of them on four ranks 6 heads took 196 us, and a wave 120.
-MESSAGE = 360
 
 
-def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int) -> int:
+def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int, cost: int) -> int:
     """Of a rank's heads so many are attended to first, while the others come; 0: all of them together.
 
     What comes first and goes last is waited for, and a head that comes (query, key and value) is thrice one that goes.
     Few heads first are waited for less, but others may be late, and a wave takes as long if it isn't full.
 
     :param num_ranks: that have heads.
+    :param cost: thousandths of a wave that it takes to send a head of one row there and back, if all its tokens are
+        others'; both are proportional to the number of tokens.
     """
 
     def waves(heads: int) -> int:
         return -(-heads * rows * num_tokens // WAVE)
 
-    message = MESSAGE * num * rows * (num_ranks - 1) // num_ranks
+    message = cost * num * rows * (num_ranks - 1) // num_ranks
     best, first = 1000 * waves(num) + message, 0
     # Compiled code has a form for each way through here, so not all numbers are tried.
     for few in (1, num // 2) if num > 1 and waves(num) > 1 else ():

@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from sgld.errors import ModelError
-from sgld.models.tokens import Tokens
+from sgld.models.peers import Peers
+from sgld.models.tokens import Compute, Tokens
 
 
 def check_attention(component: Any) -> None:
@@ -102,7 +103,14 @@ def shared_attention(
     """
     if is_causal or return_lse:
         raise ValueError("attention that is causal, or returns more than its result, can't be shared by ranks")
+    tokens = _parallel_config
+    if torch.compiler.is_compiling() and isinstance(tokens.ranks.exchange, Peers):
+        kernel = _key_of(forward_op)
+        return _attended(query, key, value, attn_mask, tokens.key, kernel, dropout_p, scale, enable_gqa)  # type: ignore[no-any-return]
+    return tokens.attention(query, key, value, attn_mask, _computing(forward_op, dropout_p, scale, enable_gqa))
 
+
+def _computing(forward_op: Any, dropout_p: float, scale: float | None, enable_gqa: bool) -> Compute:
     def compute(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Any:
         is_grouped = enable_gqa and key.shape[2] != query.shape[2]
         return forward_op(
@@ -110,7 +118,42 @@ def shared_attention(
             _save_ctx=False, _parallel_config=None,
         )  # fmt: skip
 
-    return _parallel_config.attention(query, key, value, attn_mask, compute)
+    return compute
+
+
+_kernels: dict[str, Any] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _key_of(forward_op: Any) -> str:
+    """What compiled code calls a kernel."""
+    options = getattr(forward_op, "keywords", {})
+    key = f"{getattr(forward_op, 'func', forward_op).__name__} {sorted(options.items())}"
+    _kernels[key] = forward_op
+    return key
+
+
+@torch.library.custom_op("sgld::shared_attention", mutates_args=())
+def _attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    tokens: str,
+    kernel: str,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """One operator for compiled code: nothing of it touches memory that other GPUs write into."""
+    compute = _computing(_kernels[kernel], dropout_p, scale, enable_gqa)
+    with torch._C.DisableTorchFunction():
+        return Tokens.known[tokens].attention(query, key, value, mask, compute).contiguous()
+
+
+@_attended.register_fake
+def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
 def _native(

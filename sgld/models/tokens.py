@@ -1,16 +1,19 @@
 """The tokens of a forward in parts, one for each rank of a group, and attention among all of them."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
-from sgld.models.exchange import arrived, gathered, gathered_sizes, sent_to_all
+from sgld.models.exchange import HeadExchange, Shared, gathered, gathered_sizes
 from sgld.models.overlap import first_heads
+from sgld.models.peers import exchange_of
 
 Compute = Callable[..., torch.Tensor]
 """Attention of (B, S, H, D) tensors on one rank: query, key, value, mask."""
@@ -24,13 +27,13 @@ class UnevenTokens(Exception):
 class TokenRanks:
     """Ranks that share tokens: `num_ring` times `num_ulysses`, of which this one has the part `index`.
 
-    :ivar ulysses: the name of the group that exchanges heads.
+    :ivar exchange: how some of them exchange heads; None: nobody does.
     :ivar overlaps: some heads come and go while others are attended to.
     """
 
     group: Any
     ring: Any
-    ulysses: str
+    exchange: HeadExchange | None
     num_ring: int
     num_ulysses: int
     index: int
@@ -43,19 +46,20 @@ class TokenRanks:
     @classmethod
     def alone(cls) -> "TokenRanks":
         """One that has all tokens."""
-        return cls(None, None, "", 1, 1, 0)
+        return cls(None, None, None, 1, 1, 0)
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> "TokenRanks":
         """Those of a mesh ("ring", "ulysses")."""
         ring, ulysses = mesh["ring"], mesh["ulysses"]
+        index = ulysses.get_local_rank()
         return cls(
             mesh._flatten().get_group(),
             ring.get_group(),
-            ulysses.get_group().group_name,
+            exchange_of(ulysses.get_group(), index, ulysses.size()),
             ring.size(),
             ulysses.size(),
-            ring.get_local_rank() * ulysses.size() + ulysses.get_local_rank(),
+            ring.get_local_rank() * ulysses.size() + index,
         )
 
 
@@ -66,8 +70,13 @@ class Tokens:
     in the first forward of each course; later ones, which do the same in the same order, know it.
     """
 
+    known: ClassVar[WeakValueDictionary[str, "Tokens"]] = WeakValueDictionary()
+    """By their keys, as compiled code calls them."""
+
     def __init__(self, name: str, ranks: TokenRanks) -> None:
         self.ranks = ranks
+        self.key = next(key for n in itertools.count() if (key := f"{name} {n}") not in self.known)
+        self.known[self.key] = self
         self.is_uneven = False
         self._name = name
         self._lengths: list[list[int]] = []
@@ -184,24 +193,38 @@ class Tokens:
             key, value = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (key, value))
         if ranks.num_ulysses == 1:
             return compute(query, *self._of_ring(key, value, key_lengths), mask)
+        exchange = ranks.exchange
+        assert exchange is not None
         first = self._first_heads(query, lengths) if is_alike and (mask is None or mask.shape[1] == 1) else 0
         parts = [slice(first), slice(first, None)] if first else [slice(None)]
-        tensors = [((query, key, value), lengths)] if is_alike else [((query,), lengths), ((key, value), key_lengths)]
-        coming = [self._by_heads(each, of_ranks, parts) for each, of_ranks in tensors]
-        going: list[torch.Tensor] = []
-        for messages in zip(*coming, strict=True):
-            own_query, own_key, own_value = (heads for message in messages for heads in message.arrived())
+        own_lengths = self._of_ulysses(lengths)
+        shared: list[Shared] = [((query, key, value), own_lengths)]
+        if not is_alike:
+            shared = [((query,), own_lengths), ((key, value), self._of_ulysses(key_lengths))]
+        shared = [([self._padded(each) for each in tensors], of_ranks) for tensors, of_ranks in shared]
+        coming = exchange.by_heads(shared, parts)
+        num_own = -(-num_heads // ranks.num_ulysses)
+        going: list[Any] = []
+        for part, heads in zip(parts, coming, strict=True):
+            own_query, own_key, own_value = heads.arrived()
             if ranks.num_ring > 1:
                 own_key, own_value = self._of_ring(own_key, own_value, key_lengths)
             own_mask = self._own_heads(mask, own_query.shape[2])
-            going.append(self._by_tokens(compute(own_query, own_key, own_value, own_mask), lengths))
-        return self._joined(going, lengths)[:, :, :num_heads]
+            result = compute(own_query, own_key, own_value, own_mask)
+            going.append(exchange.by_tokens(result, own_lengths, part, num_own))
+        return exchange.joined(going)[:, :, :num_heads]
 
     def _first_heads(self, query: torch.Tensor, lengths: list[int]) -> int:
-        if not self.ranks.overlaps or self.ranks.num_ring > 1:
+        ranks = self.ranks
+        if not ranks.overlaps or ranks.num_ring > 1 or ranks.exchange is None:
             return 0
-        num_own = -(-query.shape[2] // self.ranks.num_ulysses)
-        return first_heads(num_own, query.shape[0], sum(lengths), self.ranks.num_ulysses)
+        num_own = -(-query.shape[2] // ranks.num_ulysses)
+        return first_heads(num_own, query.shape[0], sum(lengths), ranks.num_ulysses, ranks.exchange.cost)
+
+    def _padded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """With as many heads (B, S, H, D) for each rank."""
+        missing = -tensor.shape[2] % self.ranks.num_ulysses
+        return functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
 
     def _of_ring(self, key: torch.Tensor, value: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the same heads (B, S, H, D), of all ranks."""
@@ -232,44 +255,3 @@ class Tokens:
         """Of the parts of all ranks those of the ones that exchange heads with this one."""
         start = self.ranks.index // self.ranks.num_ulysses * self.ranks.num_ulysses
         return lengths[start : start + self.ranks.num_ulysses]
-
-    def _by_heads(self, tensors: tuple[torch.Tensor, ...], lengths: list[int], parts: list[slice]) -> "list[_Heads]":
-        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads, by parts of these: all are under way.
-
-        Heads are padded where they must be.
-        """
-        num = self.ranks.num_ulysses
-        length, heads = tensors[0].shape[1:3]
-        if heads % num:
-            tensors = tuple(functional.pad(tensor, (0, 0, 0, -heads % num)) for tensor in tensors)
-        by_rank = [each.reshape(*each.shape[:2], num, -1, each.shape[-1]).permute(2, 1, 0, 3, 4) for each in tensors]
-        under_way: list[_Heads] = []
-        for part in parts:
-            # One message for all of them, which are copied once.
-            sent = torch.cat([each[:, :, :, part] for each in by_rank], dim=-1).contiguous().flatten(0, 1)
-            message = sent_to_all(sent, self._of_ulysses(lengths), [length] * num, self.ranks.ulysses)
-            under_way.append(_Heads(message, [each.shape[-1] for each in tensors]))
-        return under_way
-
-    def _by_tokens(self, part: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """The way back of some heads, under way."""
-        own = [lengths[self.ranks.index]] * self.ranks.num_ulysses
-        return sent_to_all(part.transpose(0, 1).contiguous(), own, self._of_ulysses(lengths), self.ranks.ulysses)
-
-    def _joined(self, parts: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
-        """Own tokens, all heads (B, S, H, D), of what comes back."""
-        shape = self.ranks.num_ulysses, lengths[self.ranks.index]
-        by_rank = [arrived(part).view(*shape, *part.shape[1:]).permute(2, 1, 0, 3, 4) for part in parts]
-        return torch.cat(by_rank, dim=3).flatten(2, 3)
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Some heads of the tokens of all ranks, under way: of several tensors, which are so wide."""
-
-    message: torch.Tensor
-    widths: list[int]
-
-    def arrived(self) -> tuple[torch.Tensor, ...]:
-        """Each as (B, S, H, D)."""
-        return torch.split(arrived(self.message).transpose(0, 1), self.widths, dim=-1)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sgld.ipc.seats import Seat
+from sgld.models.exchange import Messages
 from sgld.models.load import LoadedModel
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
@@ -140,7 +141,8 @@ class Member:
         group = self.groups[ranks]
         index = self.seat.index - ranks.first
         # Side by side with others their graphs would stall one another even more.
-        return TokenRanks(group, None, group.group_name, 1, ranks.num, index, overlaps=False)
+        messages = Messages(group.group_name, index, ranks.num)
+        return TokenRanks(group, None, messages, 1, ranks.num, index, overlaps=False)
 
     def _in_tiles(self, component: str, module: nn.Module, ranks: Ranks) -> AbstractContextManager[None]:
         """What is known of a VAE is known to the ranks of a block alike: each block has a memory of its own."""

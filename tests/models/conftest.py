@@ -11,6 +11,7 @@ from diffusers.models import attention_dispatch
 from own_code import save_tiny_autoencoder
 from pipelines import build
 
+from sgld.models.exchange import Messages
 from sgld.models.shared_attention import prepare
 from sgld.models.tokens import TokenRanks
 
@@ -45,7 +46,7 @@ def one_of_four(shares_attention: None, tmp_path: Path, monkeypatch: pytest.Monk
     group = dist.group.WORLD
     assert group is not None
     try:
-        yield TokenRanks(group, None, group.group_name, 1, 4, 0)
+        yield TokenRanks(group, None, Messages(group.group_name, 0, 4), 1, 4, 0)
     finally:
         dist.destroy_process_group()
         torch.compiler.reset()

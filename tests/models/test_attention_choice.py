@@ -211,7 +211,7 @@ def test_kernel_of_some_heads_only_says_of_which() -> None:
 @pytest.mark.usefixtures("shares_attention")
 def test_attention_that_ranks_share_goes_to_the_kernel_chosen_for_the_heads_of_one(kernel: str) -> None:
     steer({HEADS: Choice(backend=kernel, min_length=16, gain=1.2)})
-    tokens = OneOfTwo("Model", TokenRanks(None, None, "", 1, 2, 0))
+    tokens = OneOfTwo("Model", TokenRanks(None, None, None, 1, 2, 0))
     shared: Any = {"parallel_config": tokens}
     assert is_steered(8, Heads(3, 8), **shared)
     assert not is_steered(7, Heads(3, 8), **shared)

@@ -4,7 +4,6 @@ import copy
 import functools
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,6 +14,7 @@ from worker.requests import request
 
 from models.ranks import Attending, Given, Group, group
 from sgld.models import tokens
+from sgld.models.exchange import Messages
 from sgld.models.overlap import first_heads
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
@@ -29,6 +29,23 @@ pytestmark = pytest.mark.long
 TOLERANCE = 1e-5
 ULYSSES, RING = ParallelConfig(ulysses_degree=2), ParallelConfig(ring_degree=2)
 BOTH = ParallelConfig(ulysses_degree=2, ring_degree=2)
+
+ATTENTIONS = pytest.mark.parametrize(
+    ("heads", "key_heads", "num", "num_keys", "mask"),
+    [
+        (4, 4, 8, 8, None),
+        (3, 3, 9, 6, (2, 6)),
+        (6, 3, 7, 7, (2, 1, 1, 7)),
+        (4, 2, 6, 9, (2, 4, 1, 9)),
+        (3, 3, 5, 5, (1, 3, 1, 5)),
+    ],
+    ids=["plain", "other keys", "grouped and uneven", "grouped and a mask for each head", "heads are padded"],
+)
+IN_PARTS = pytest.mark.parametrize(
+    ("rows", "heads", "num", "is_masked"),
+    [(1, 8, 6400, False), (1, 3, 9001, False), (2, 4, 6400, True)],
+    ids=["halves", "one first, padded and uneven", "rows with masks"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +129,39 @@ def test_rings_do_too_and_both_together(two_ranks: Group, four_ranks: Group, nam
 
 @pytest.mark.gpu
 @pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it needs two GPUs")
-def test_denoisers_return_on_two_gpus_what_they_return_on_a_cpu(tmp_path: Path) -> None:
+def test_denoisers_return_on_two_gpus_what_they_return_on_a_cpu(two_gpus: Group) -> None:
     """In float32, whose products GPUs don't round to fewer bits by themselves."""
-    with group(2, tmp_path, "cuda") as ranks:
-        for name in SHARING:
-            for component, calls, wanted in denoiser_calls(name):
-                check(ranks, ULYSSES, component, calls, wanted, tolerance=1e-3)
-                check(ranks, RING, component, calls, wanted, tolerance=1e-3)
+    for name in SHARING:
+        for component, calls, wanted in denoiser_calls(name):
+            check(two_gpus, ULYSSES, component, calls, wanted, tolerance=1e-3)
+            check(two_gpus, RING, component, calls, wanted, tolerance=1e-3)
+
+
+@ATTENTIONS
+@pytest.mark.gpu
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it needs two GPUs")
+def test_attention_on_two_gpus_is_among_all_tokens(
+    two_gpus: Group, heads: int, key_heads: int, num: int, num_keys: int, mask: tuple[int, ...] | None
+) -> None:
+    calls, wanted = called(Attending(), **attending(heads, key_heads, num, num_keys, mask))
+    check(two_gpus, ULYSSES, Attending(), calls, wanted, tolerance=1e-3)
+
+
+@IN_PARTS
+@pytest.mark.gpu
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it needs two GPUs")
+def test_heads_in_parts_on_two_gpus_are_those_of_one(
+    two_gpus: Group, rows: int, heads: int, num: int, is_masked: bool
+) -> None:
+    """Again and again, so that nobody writes over what another one still reads."""
+    calls, wanted = called(Attending(), **attending_in_parts(rows, heads, num, is_masked))
+    check(two_gpus, ULYSSES, Attending(), 9 * calls, 9 * wanted, tolerance=1e-3)
+
+
+@pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    with group(2, tmp_path_factory.mktemp("gpus"), "cuda") as ranks:
+        yield ranks
 
 
 def called(component: Any, **kwargs: Any) -> tuple[list[Given], list[Any]]:
@@ -187,17 +230,7 @@ def test_rows_of_tokens_stay_together_where_convolutions_see_their_neighbours(tw
     check(two_ranks, ULYSSES, model, calls, wanted)
 
 
-@pytest.mark.parametrize(
-    ("heads", "key_heads", "num", "num_keys", "mask"),
-    [
-        (4, 4, 8, 8, None),
-        (3, 3, 9, 6, (2, 6)),
-        (6, 3, 7, 7, (2, 1, 1, 7)),
-        (4, 2, 6, 9, (2, 4, 1, 9)),
-        (3, 3, 5, 5, (1, 3, 1, 5)),
-    ],
-    ids=["plain", "other keys", "grouped and uneven", "grouped and a mask for each head", "heads are padded"],
-)
+@ATTENTIONS
 @pytest.mark.parametrize("parallel", [ULYSSES, RING, BOTH], ids=["ulysses", "ring", "both"])
 def test_attention_is_among_all_tokens(
     two_ranks: Group,
@@ -209,30 +242,30 @@ def test_attention_is_among_all_tokens(
     num_keys: int,
     mask: tuple[int, ...] | None,
 ) -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(2, num, heads, 8), torch.randn(2, num_keys, key_heads, 8)
-    inputs = {"query": query, "key": key, "value": torch.randn_like(key)}
-    if mask is not None:
-        inputs["mask"] = torch.randn(mask) > -0.5
-    calls, wanted = called(Attending(), **inputs)
+    calls, wanted = called(Attending(), **attending(heads, key_heads, num, num_keys, mask))
     check(two_ranks if parallel.sp == 2 else four_ranks, parallel, Attending(), calls, wanted)
 
 
-@pytest.mark.parametrize(
-    ("rows", "heads", "num", "is_masked"),
-    [(1, 8, 6400, False), (1, 3, 9001, False), (2, 4, 6400, True)],
-    ids=["halves", "one first, padded and uneven", "rows with masks"],
-)
+def attending(heads: int, key_heads: int, num: int, num_keys: int, mask: tuple[int, ...] | None) -> dict[str, Any]:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, num, heads, 8), torch.randn(2, num_keys, key_heads, 8)
+    inputs = {"query": query, "key": key, "value": torch.randn_like(key)}
+    return inputs if mask is None else inputs | {"mask": torch.randn(mask) > -0.5}
+
+
+@IN_PARTS
 def test_heads_that_are_attended_to_in_parts_are_those_of_one_rank(
     two_ranks: Group, rows: int, heads: int, num: int, is_masked: bool
 ) -> None:
-    assert first_heads(-(-heads // 2), rows, num, 2)
+    assert first_heads(-(-heads // 2), rows, num, 2, Messages.cost)
+    calls, wanted = called(Attending(), **attending_in_parts(rows, heads, num, is_masked))
+    check(two_ranks, ULYSSES, Attending(), calls, wanted)
+
+
+def attending_in_parts(rows: int, heads: int, num: int, is_masked: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs = {name: torch.randn(rows, num, heads, 4) for name in ("query", "key", "value")}
-    if is_masked:
-        inputs["mask"] = torch.randn(rows, num) > -0.5
-    calls, wanted = called(Attending(), **inputs)
-    check(two_ranks, ULYSSES, Attending(), calls, wanted)
+    return inputs | {"mask": torch.randn(rows, num) > -0.5} if is_masked else inputs
 
 
 def test_too_few_tokens_are_refused_by_name_and_nothing_hangs(two_ranks: Group) -> None:
@@ -274,7 +307,7 @@ def test_ranks_that_a_forward_names_share_no_other_one() -> None:
     def fails() -> None:
         raise ValueError("the model's own")
 
-    two = TokenRanks(None, None, "", 1, 2, 0)
+    two = TokenRanks(None, None, None, 1, 2, 0)
     assert sequence.run("a course", forward, two) == 2
     assert shares.ranks.num == 1
     with pytest.raises(ValueError, match="own"):

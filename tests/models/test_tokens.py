@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 
 
 def tokens_of(index: int, num: int) -> Tokens:
-    return Tokens("Model", TokenRanks(None, None, "", 1, num, index))
+    return Tokens("Model", TokenRanks(None, None, None, 1, num, index))
 
 
 @pytest.mark.parametrize(("num", "ranks"), [(9, 2), (8, 4), (7, 4), (4, 4)])

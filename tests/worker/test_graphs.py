@@ -28,7 +28,7 @@ from worker.recordings import FakeRecorder
 from worker.requests import Function, call_of, picture, request
 
 CPU = torch.device("cpu")
-RANKS = TokenRanks(group=None, ring=None, ulysses="", num_ring=1, num_ulysses=2, index=0)
+RANKS = TokenRanks(group=None, ring=None, exchange=None, num_ring=1, num_ulysses=2, index=0)
 
 
 class World:

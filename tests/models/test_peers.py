@@ -1,0 +1,124 @@
+"""Which rows go where in the memory of other ranks, and attention as one operator of compiled code."""
+
+import functools
+import itertools
+import shutil
+from collections.abc import Sequence as Several
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pipelines import build
+
+from sgld.models import tokens
+from sgld.models.exchange import Arriving, Messages, Shared
+from sgld.models.peers import Peers, Rows, exchange_of, rows_by_heads, rows_by_tokens
+from sgld.models.placement import compile_components
+from sgld.models.sequence import Sequence
+from sgld.models.tokens import TokenRanks
+
+WIDTH = 4
+PARTS = pytest.mark.parametrize("part", [slice(None), slice(1), slice(1, None)], ids=["all", "first", "rest"])
+LENGTHS = pytest.mark.parametrize("lengths", [[3, 3], [4, 3, 3]], ids=["even", "uneven"])
+
+
+def write(source: torch.Tensor, rooms: list[torch.Tensor], plan: list[Rows], columns: int, row: int) -> None:
+    """What the kernel does, row by row."""
+    flat = source.reshape(-1)
+    for room, rows in zip(rooms, plan, strict=True):
+        for batch, index in itertools.product(range(source.shape[0]), range(rows.num)):
+            start = rows.source + batch * source.stride(0) + index * source.stride(1)
+            target = rows.target + batch * rows.batch + index * row
+            room[target : target + columns] = flat[start : start + columns]
+
+
+def parts_of(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
+    return [part.contiguous() for part in torch.split(whole, lengths, dim=1)]
+
+
+@PARTS
+@LENGTHS
+def test_each_rank_writes_its_tokens_of_some_heads_between_those_of_others(lengths: list[int], part: slice) -> None:
+    num, num_own = len(lengths), 3
+    whole = torch.randn(2, sum(lengths), num * num_own, WIDTH)
+    heads = range(num_own)[part]
+    shape = (2, sum(lengths), len(heads), WIDTH)
+    rooms = [torch.zeros(shape).flatten() for _ in lengths]
+    for index, own in enumerate(parts_of(whole, lengths)):
+        plan = rows_by_heads(index, lengths, heads, num_own, WIDTH)
+        write(own, rooms, plan, len(heads) * WIDTH, len(heads) * WIDTH)
+    for index, room in enumerate(rooms):
+        first = index * num_own
+        assert torch.equal(room.view(shape), whole[:, :, first + heads.start : first + heads.stop])
+
+
+@LENGTHS
+def test_results_of_all_parts_come_back_between_heads_of_others(lengths: list[int]) -> None:
+    num, num_own = len(lengths), 3
+    whole = torch.randn(2, sum(lengths), num * num_own, WIDTH)
+    rooms = [torch.zeros(2 * length * num * num_own * WIDTH) for length in lengths]
+    for index, part in itertools.product(range(num), (slice(1), slice(1, None))):
+        own = whole[:, :, index * num_own : (index + 1) * num_own][:, :, part].contiguous()
+        heads = range(num_own)[part]
+        plan = rows_by_tokens(index, lengths, heads, num_own, WIDTH, own.stride(1))
+        write(own, rooms, plan, len(heads) * WIDTH, num * num_own * WIDTH)
+    for room, own in zip(rooms, parts_of(whole, lengths), strict=True):
+        assert torch.equal(room.view(own.shape), own)
+
+
+def test_ranks_without_gpus_send_messages(one_of_four: TokenRanks) -> None:
+    assert exchange_of(one_of_four.group, 0, 4) == Messages(one_of_four.group.group_name, 0, 4)
+
+
+class Twice(Peers):
+    """The first of two ranks, of which the other one has the same tokens, and finds the same."""
+
+    cost = 1
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        """Parts of each attention."""
+
+    def by_heads(self, shared: Several[Shared], parts: Several[slice]) -> Any:
+        self.asked.append(len(parts))
+        own = [tensor[:, :, : tensor.shape[2] // 2] for tensors, _ in shared for tensor in tensors]
+        return [There([torch.cat([tensor[:, :, part]] * 2, dim=1) for tensor in own]) for part in parts]
+
+    def by_tokens(self, heads: torch.Tensor, lengths: list[int], part: slice, num_own: int) -> Any:
+        return heads[:, : lengths[0]]
+
+    def joined(self, going: Several[Any]) -> torch.Tensor:
+        return torch.cat([*going, *going], dim=2)
+
+
+class There(Arriving):
+    """Heads that have come."""
+
+    def __init__(self, heads: list[torch.Tensor]) -> None:
+        self._heads = heads
+
+    def arrived(self) -> list[torch.Tensor]:
+        return self._heads
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+def test_compiled_code_asks_for_attention_as_one_operator(
+    one_of_four: TokenRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "gathered", lambda part, dim, *_: torch.cat([part] * 2, dim=dim))
+    exchange = Twice()
+    pipeline, _ = build("wan")
+    model = pipeline.transformer
+    sequence = Sequence(model, replace(one_of_four, exchange=exchange, num_ulysses=2))
+    latents, text = torch.randn(1, model.config.in_channels, 3, 8, 6), torch.randn(1, 4, model.config.text_dim)
+    forward = functools.partial(model, latents, torch.tensor([5]), text, return_dict=False)
+    with torch.no_grad():
+        [wanted] = sequence.run("a course", forward)
+        num = len(exchange.asked)
+        compile_components({"transformer": model})
+        [result] = sequence.run("a course", forward)
+        [again] = sequence.run("a course", forward)
+    assert len(exchange.asked) == 3 * num > 0
+    torch.testing.assert_close(result, wanted)
+    torch.testing.assert_close(again, wanted)
