@@ -3,17 +3,20 @@
 import functools
 import itertools
 import shutil
+import sys
 from collections.abc import Sequence as Several
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pipelines import build
 
-from sgld.models import tokens
+from sgld.models import peers, tokens
 from sgld.models.exchange import Arriving, Messages, Shared
-from sgld.models.peers import Peers, Rows, exchange_of, rows_by_heads, rows_by_tokens
+from sgld.models.peer_memory import Rows, rows_by_heads, rows_by_tokens
+from sgld.models.peers import Peers, exchange_of
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
 from sgld.models.tokens import TokenRanks
@@ -69,6 +72,30 @@ def test_results_of_all_parts_come_back_between_heads_of_others(lengths: list[in
 
 def test_ranks_without_gpus_send_messages(one_of_four: TokenRanks) -> None:
     assert exchange_of(one_of_four.group, 0, 4) == Messages(one_of_four.group.group_name, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("other", "has_access", "problem"),
+    [(0, True, "several ranks have the same one"), (1, False, "0 has no access to 1"), (1, True, "triton")],
+)
+def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
+    one_of_four: TokenRanks,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    other: int,
+    has_access: bool,
+    problem: str,
+) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: has_access)
+    # As where triton isn't installed.
+    monkeypatch.setitem(sys.modules, "triton", None)
+    told = iter([[0, other]])
+    monkeypatch.setattr(peers, "gathered_sizes", lambda num, *_: next(told, [num, num]))
+    assert isinstance(exchange_of(one_of_four.group, 0, 2), Messages)
+    assert problem in caplog.text
+    assert "NCCL" in caplog.text
 
 
 class Twice(Peers):
