@@ -22,7 +22,7 @@ def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int, cost: int)
 
     message = cost * num * rows * (num_ranks - 1) // num_ranks
     best, first = 1000 * waves(num) + message, 0
-    # Compiled code has a form for each way through here, so not all numbers are tried.
+    # Where messages are compiled there is a form for each way through here, so not all numbers are tried.
     for few in (1, num // 2) if num > 1 and waves(num) > 1 else ():
         waited = message * (num + 2 * few) // (4 * num)
         late = message * 3 * (num - few) // (4 * num) - 1000 * waves(few)

@@ -1,5 +1,6 @@
 """Memory that GPUs have in common: each has a room, into which all others write."""
 
+import ctypes
 import itertools
 import math
 from collections.abc import Sequence
@@ -8,9 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import _symmetric_memory as symmetric_memory
 
+from sgld.models.exchange import gathered_sizes
+
 _ALIGNED_BYTES = 256
 # So many elements of two bytes are written at once.
 _MAX_UNIT = 8
+# CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of CUDA's driver API.
+_NATIVE_ATOMIC_SUPPORTED = 3
 
 
 class Rows(NamedTuple):
@@ -49,25 +54,45 @@ def rows_by_tokens(index: int, lengths: Sequence[int], heads: range, num_own: in
 
 
 class Room:
-    """Memory of this GPU that others write into. It grows; what graphs know of it stays.
+    """Memory of this GPU that others write into. It grows; graphs know it, so all that it was stays.
 
     :param group: the ranks.
     :param index: of this one.
+    :ivar num_meetings: of ranks, but for those that are in graphs.
     """
 
     def __init__(self, group: Any, index: int, num: int, device: torch.device) -> None:
         self._group, self._index, self._num, self._device = group, index, num, device
-        self._kept: list[torch.Tensor] = []
+        self.num_meetings = 0
+        self._kept: list[Any] = []
         self._plans: dict[tuple[Rows, ...], torch.Tensor] = {}
         self._grow(_ALIGNED_BYTES)
 
     def _grow(self, num_bytes: int) -> None:
-        """All ranks do, at the same time."""
-        self._memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        """All ranks do, at the same time.
+
+        :raises torch.OutOfMemoryError: one of them hasn't the memory; on all ranks.
+        """
+        memory = self._allocated(num_bytes)
+        # Torch clears it when it comes to that, and nobody may write before.
+        torch.cuda.synchronize(self._device)
+        self._memory = memory
         self._handle = symmetric_memory.rendezvous(self._memory, self._group)
         self._addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=self._device)
-        self._kept.append(self._memory)
+        self._kept.append((self._memory, self._handle, self._addresses))
         self._taken = 0
+
+    def _allocated(self, num_bytes: int) -> torch.Tensor:
+        # Torch's cache has memory that the driver lacks.
+        torch.cuda.empty_cache()
+        memory, problem = None, "another rank says so"
+        try:
+            memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            problem = str(error)
+        if any(gathered_sizes(memory is None, self._num, self._group)) or memory is None:
+            raise torch.OutOfMemoryError(f"no {num_bytes} bytes for heads that other GPUs write: {problem}")
+        return memory
 
     def clear(self) -> None:
         """What is there isn't needed any longer."""
@@ -89,6 +114,7 @@ class Room:
     def meet(self, channel: int = 0) -> None:
         """Go on when all ranks are here, and what they wrote before has come."""
         self._handle.barrier(channel)
+        self.num_meetings += not torch.cuda.is_current_stream_capturing()
 
     def write(
         self, tensors: Sequence[torch.Tensor], plan: Sequence[Rows], starts: Sequence[int], columns: int, row: int
@@ -119,3 +145,15 @@ class Room:
             known = torch.tensor(plan, dtype=torch.int64, device=self._device)
             self._plans[plan] = known
         return known
+
+
+def has_atomics(own: int, other: int) -> bool:
+    """Whether a GPU can change a number in the memory of another one in one step: over NVLink, and not over PCIe.
+
+    :raises OSError: there is no driver of CUDA's.
+    """
+    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    handles = [ctypes.c_int(), ctypes.c_int()]
+    failed = [driver.cuDeviceGet(ctypes.byref(handle), n) for handle, n in zip(handles, (own, other), strict=True)]
+    failed.append(driver.cuDeviceGetP2PAttribute(ctypes.byref(value), _NATIVE_ATOMIC_SUPPORTED, *handles))
+    return not any(failed) and bool(value.value)

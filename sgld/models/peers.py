@@ -8,6 +8,7 @@ ranks meet.
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from sgld.models.exchange import Messages, Shared, gathered_sizes
-from sgld.models.peer_memory import Room, rows_by_heads, rows_by_tokens
+from sgld.models.peer_memory import Room, has_atomics, rows_by_heads, rows_by_tokens
 
 logger = logging.getLogger(__name__)
 _HALVES = [slice(1), slice(1, None)]
@@ -61,6 +62,10 @@ class Peers:
         self._coming, self._back = (Room(group, index, num, device) for _ in range(2))
         # What is waited for comes before the rest of an attention.
         self._side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    @property
+    def num_meetings(self) -> int:
+        return self._coming.num_meetings + self._back.num_meetings
 
     def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> list[Coming]:
         tensors = [(_by_rows(tensor), lengths) for alike, lengths in shared for tensor in alike]
@@ -162,16 +167,19 @@ def exchange_of(group: Any, index: int, num: int) -> Messages | Peers:
 
 def _unreachable(own: int, devices: Sequence[int]) -> str | None:
     """Why this GPU can't write into the memory of others."""
+    others = [other for other in devices if other != own]
     if len(set(devices)) < len(devices):
         return "several ranks have the same one"
-    missing = [other for other in devices if other != own and not torch.cuda.can_device_access_peer(own, other)]
-    if missing:
-        return f"{own} has no access to {', '.join(map(str, missing))}"
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":
+        return "NCCL_P2P_DISABLE forbids it"
     try:
         from sgld.models import peer_kernels  # noqa: F401
-    except ImportError as error:
+
+        # Ranks meet by numbers that several of them change.
+        missing = [n for n in others if not (torch.cuda.can_device_access_peer(own, n) and has_atomics(own, n))]
+    except (ImportError, OSError) as error:
         return str(error)
-    return None
+    return f"{own} isn't connected to {', '.join(map(str, missing))} by NVLink" if missing else None
 
 
 def _tried(group: Any, index: int, num: int, device: torch.device) -> tuple[Peers | None, str | None]:

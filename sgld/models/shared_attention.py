@@ -1,5 +1,7 @@
 """Attention of tokens that ranks share, in the place of what models compute: diffusers' dispatcher and torch's own."""
 
+import ast
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -105,8 +107,10 @@ def shared_attention(
         raise ValueError("attention that is causal, or returns more than its result, can't be shared by ranks")
     tokens = _parallel_config
     if torch.compiler.is_compiling() and isinstance(tokens.ranks.exchange, Peers):
-        kernel = _key_of(forward_op)
-        return _attended(query, key, value, attn_mask, tokens.key, kernel, dropout_p, scale, enable_gqa)  # type: ignore[no-any-return]
+        partial = isinstance(forward_op, functools.partial)
+        kernel, options = (forward_op.func, forward_op.keywords) if partial else (forward_op, {})
+        named = kernel.__name__, _written(tuple(sorted(options.items())))
+        return _attended(query, key, value, attn_mask, *named, dropout_p, scale, enable_gqa)  # type: ignore[no-any-return]
     return tokens.attention(query, key, value, attn_mask, _computing(forward_op, dropout_p, scale, enable_gqa))
 
 
@@ -121,16 +125,10 @@ def _computing(forward_op: Any, dropout_p: float, scale: float | None, enable_gq
     return compute
 
 
-_kernels: dict[str, Any] = {}
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _key_of(forward_op: Any) -> str:
-    """What compiled code calls a kernel."""
-    options = getattr(forward_op, "keywords", {})
-    key = f"{getattr(forward_op, 'func', forward_op).__name__} {sorted(options.items())}"
-    _kernels[key] = forward_op
-    return key
+def _written(options: tuple[tuple[str, Any], ...]) -> str:
+    """Options of a kernel, as compiled code has them."""
+    return repr(options)
 
 
 @torch.library.custom_op("sgld::shared_attention", mutates_args=())
@@ -139,16 +137,21 @@ def _attended(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    tokens: str,
     kernel: str,
+    options: str,
     dropout_p: float,
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """One operator for compiled code: nothing of it touches memory that other GPUs write into."""
-    compute = _computing(_kernels[kernel], dropout_p, scale, enable_gqa)
+    """One operator for compiled code: nothing of it touches memory that other GPUs write into.
+
+    :param kernel: the name of diffusers' function, with these `options`.
+    """
+    assert Tokens.running is not None
+    forward_op = functools.partial(getattr(attention_dispatch, kernel), **dict(ast.literal_eval(options)))
+    compute = _computing(forward_op, dropout_p, scale, enable_gqa)
     with torch._C.DisableTorchFunction():
-        return Tokens.known[tokens].attention(query, key, value, mask, compute).contiguous()
+        return Tokens.running.attention(query, key, value, mask, compute).contiguous()
 
 
 @_attended.register_fake
@@ -156,7 +159,7 @@ def _(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: Any) -> 
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-def _native(
+def _native_attention_forward_op(
     ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     dropout_p: float, is_causal: bool, scale: float | None, enable_gqa: bool, *_: Any, **__: Any,
 ) -> torch.Tensor:  # fmt: skip
@@ -183,4 +186,4 @@ def prepare() -> None:
     What diffusers itself was told to share is left to it.
     """
     attention_dispatch._templated_context_parallel_attention = _templated
-    attention_dispatch._native_attention_forward_op = _native
+    attention_dispatch._native_attention_forward_op = _native_attention_forward_op

@@ -1,10 +1,8 @@
 """The tokens of a forward in parts, one for each rank of a group, and attention among all of them."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -70,13 +68,11 @@ class Tokens:
     in the first forward of each course; later ones, which do the same in the same order, know it.
     """
 
-    known: ClassVar[WeakValueDictionary[str, "Tokens"]] = WeakValueDictionary()
-    """By their keys, as compiled code calls them."""
+    running: ClassVar["Tokens | None"] = None
+    """Those of the forward that began last, which compiled code asks: it is the same for several models."""
 
     def __init__(self, name: str, ranks: TokenRanks) -> None:
         self.ranks = ranks
-        self.key = next(key for n in itertools.count() if (key := f"{name} {n}") not in self.known)
-        self.known[self.key] = self
         self.is_uneven = False
         self._name = name
         self._lengths: list[list[int]] = []
@@ -89,6 +85,7 @@ class Tokens:
         :param lengths: what is known from others of its course, and what is found out in this one.
         """
         self._lengths, self._num_asked, self.is_uneven = lengths, 0, is_uneven
+        Tokens.running = self
 
     def again(self) -> None:
         """The forward begins once more, and asks for the same."""

@@ -120,7 +120,8 @@ def _obey(member: Member, invoke: Invoke, runtime: Runtime) -> None:
     if not isinstance(obeyed, Raised):
         return
     error = obeyed.error
-    send(wire, FollowerFailed(invoke.seq, f"{type(error).__name__}: {error}"[:2000]))
+    problem = f"{type(error).__name__}: {error}"[:2000]
+    send(wire, FollowerFailed(invoke.seq, problem, num_meetings=member.num_meetings))
     if not wire.poll(AGREE_S) or receive(wire) != Agree(invoke.seq):
         raise SystemExit(f"rank {member.seat.index} failed, and rank 0 didn't: {error!r}")
     send(wire, Loaded())

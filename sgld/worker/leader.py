@@ -233,6 +233,8 @@ class Leader:
             reply = self._heard(rank, AGREE_S)
             if not isinstance(reply, FollowerFailed):
                 self._give_up(f"rank 0 failed, and rank {rank} didn't: {type(error).__name__}: {error}")
+            if reply.num_meetings != self._member.num_meetings:
+                self._give_up(f"rank 0 and rank {rank} failed at different places: {error}, {reply.message}")
             self._heard(rank, AGREE_S)
 
     def _heard(self, rank: int, timeout_s: float | None = None) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sgld.ipc.seats import Seat
-from sgld.models.exchange import Messages
+from sgld.models.exchange import HeadExchange, Messages
 from sgld.models.load import LoadedModel
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import prepare
@@ -45,6 +45,7 @@ class Member:
         self._tiled: dict[str, dict[Ranks, tiles.Shapes]] = {name: {} for name in model.sharing.vaes}
         self._max_degrees = dict(model.sharing.max_degrees) if parallel.elastic_sp else {}
         self._sequences: dict[str, Sequence] = {}
+        self._exchange: HeadExchange | None = None
         self._teams: dict[str, Team] = {}
         """Of components of which each rank has parts."""
         if parallel.elastic_sp:
@@ -59,8 +60,14 @@ class Member:
             if parallel.sp > 1:
                 self._share_tokens(model.sharing.denoisers, TokenRanks.of(mesh["ring", "ulysses"]))
 
+    @property
+    def num_meetings(self) -> int:
+        """How often it met ranks that tell no meeting from another one, until now."""
+        return 0 if self._exchange is None else self._exchange.num_meetings
+
     def _share_tokens(self, names: Iterable[str], ranks: TokenRanks) -> None:
         prepare()
+        self._exchange = ranks.exchange
         self._sequences = {name: Sequence(self.components[name], ranks) for name in names}
 
     def group_of(self, invoke: Invoke) -> Any:

@@ -87,6 +87,8 @@ class FollowerFailed:
     is_out_of_memory: bool = False
     has_lost_graphs: bool = False
     """As in `Done`."""
+    num_meetings: int = 0
+    """Of the ranks of its group until then."""
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,18 @@ def probed_axes(
         two = double(pipeline, one)
         if two is None:
             continue
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(_devices()):
             outcome = outcome_of(functools.partial(_probed, alone, one, two, pulse))
         if isinstance(outcome, Value):
             return outcome.value
         logger.debug("%s refuses a probe with %s: %r", type(pipeline).__name__, double.__name__, outcome.error)
     return {}
+
+
+def _devices() -> list[int]:
+    """The GPU of this process. Each other one that is asked for anything would keep hundreds of megabytes for it."""
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.cuda.current_device()] if is_used else []
 
 
 def _probed(alone: RunAlone, one: Kwargs, two: Kwargs, pulse: Callable[[], None]) -> dict[AxesKey, CallAxes]:

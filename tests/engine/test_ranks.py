@@ -341,6 +341,23 @@ def test_requests_run_again_when_a_rank_dies_that_runs_one_of_them(elastic: Serv
 
 
 @pytest.mark.gpu
+def test_on_gpus_a_request_runs_again_when_a_follower_is_lost(tmp_path: Path) -> None:
+    """The others wait on their GPUs for what it would write."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("it needs two GPUs")
+    with serving("flux", tmp_path / "flux", device="cuda", num_gpus=2) as served:
+        params = served.params(seed=3, num_inference_steps=60)
+        right = served.completed(params).frames
+        before = pids(served.others)
+        fault = partial(os.kill, before[1], signal.SIGKILL)
+        events = served.portal.call(events_with_fault, served.engine, params, fault)
+        assert sum(isinstance(event, Restarted) for event in events) == 1
+        assert isinstance(events[-1], Completed)
+        assert difference(events[-1].frames, right) <= 1
+        assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())
+
+
+@pytest.mark.gpu
 def test_on_gpus_forwards_go_on_side_by_side_and_company_changes_nothing(tmp_path: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("it needs two GPUs")

@@ -6,12 +6,16 @@ import shutil
 import sys
 from collections.abc import Sequence as Several
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models import attention_dispatch
 from pipelines import build
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from sgld.models import peers, tokens
 from sgld.models.exchange import Arriving, Messages, Shared
@@ -19,6 +23,7 @@ from sgld.models.peer_memory import Rows, rows_by_heads, rows_by_tokens
 from sgld.models.peers import Peers, exchange_of
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
+from sgld.models.shared_attention import shared_attention
 from sgld.models.tokens import TokenRanks
 
 WIDTH = 4
@@ -75,8 +80,12 @@ def test_ranks_without_gpus_send_messages(one_of_four: TokenRanks) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "has_access", "problem"),
-    [(0, True, "several ranks have the same one"), (1, False, "0 has no access to 1"), (1, True, "triton")],
+    ("other", "has_access", "has_triton", "problem"),
+    [
+        (0, True, True, "several ranks have the same one"),
+        (1, False, True, "0 isn't connected to 1 by NVLink"),
+        (1, True, False, "peer_kernels"),
+    ],
 )
 def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
     one_of_four: TokenRanks,
@@ -84,13 +93,13 @@ def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
     caplog: pytest.LogCaptureFixture,
     other: int,
     has_access: bool,
+    has_triton: bool,
     problem: str,
 ) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda _: "cpu:gloo,cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: has_access)
-    # As where triton isn't installed.
-    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "sgld.models.peer_kernels", ModuleType("kernels") if has_triton else None)
     told = iter([[0, other]])
     monkeypatch.setattr(peers, "gathered_sizes", lambda num, *_: next(told, [num, num]))
     assert isinstance(exchange_of(one_of_four.group, 0, 2), Messages)
@@ -129,23 +138,68 @@ class There(Arriving):
         return self._heads
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+def gathered(part: torch.Tensor, dim: int, lengths: list[int], _: Any) -> torch.Tensor:
+    return torch.cat([part.narrow(dim, 0, length) for length in lengths], dim=dim)
+
+
+compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++, which isn't here")
+
+
+@compiles
+@pytest.mark.parametrize("height", [8, 6], ids=["even", "uneven"])
 def test_compiled_code_asks_for_attention_as_one_operator(
+    one_of_four: TokenRanks, monkeypatch: pytest.MonkeyPatch, height: int
+) -> None:
+    monkeypatch.setattr(tokens, "gathered", gathered)
+    monkeypatch.setattr(tokens, "gathered_sizes", lambda num, *_: [num, num - 1])
+    exchange = Twice()
+    models = [build("wan")[0].transformer for _ in range(2)]
+    ranks = replace(one_of_four, num_ulysses=2, exchange=exchange)
+    sequences = [Sequence(model, ranks) for model in models]
+    config = models[0].config
+    latents, text = torch.randn(1, config.in_channels, 3, height, 6), torch.randn(1, 4, config.text_dim)
+    given = latents, torch.tensor([5]), text
+    compiled = []
+    with torch.no_grad():
+        for model, sequence in zip(models, sequences, strict=True):
+            forward = functools.partial(model, *given, return_dict=False)
+            [wanted] = sequence.run("a course", forward)
+            num = len(exchange.asked)
+            compile_components({"transformer": model})
+            result, codes = run_and_get_code(sequence.run, "a course", forward)
+            [again] = sequence.run("a course", forward)
+            assert len(exchange.asked) == 3 * num > 0
+            exchange.asked.clear()
+            torch.testing.assert_close(result[0], wanted)
+            torch.testing.assert_close(again, wanted)
+            assert any("sgld.shared_attention" in code for code in codes)
+            compiled.append(counters["inductor"]["fxgraph_cache_miss"])
+    # Another one of the same kind has the same code.
+    assert compiled[0] == compiled[1]
+
+
+@compiles
+def test_kernels_with_options_of_their_own_are_part_of_that_operator(
     one_of_four: TokenRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "gathered", lambda part, dim, *_: torch.cat([part] * 2, dim=dim))
-    exchange = Twice()
-    pipeline, _ = build("wan")
-    model = pipeline.transformer
-    sequence = Sequence(model, replace(one_of_four, exchange=exchange, num_ulysses=2))
-    latents, text = torch.randn(1, model.config.in_channels, 3, 8, 6), torch.randn(1, 4, model.config.text_dim)
-    forward = functools.partial(model, latents, torch.tensor([5]), text, return_dict=False)
+    """As diffusers has them of FlashAttention."""
+    windows: list[tuple[int, int]] = []
+
+    def windowed(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> Any:
+        windows.append(window_size)
+        return attention_dispatch._native_attention_forward_op(*args, **kwargs)
+
+    monkeypatch.setattr(attention_dispatch, "windowed", windowed, raising=False)
+    shares = tokens.Tokens("Model", replace(one_of_four, num_ulysses=2, exchange=Twice()))
+    shares.begin([], is_uneven=False)
+    kernel = functools.partial(windowed, window_size=(-1, 1))
+    query = torch.randn(1, 6, 4, 8)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return shared_attention(query, query, query, forward_op=kernel, _parallel_config=shares) + 1
+
     with torch.no_grad():
-        [wanted] = sequence.run("a course", forward)
-        num = len(exchange.asked)
-        compile_components({"transformer": model})
-        [result] = sequence.run("a course", forward)
-        [again] = sequence.run("a course", forward)
-    assert len(exchange.asked) == 3 * num > 0
+        wanted = attend(query)
+        result = torch.compile(attend, fullgraph=True)(query)
     torch.testing.assert_close(result, wanted)
-    torch.testing.assert_close(again, wanted)
+    assert set(windows) == {(-1, 1)}

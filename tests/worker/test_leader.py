@@ -36,7 +36,7 @@ class FakeMember:
     def __init__(self, module: nn.Module, seat: Seat) -> None:
         self.seat, self.device, self.names = seat, CPU, {module: "transformer"}
         self.slots: dict[str, Any] = {}
-        self.components, self.num_groups = {"transformer": module}, 1
+        self.components, self.num_groups, self.num_meetings = {"transformer": module}, 1, 0
         self.is_tiled: Callable[[str], bool] = lambda name: False
         self.has_parts = self.is_tiled
 
@@ -202,12 +202,15 @@ class Ended(Exception):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stays", [True, False])
-def test_call_fails_alone_only_if_all_ranks_failed_and_are_there(stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stays", "num_meetings"), [(True, 0), (False, 0), (True, 1)])
+def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
+    stays: bool, num_meetings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank that fails alone leaves, and that makes the others fail, too: then there is nobody to go on with."""
     module, (wire, its_wire) = Broken(), Pipe()
     leading: Any = FakeMember(module, Seat(0, 2, "", (wire,)))
     following: Any = FakeMember(module, Seat(1, 2, "", (its_wire,)))
+    following.num_meetings = num_meetings
     runtime = Runtime()
     runtime.ranks = Leader(leading, lambda name, note: None)
 
@@ -225,6 +228,6 @@ def test_call_fails_alone_only_if_all_ranks_failed_and_are_there(stays: bool, mo
     monkeypatch.setattr("sgld.worker.leader.os._exit", end)
     thread = threading.Thread(target=follower)
     thread.start()
-    with pytest.raises(RuntimeError if stays else Ended):
+    with pytest.raises(RuntimeError if stays and not num_meetings else Ended):
         runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
     thread.join()

@@ -57,6 +57,15 @@ def test_probe_leaves_nothing_behind(name: str) -> None:
     assert set(call) == set(request(name, 0, kwargs))
 
 
+def test_probe_asks_no_gpu_of_other_ranks_for_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", asked.append)
+    pipeline, kwargs = build("flux")
+    assert probed_axes(pipeline, request("flux", 0, kwargs))
+    assert asked == []
+
+
 @pytest.mark.parametrize("name", ["wan", "modular_wan"])
 def test_probe_decodes_nothing(name: str) -> None:
     pipeline, kwargs = build(name)
