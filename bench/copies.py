@@ -4,6 +4,7 @@ Both engines are there at the same time, and one is asked after the other: the o
 request is a picture with SDXL at its real size; each copy has as many, and the time of one is that of all, shared.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -55,8 +56,9 @@ async def compared(teller: Teller, folder: Path, copies: int, device: str, is_ti
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(Engine(config)) for config in configs]
         with anyio.fail_after(READY_S):
-            for engine in engines:
+            for engine, gpus in zip(engines, (1, copies), strict=True):
                 await engine.ready()
+                print(f"dp {gpus} is ready", file=sys.stderr, flush=True)
         for gpus, engine in zip((1, copies), engines, strict=True):
             taken_s, pictures = await settled(engine, num, gpus, num_steps, sizes)
             alone = alone or pictures
@@ -68,10 +70,11 @@ async def compared(teller: Teller, folder: Path, copies: int, device: str, is_ti
 
 async def settled(engine: Engine, num: int, copies: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
     """Seconds of the fastest round, and the pictures, which are those of each round."""
-    best_s, pictures = await round_of(engine, num, copies, num_steps, sizes)
-    for _ in range(MAX_ROUNDS - 1):
+    best_s = math.inf
+    for index in range(MAX_ROUNDS):
         before_s = best_s
         taken_s, pictures = await round_of(engine, num, copies, num_steps, sizes)
+        print(f"dp {copies}, round {index}: {taken_s:.1f} s", file=sys.stderr, flush=True)
         best_s = min(taken_s, best_s)
         if best_s > (1 - MIN_GAIN) * before_s:
             break
