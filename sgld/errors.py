@@ -51,6 +51,10 @@ class ModelError(SgldError):
     code = "model_error"
 
 
+class ModelLost(ModelError):
+    """The process that loaded the model died or hung: that may be nothing of the model's."""
+
+
 class StorageError(SgldError):
     """The bucket of the cloud storage can't be used: it isn't there, refuses us, or can't be reached."""
 

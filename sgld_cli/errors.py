@@ -1,5 +1,7 @@
 """How a command ends badly: its exit code and its one line."""
 
+from sgld.errors import ModelLost, SgldError
+
 OK = 0
 FAILED = 1
 BAD_INPUT = 2
@@ -12,6 +14,11 @@ _BAD_INPUT_CODES = frozenset({"invalid_request", "deadline_impossible", "model_e
 def exit_code(code: str) -> int:
     """The exit code for the code of an error in sgld.errors."""
     return BAD_INPUT if code in _BAD_INPUT_CODES else FAILED
+
+
+def exit_code_of(error: SgldError) -> int:
+    """The exit code for an error."""
+    return FAILED if isinstance(error, ModelLost) else exit_code(error.code)
 
 
 def error_line(message: str) -> str:

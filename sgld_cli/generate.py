@@ -19,7 +19,7 @@ from sgld.errors import ModelError, SgldError, StorageError
 from sgld.events import AnyEvent, Cancelled, Completed, Failed, Frames, Preview, Progress, Queued, Restarted, Started
 from sgld.request import Limits
 from sgld.sampling_params import SamplingParams
-from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code
+from sgld_cli.errors import BAD_INPUT, FAILED, OK, error_line, exit_code, exit_code_of
 from sgld_cli.loading import loading_shown
 from sgld_cli.progress import Display, Output, duration, open_display, print_result
 from sgld_cli.results import Files, Result, Timings, Written, result_of
@@ -153,7 +153,7 @@ class Job:
                     else:
                         self._on(state, event)
         except ModelError as error:
-            self._codes.add(BAD_INPUT)
+            self._codes.add(exit_code_of(error))
             self._say(str(error))  # the same for all prompts: said once, without a prompt
         except SgldError as error:
             self._fail(states[0].output, error.code, str(error))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sgld.errors import SgldError
 from sgld.fields import FieldError
-from sgld_cli.errors import BAD_INPUT, FAILED, INTERRUPTED, error_line, exit_code
+from sgld_cli.errors import BAD_INPUT, FAILED, INTERRUPTED, error_line, exit_code_of
 from sgld_cli.options import (
     HTTP_GROUP,
     OUTPUT_GROUP,
@@ -65,7 +65,7 @@ def _outcome(error: Exception) -> tuple[int, str | None]:
         case UsageError() | FieldError():
             return BAD_INPUT, str(error)
         case SgldError():
-            return exit_code(error.code), str(error)
+            return exit_code_of(error), str(error)
         case _ if os.environ.get("SGLD_TRACEBACK"):
             return FAILED, None
         case _:

@@ -48,7 +48,7 @@ class Served:
         """A rank found something out of a component."""
         self.model = self.model and with_note(self.model, component, note)
 
-    def fail(self, message: str) -> None:
+    def fail(self, error: ModelError) -> None:
         """It can't be served."""
-        self.model, self.error = None, ModelError(message)
+        self.model, self.error = None, error
         self.decide()

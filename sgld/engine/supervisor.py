@@ -17,7 +17,7 @@ from sgld.engine.replicas import Replica, balance
 from sgld.engine.requests import Requests
 from sgld.engine.served import Served
 from sgld.engine.statistics import Tally
-from sgld.errors import RankLost
+from sgld.errors import ModelError, ModelLost, RankLost
 from sgld.messages import (
     Alive,
     AnyReply,
@@ -105,7 +105,7 @@ class Supervisor:
             replica.num_lost_loads = 0 if was_ready else replica.num_lost_loads + 1
             if was_ready or self._loads_again(replica):
                 return str(error)
-            self._fail_load(f"{self.config.model_path} can't be loaded: {error}")
+            self._fail_load(ModelLost(f"{self.config.model_path} can't be loaded: {error}"))
         finally:
             replica.lost()
             self.loras.lost(replica.index)
@@ -220,9 +220,9 @@ class Supervisor:
         """
         if replica.has_served and len(self.replicas) > 1:
             raise RankLost(f"the model can't be loaded again: {message}")
-        self._fail_load(message)
+        self._fail_load(ModelError(message))
 
-    def _fail_load(self, message: str) -> None:
+    def _fail_load(self, error: ModelError) -> None:
         """The model can't be served: everybody is told, and nothing is accepted any more."""
-        self.served.fail(message)
+        self.served.fail(error)
         self.requests.abandon_all()

@@ -17,7 +17,10 @@ from sgld.request import NO_LIMITS, Limits
 from sgld.sampling_params import SamplingParams
 from sgld_cli.main import main
 
-REFUSALS = {error.code: error for error in (errors.InvalidRequest, errors.QueueFull, errors.ModelError)}
+REFUSALS: dict[str, Callable[[str], errors.SgldError]] = {
+    **{error.code: error for error in (errors.InvalidRequest, errors.QueueFull, errors.ModelError)},
+    "model_lost": errors.ModelLost,
+}
 
 
 class FakeEngine:

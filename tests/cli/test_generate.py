@@ -216,6 +216,7 @@ def test_failure_of_one_prompt_leaves_the_others(sgld: Sgld) -> None:
         ("fail invalid_request", 2),
         ("refuse invalid_request", 2),
         ("refuse model_error", 2),
+        ("refuse model_lost", 1),
         ("refuse queue_full", 1),
     ],
 )

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import pytest
 
 from sgld import __version__
-from sgld.errors import ModelError
+from sgld.errors import ModelError, ModelLost
 from sgld_cli.main import main
 
 from .conftest import FakeEngine, Sgld
@@ -97,7 +97,10 @@ def test_a_bug_is_one_line_unless_a_traceback_is_wanted(
         main(command, engine_class=Broken)
 
 
-def test_errors_in_groups_keep_their_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    Broken.error = ModelError("There is no such model.")
-    assert main(["generate", "--prompt", "a", "--no-save-output"], engine_class=Broken) == 2
+@pytest.mark.parametrize(("kind", "code"), [(ModelError, 2), (ModelLost, 1)])
+def test_errors_in_groups_keep_their_exit_code(
+    capsys: pytest.CaptureFixture[str], kind: type[Exception], code: int
+) -> None:
+    Broken.error = kind("There is no such model.")
+    assert main(["generate", "--prompt", "a", "--no-save-output"], engine_class=Broken) == code
     assert capsys.readouterr().err == "sgld: error: There is no such model.\n"

@@ -38,7 +38,7 @@ from engine.streams import (
 )
 from sgld.config import EngineConfig
 from sgld.engine.engine import Engine
-from sgld.errors import ModelError
+from sgld.errors import ModelError, ModelLost
 from sgld.events import AnyEvent, Completed, Failed, Progress, Restarted
 from sgld.sampling_params import SamplingParams
 
@@ -221,14 +221,14 @@ async def test_model_that_cannot_be_loaded_is_one_line_for_all(
         assert "process died" not in str(raised.value)
 
 
-async def test_rank_that_dies_while_it_loads_is_a_model_error(model: Model) -> None:
+async def test_rank_that_dies_while_it_loads_is_no_fault_of_the_model(model: Model) -> None:
     others = set(rank_pids())
     with anyio.fail_after(TIMEOUT_S):
         async with Engine(model.config(), rank_factory=preloaded_rank) as engine:
             await until(lambda: set(rank_pids()) - others)
             [pid] = set(rank_pids()) - others
             os.kill(pid, signal.SIGKILL)
-            with pytest.raises(ModelError, match="can't be loaded: the rank process died"):
+            with pytest.raises(ModelLost, match="can't be loaded: the rank process died"):
                 await engine.ready()
 
 
