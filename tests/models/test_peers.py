@@ -1,7 +1,6 @@
-"""Which rows go where in the memory of other ranks, and attention as one operator of compiled code."""
+"""Who writes into the memory of others, and attention as one operator of compiled code."""
 
 import functools
-import itertools
 import shutil
 import sys
 from collections.abc import Sequence as Several
@@ -19,60 +18,11 @@ from torch._inductor.utils import run_and_get_code
 
 from sgld.models import peers, tokens
 from sgld.models.exchange import Arriving, Messages, Shared
-from sgld.models.peer_memory import Rows, rows_by_heads, rows_by_tokens
 from sgld.models.peers import Peers, exchange_of
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
 from sgld.models.shared_attention import shared_attention
 from sgld.models.tokens import TokenRanks
-
-WIDTH = 4
-PARTS = pytest.mark.parametrize("part", [slice(None), slice(1), slice(1, None)], ids=["all", "first", "rest"])
-LENGTHS = pytest.mark.parametrize("lengths", [[3, 3], [4, 3, 3]], ids=["even", "uneven"])
-
-
-def write(source: torch.Tensor, rooms: list[torch.Tensor], plan: list[Rows], columns: int, row: int) -> None:
-    """What the kernel does, row by row."""
-    flat = source.reshape(-1)
-    for room, rows in zip(rooms, plan, strict=True):
-        for batch, index in itertools.product(range(source.shape[0]), range(rows.num)):
-            start = rows.source + batch * source.stride(0) + index * source.stride(1)
-            target = rows.target + batch * rows.batch + index * row
-            room[target : target + columns] = flat[start : start + columns]
-
-
-def parts_of(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
-    return [part.contiguous() for part in torch.split(whole, lengths, dim=1)]
-
-
-@PARTS
-@LENGTHS
-def test_each_rank_writes_its_tokens_of_some_heads_between_those_of_others(lengths: list[int], part: slice) -> None:
-    num, num_own = len(lengths), 3
-    whole = torch.randn(2, sum(lengths), num * num_own, WIDTH)
-    heads = range(num_own)[part]
-    shape = (2, sum(lengths), len(heads), WIDTH)
-    rooms = [torch.zeros(shape).flatten() for _ in lengths]
-    for index, own in enumerate(parts_of(whole, lengths)):
-        plan = rows_by_heads(index, lengths, heads, num_own, WIDTH)
-        write(own, rooms, plan, len(heads) * WIDTH, len(heads) * WIDTH)
-    for index, room in enumerate(rooms):
-        first = index * num_own
-        assert torch.equal(room.view(shape), whole[:, :, first + heads.start : first + heads.stop])
-
-
-@LENGTHS
-def test_results_of_all_parts_come_back_between_heads_of_others(lengths: list[int]) -> None:
-    num, num_own = len(lengths), 3
-    whole = torch.randn(2, sum(lengths), num * num_own, WIDTH)
-    rooms = [torch.zeros(2 * length * num * num_own * WIDTH) for length in lengths]
-    for index, part in itertools.product(range(num), (slice(1), slice(1, None))):
-        own = whole[:, :, index * num_own : (index + 1) * num_own][:, :, part].contiguous()
-        heads = range(num_own)[part]
-        plan = rows_by_tokens(index, lengths, heads, num_own, WIDTH, own.stride(1))
-        write(own, rooms, plan, len(heads) * WIDTH, num * num_own * WIDTH)
-    for room, own in zip(rooms, parts_of(whole, lengths), strict=True):
-        assert torch.equal(room.view(own.shape), own)
 
 
 def test_ranks_without_gpus_send_messages(one_of_four: TokenRanks) -> None:
