@@ -22,6 +22,8 @@ from sgld.models.peer_memory import Room, has_atomics, rows_by_heads, rows_by_to
 
 logger = logging.getLogger(__name__)
 _HALVES = [slice(1), slice(1, None)]
+Placed = tuple[torch.Tensor, list[int], tuple[int, ...], int]
+"""A tensor, how many of its tokens each rank has, what shape comes together here, and where."""
 
 
 @dataclass(frozen=True)
@@ -70,32 +72,32 @@ class Peers:
     def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> list[Coming]:
         tensors = [(_by_rows(tensor), lengths) for alike, lengths in shared for tensor in alike]
         self._coming.clear()
+        every = [
+            [(tensor, lengths, self._shape(tensor, lengths, part)) for tensor, lengths in tensors] for part in parts
+        ]
+        starts = iter(self._coming.take([math.prod(s) * x.itemsize for of_part in every for x, _, s in of_part]))
         coming = []
-        for channel, part in enumerate(parts):
+        for channel, (part, of_part) in enumerate(zip(parts, every, strict=True)):
             with self._aside(channel > 0):
-                heads = self._put_heads(tensors, part)
+                heads = self._put_heads([(*each, next(starts)) for each in of_part], part)
                 self._coming.meet(channel)
                 coming.append(Coming(heads, tensors, _event() if channel else None))
         return coming
 
-    def _put_heads(self, tensors: Sequence[tuple[torch.Tensor, list[int]]], part: slice) -> list[torch.Tensor]:
-        shapes = [self._shape(tensor, lengths, part) for tensor, lengths in tensors]
-        sizes = [math.prod(shape) * tensor.itemsize for (tensor, _), shape in zip(tensors, shapes, strict=True)]
-        starts = self._coming.take(sizes)
-        every = list(zip(tensors, shapes, starts, strict=True))
-        # Those that are alike go at once.
-        for _, group in itertools.groupby(every, lambda each: _form(*each[0])):
-            alike = list(group)
-            (first, lengths), (_, _, num_heads, width), _ = alike[0]
-            num_own = first.shape[2] // self._num
-            plan = rows_by_heads(self._index, lengths, range(num_own)[part], num_own, width)
-            columns, places = num_heads * width, [start for _, _, start in alike]
-            self._coming.write([tensor for (tensor, _), *_ in alike], plan, places, columns, columns)
-        return [self._coming.view(start, shape, tensor.dtype) for (tensor, _), shape, start in every]
-
     def _shape(self, tensor: torch.Tensor, lengths: list[int], part: slice) -> tuple[int, ...]:
         num_rows, _, num_heads, width = tensor.shape
         return num_rows, sum(lengths), len(range(num_heads // self._num)[part]), width
+
+    def _put_heads(self, placed: Sequence[Placed], part: slice) -> list[torch.Tensor]:
+        # Those that are alike go at once.
+        for _, group in itertools.groupby(placed, lambda each: _form(*each[:2])):
+            alike = list(group)
+            first, lengths, (_, _, num_heads, width), _ = alike[0]
+            num_own = first.shape[2] // self._num
+            plan = rows_by_heads(self._index, lengths, range(num_own)[part], num_own, width)
+            columns = num_heads * width
+            self._coming.write([each for each, *_ in alike], plan, [start for *_, start in alike], columns, columns)
+        return [self._coming.view(start, shape, tensor.dtype) for tensor, _, shape, start in placed]
 
     def by_tokens(self, heads: torch.Tensor, lengths: list[int], part: slice, num_own: int) -> Going:
         heads, chosen = _by_rows(heads), range(num_own)[part]

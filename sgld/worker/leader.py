@@ -229,12 +229,15 @@ class Leader:
         for rank in self._followers(ranks):
             with contextlib.suppress(OSError):
                 send(self._wires[rank - 1], Agree(self._seq))
+        # Of each group of ranks, which met one another only.
+        num_meetings = {0: self._member.num_meetings}
+        size = self._member.seat.num_ranks // self._member.num_groups
         for rank in self._followers(ranks):
             reply = self._heard(rank, AGREE_S)
             if not isinstance(reply, FollowerFailed):
                 self._give_up(f"rank 0 failed, and rank {rank} didn't: {type(error).__name__}: {error}")
-            if reply.num_meetings != self._member.num_meetings:
-                self._give_up(f"rank 0 and rank {rank} failed at different places: {error}, {reply.message}")
+            if num_meetings.setdefault(rank // size, reply.num_meetings) != reply.num_meetings:
+                self._give_up(f"rank {rank} failed at another place than the ranks that it met: {reply.message}")
             self._heard(rank, AGREE_S)
 
     def _heard(self, rank: int, timeout_s: float | None = None) -> Any:

@@ -1,5 +1,6 @@
 """Memory that ranks write into: which rows go where, and how it grows."""
 
+import ctypes
 import itertools
 import weakref
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sgld.models import peer_memory
-from sgld.models.peer_memory import Room, Rows, rows_by_heads, rows_by_tokens
+from sgld.models.peer_memory import Room, Rows, has_atomics, rows_by_heads, rows_by_tokens
 
 WIDTH = 4
 PARTS = pytest.mark.parametrize("part", [slice(None), slice(1), slice(1, None)], ids=["all", "first", "rest"])
@@ -122,6 +123,27 @@ def test_all_ranks_lack_memory_where_one_does(memory: Memory, monkeypatch: pytes
         own.take([1000])
     assert memory.num_met == 1
     assert own.take([100]) == [0]
+
+
+@pytest.mark.parametrize(("value", "code", "wanted"), [(1, 0, True), (0, 0, False), (1, 101, False)])
+def test_driver_says_whether_gpus_change_numbers_in_one_step(
+    monkeypatch: pytest.MonkeyPatch, value: int, code: int, wanted: bool
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def get(result: Any, ordinal: int) -> int:
+        result._obj.value = 10 + ordinal
+        return 0
+
+    def get_attribute(result: Any, attribute: int, own: Any, other: Any) -> int:
+        asked.append((attribute, own.value, other.value))
+        result._obj.value = value
+        return code
+
+    driver = SimpleNamespace(cuDeviceGet=get, cuDeviceGetP2PAttribute=get_attribute)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert has_atomics(0, 2) is wanted
+    assert asked == [(3, 10, 12)]
 
 
 def test_meetings_are_counted(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

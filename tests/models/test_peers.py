@@ -49,6 +49,8 @@ def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
     monkeypatch.setattr(dist, "get_backend_config", lambda _: "cpu:gloo,cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: has_access)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    monkeypatch.delattr("sgld.models.peer_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "sgld.models.peer_kernels", ModuleType("kernels") if has_triton else None)
     told = iter([[0, other]])
     monkeypatch.setattr(peers, "gathered_sizes", lambda num, *_: next(told, [num, num]))

@@ -202,15 +202,20 @@ class Ended(Exception):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("stays", "num_meetings"), [(True, 0), (False, 0), (True, 1)])
+@pytest.mark.parametrize(
+    ("stays", "num_meetings", "num_groups", "goes_on"),
+    [(True, 0, 1, True), (False, 0, 1, False), (True, 1, 1, False), (True, 1, 2, True)],
+    ids=["alike", "left", "elsewhere", "of another group"],
+)
 def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
-    stays: bool, num_meetings: int, monkeypatch: pytest.MonkeyPatch
+    stays: bool, num_meetings: int, num_groups: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that fails alone leaves, and that makes the others fail, too: then there is nobody to go on with."""
     module, (wire, its_wire) = Broken(), Pipe()
     leading: Any = FakeMember(module, Seat(0, 2, "", (wire,)))
     following: Any = FakeMember(module, Seat(1, 2, "", (its_wire,)))
     following.num_meetings = num_meetings
+    leading.num_groups = num_groups
     runtime = Runtime()
     runtime.ranks = Leader(leading, lambda name, note: None)
 
@@ -228,6 +233,6 @@ def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
     monkeypatch.setattr("sgld.worker.leader.os._exit", end)
     thread = threading.Thread(target=follower)
     thread.start()
-    with pytest.raises(RuntimeError if stays and not num_meetings else Ended):
+    with pytest.raises(RuntimeError if goes_on else Ended):
         runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
     thread.join()
