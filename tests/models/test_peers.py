@@ -1,11 +1,13 @@
 """Who writes into the memory of others, and attention as one operator of compiled code."""
 
 import functools
+import itertools
 import shutil
 import sys
 from collections.abc import Sequence as Several
+from contextlib import nullcontext
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch._inductor.utils import run_and_get_code
 
 from sgld.models import peers, tokens
 from sgld.models.exchange import Arriving, Messages, Shared
+from sgld.models.peer_memory import Room, Rows
 from sgld.models.peers import Peers, exchange_of
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
@@ -57,6 +60,75 @@ def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
     assert isinstance(exchange_of(one_of_four.group, 0, 2), Messages)
     assert problem in caplog.text
     assert "NCCL" in caplog.text
+
+
+class Rooms:
+    """Rooms of ranks that are one process, by rank: all that is written is there at once."""
+
+    def __init__(self) -> None:
+        self.every: dict[int, list[FakeRoom]] = {}
+
+    def __call__(self, group: Any, index: int, num: int, device: torch.device) -> "FakeRoom":
+        own = self.every.setdefault(index, [])
+        own.append(FakeRoom(self, len(own)))
+        return own[-1]
+
+
+class FakeRoom(Room):
+    """The room of one of them, of several."""
+
+    def __init__(self, rooms: Rooms, place: int) -> None:
+        self._rooms, self._place, self._taken, self.num_meetings = rooms, place, 0, 0
+        self._memory = torch.zeros(100_000, dtype=torch.uint8)
+
+    def meet(self, channel: int = 0) -> None:
+        self.num_meetings += 1
+
+    def write(
+        self, tensors: Several[torch.Tensor], plan: Several[Rows], starts: Several[int], columns: int, row: int
+    ) -> None:
+        for (tensor, start), (rank, rows) in itertools.product(zip(tensors, starts, strict=True), enumerate(plan)):
+            other = self._rooms.every[rank][self._place]
+            target = other.view(start, [(len(other._memory) - start) // tensor.itemsize], tensor.dtype)
+            for batch, index in itertools.product(range(tensor.shape[0]), range(rows.num)):
+                source = rows.source + batch * tensor.stride(0) + index * tensor.stride(1) + tensor.storage_offset()
+                place = rows.target + batch * rows.batch + index * row
+                target[place : place + columns] = torch.as_strided(tensor, (columns,), (1,), source)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "key_lengths", "key_heads", "width"),
+    [([4, 4, 4], [4, 4, 4], 6, 8), ([4, 3, 3], [4, 3, 3], 6, 8), ([4, 3, 3], [2, 2, 1], 3, 12)],
+    ids=["even", "uneven", "other keys"],
+)
+def test_heads_come_and_go_between_ranks(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], key_lengths: list[int], key_heads: int, width: int
+) -> None:
+    stream = SimpleNamespace(wait_event=lambda _: None, wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    monkeypatch.setattr(peers, "Room", Rooms())
+    ranks = [Peers(None, index, 3, torch.device("cpu")) for index in range(3)]
+    query = torch.randn(2, sum(lengths), 6, 8)
+    key, value = (torch.randn(2, sum(key_lengths), key_heads, each) for each in (8, width))
+    tokens_of = [torch.split(x, n, dim=1) for x, n in ((query, lengths), (key, key_lengths), (value, key_lengths))]
+    is_alike = key_heads == 6
+    parts = [slice(1), slice(1, None)] if is_alike else [slice(None)]
+    coming = []
+    for rank, own in zip(ranks, zip(*tokens_of, strict=True), strict=True):
+        shared: list[Shared] = [(own, lengths)] if is_alike else [(own[:1], lengths), (own[1:], key_lengths)]
+        coming.append(rank.by_heads(shared, parts))
+    going: list[list[Any]] = [[], [], []]
+    for (num, part), (index, rank) in itertools.product(enumerate(parts), enumerate(ranks)):
+        wanted = [x.tensor_split(3, dim=2)[index][:, :, part] for x in (query, key, value)]
+        for heads, right in zip(coming[index][num].arrived(), wanted, strict=True):
+            assert torch.equal(heads, right)
+        going[index].append(rank.by_tokens(wanted[0].clone(), lengths, part, 2))
+    for rank, sent, right in zip(ranks, going, tokens_of[0], strict=True):
+        assert torch.equal(rank.joined(sent), right)
+        assert rank.num_meetings == len(parts) + 1
 
 
 class Twice(Peers):
