@@ -50,17 +50,18 @@ async def compared(teller: Teller, folder: Path, copies: int, device: str, is_ti
     """One copy, then all."""
     # Nothing is compiled: an engine does that when it has computed for a minute, in the middle of one of the two.
     config = EngineConfig(model_path=str(folder), device=device, memory=MemoryConfig(performance_mode="manual"))  # type: ignore[arg-type]
-    configs = [replace(config, parallel=ParallelConfig(dp_size=num)) for num in (1, copies)]
+    counts = 1, copies
+    configs = [replace(config, parallel=ParallelConfig(dp_size=gpus)) for gpus in counts]
     sizes = {"height": 64, "width": 64} if is_tiny else {"height": 512, "width": 512}
     num, num_steps = (4, 2) if is_tiny else (NUM_REQUESTS, NUM_STEPS)
     alone: Pictures = []
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(Engine(config)) for config in configs]
         with anyio.fail_after(READY_S):
-            for engine, gpus in zip(engines, (1, copies), strict=True):
+            for gpus, engine in zip(counts, engines, strict=True):
                 await engine.ready()
                 print(f"dp {gpus} is ready", file=sys.stderr, flush=True)
-        for gpus, engine in zip((1, copies), engines, strict=True):
+        for gpus, engine in zip(counts, engines, strict=True):
             taken_s, pictures = await settled(engine, num, gpus, num_steps, sizes)
             alone = alone or pictures
             row = {"model": "sdxl", "size": tuple(sizes.values()), "rows": 1, "by": "sgld", "gpus": gpus}

@@ -39,19 +39,16 @@ def _replaced(**functions: Callable[..., Any]) -> Callable[[], None]:
     return lambda: vars(tokens).update(functions)
 
 
-def _by_nccl() -> None:
-    vars(tokens).update(exchange_of=lambda group, index, num: Messages(group.group_name, index, num))
+def _messages(group: Any, index: int, num: int) -> Messages:
+    return Messages(group.group_name, index, num)
 
 
-def _silently() -> None:
+def _silent(*args: Any) -> Any:
     # What is tried at first comes there and back.
-    def silent(*args: Any) -> Any:
-        exchange = exchange_of(*args)
-        for room in [each for each in vars(exchange).values() if isinstance(each, Room)]:
-            vars(room).update(write=lambda *_: None, meet=lambda *_: None)
-        return exchange
-
-    vars(tokens).update(exchange_of=silent)
+    exchange = exchange_of(*args)
+    for room in [each for each in vars(exchange).values() if isinstance(each, Room)]:
+        vars(room).update(write=lambda *_: None, meet=lambda *_: None)
+    return exchange
 
 
 WAYS: dict[str, Callable[[], None]] = {
@@ -60,8 +57,8 @@ WAYS: dict[str, Callable[[], None]] = {
     "together": _replaced(first_heads=lambda *_: 0),
     "halves": _replaced(first_heads=lambda num, *_: num // 2),
     "one first": _replaced(first_heads=lambda num, *_: min(1, num - 1)),
-    "by NCCL": _by_nccl,
-    "silent": _silently,
+    "by NCCL": _replaced(exchange_of=_messages),
+    "silent": _replaced(exchange_of=_silent),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-from sgld.models.exchange import gathered_sizes
+from sgld.models.exchange import on_any_rank
 
 _ALIGNED_BYTES = 256
 # So many elements of two bytes are written at once.
@@ -90,7 +90,7 @@ class Room:
             memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:
             problem = str(error)
-        if any(gathered_sizes(memory is None, self._num, self._group)) or memory is None:
+        if on_any_rank(memory is None, self._num, self._group) or memory is None:
             raise torch.OutOfMemoryError(f"no {num_bytes} bytes for heads that other GPUs write: {problem}")
         return memory
 

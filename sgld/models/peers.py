@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sgld.models.exchange import Messages, Shared, gathered_sizes
+from sgld.models.exchange import Messages, Shared, gathered_sizes, on_any_rank
 from sgld.models.peer_memory import Room, has_atomics, rows_by_heads, rows_by_tokens
 
 logger = logging.getLogger(__name__)
@@ -155,9 +155,9 @@ def exchange_of(group: Any, index: int, num: int) -> Messages | Peers:
     devices = gathered_sizes(device.index, num, group)
     peers, problem = None, _unreachable(device.index, devices)
     # Nobody begins with what takes all of them while one can't.
-    if not any(gathered_sizes(problem is not None, num, group)):
+    if not on_any_rank(problem is not None, num, group):
         peers, problem = _tried(group, index, num, device)
-    if not any(gathered_sizes(peers is None, num, group)) and peers is not None:
+    if not on_any_rank(peers is None, num, group) and peers is not None:
         return peers
     logger.warning(
         "GPUs %s can't write into one another's memory (%s): heads are exchanged by NCCL, which takes longer",

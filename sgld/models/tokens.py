@@ -192,15 +192,17 @@ class Tokens:
             return compute(query, *self._of_ring(key, value, key_lengths), mask)
         exchange = ranks.exchange
         assert exchange is not None
-        first = self._first_heads(query, lengths) if is_alike and (mask is None or mask.shape[1] == 1) else 0
+        num_own = -(-num_heads // ranks.num_ulysses)
+        can_part = is_alike and (mask is None or mask.shape[1] == 1) and ranks.overlaps and ranks.num_ring == 1
+        message = query.shape[0], sum(lengths), ranks.num_ulysses, exchange.cost
+        first = first_heads(num_own, *message) if can_part else 0
         parts = [slice(first), slice(first, None)] if first else [slice(None)]
         own_lengths = self._of_ulysses(lengths)
+        query, key, value = (self._padded(each) for each in (query, key, value))
         shared: list[Shared] = [((query, key, value), own_lengths)]
         if not is_alike:
             shared = [((query,), own_lengths), ((key, value), self._of_ulysses(key_lengths))]
-        shared = [([self._padded(each) for each in tensors], of_ranks) for tensors, of_ranks in shared]
         coming = exchange.by_heads(shared, parts)
-        num_own = -(-num_heads // ranks.num_ulysses)
         going: list[Any] = []
         for part, heads in zip(parts, coming, strict=True):
             own_query, own_key, own_value = heads.arrived()
@@ -210,13 +212,6 @@ class Tokens:
             result = compute(own_query, own_key, own_value, own_mask)
             going.append(exchange.by_tokens(result, own_lengths, part, num_own))
         return exchange.joined(going)[:, :, :num_heads]
-
-    def _first_heads(self, query: torch.Tensor, lengths: list[int]) -> int:
-        ranks = self.ranks
-        if not ranks.overlaps or ranks.num_ring > 1 or ranks.exchange is None:
-            return 0
-        num_own = -(-query.shape[2] // ranks.num_ulysses)
-        return first_heads(num_own, query.shape[0], sum(lengths), ranks.num_ulysses, ranks.exchange.cost)
 
     def _padded(self, tensor: torch.Tensor) -> torch.Tensor:
         """With as many heads (B, S, H, D) for each rank."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.rooms import write_rows
 from sgld.models import peer_memory
 from sgld.models.peer_memory import Room, Rows, has_atomics, rows_by_heads, rows_by_tokens
 
@@ -18,13 +19,8 @@ LENGTHS = pytest.mark.parametrize("lengths", [[3, 3], [4, 3, 3]], ids=["even", "
 
 
 def write(source: torch.Tensor, rooms: list[torch.Tensor], plan: list[Rows], columns: int, row: int) -> None:
-    """What the kernel does, row by row."""
-    flat = source.reshape(-1)
     for room, rows in zip(rooms, plan, strict=True):
-        for batch, index in itertools.product(range(source.shape[0]), range(rows.num)):
-            start = rows.source + batch * source.stride(0) + index * source.stride(1)
-            target = rows.target + batch * rows.batch + index * row
-            room[target : target + columns] = flat[start : start + columns]
+        write_rows(source, room, rows, columns, row)
 
 
 def parts_of(whole: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:
@@ -82,7 +78,7 @@ class Memory:
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     memory = Memory()
     monkeypatch.setattr(peer_memory, "symmetric_memory", memory)
-    monkeypatch.setattr(peer_memory, "gathered_sizes", lambda num, *_: [num, False])
+    monkeypatch.setattr(peer_memory, "on_any_rank", lambda is_so, *_: is_so)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return memory
 
@@ -118,7 +114,7 @@ def test_all_ranks_lack_memory_where_one_does(memory: Memory, monkeypatch: pytes
     own = room()
     with pytest.raises(torch.OutOfMemoryError, match=r"20224 bytes .* out of memory"):
         own.take([20_000])
-    monkeypatch.setattr(peer_memory, "gathered_sizes", lambda num, *_: [num, True])
+    monkeypatch.setattr(peer_memory, "on_any_rank", lambda *_: True)
     with pytest.raises(torch.OutOfMemoryError, match="another rank"):
         own.take([1000])
     assert memory.num_met == 1

@@ -18,6 +18,7 @@ from pipelines import build
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+from models.rooms import write_rows
 from sgld.models import peers, tokens
 from sgld.models.exchange import Arriving, Messages, Shared
 from sgld.models.peer_memory import Room, Rows
@@ -56,7 +57,8 @@ def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
     monkeypatch.delattr("sgld.models.peer_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "sgld.models.peer_kernels", ModuleType("kernels") if has_triton else None)
     told = iter([[0, other]])
-    monkeypatch.setattr(peers, "gathered_sizes", lambda num, *_: next(told, [num, num]))
+    monkeypatch.setattr(peers, "gathered_sizes", lambda *_: next(told))
+    monkeypatch.setattr(peers, "on_any_rank", lambda is_so, *_: is_so)
     assert isinstance(exchange_of(one_of_four.group, 0, 2), Messages)
     assert problem in caplog.text
     assert "NCCL" in caplog.text
@@ -90,10 +92,7 @@ class FakeRoom(Room):
         for (tensor, start), (rank, rows) in itertools.product(zip(tensors, starts, strict=True), enumerate(plan)):
             other = self._rooms.every[rank][self._place]
             target = other.view(start, [(len(other._memory) - start) // tensor.itemsize], tensor.dtype)
-            for batch, index in itertools.product(range(tensor.shape[0]), range(rows.num)):
-                source = rows.source + batch * tensor.stride(0) + index * tensor.stride(1) + tensor.storage_offset()
-                place = rows.target + batch * rows.batch + index * row
-                target[place : place + columns] = torch.as_strided(tensor, (columns,), (1,), source)
+            write_rows(tensor, target, rows, columns, row)
 
 
 @pytest.mark.parametrize(
