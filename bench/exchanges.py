@@ -23,7 +23,7 @@ from sgld.ipc.seats import Seat
 from sgld.models import tokens
 from sgld.models.exchange import Messages
 from sgld.models.peer_memory import Room
-from sgld.models.peers import exchange_of
+from sgld.models.peers import Peers, exchange_of
 from sgld.parallel import ParallelConfig
 
 FLUX = tuple(Work("flux", (side,)) for side in (512, 1024, 1536))
@@ -35,8 +35,16 @@ def _as_they_are() -> None:
     """As the engine has it."""
 
 
-def _replaced(**functions: Callable[..., Any]) -> Callable[[], None]:
-    return lambda: vars(tokens).update(functions)
+def _replaced(exchange: Callable[..., Any]) -> Callable[[], None]:
+    return lambda: vars(tokens).update(exchange_of=exchange)
+
+
+def _first(choose: Callable[[int], int]) -> Callable[[], None]:
+    def replace() -> None:
+        for kind in (Peers, Messages):
+            setattr(kind, "first_heads", lambda _self, num, *_: choose(num))  # noqa: B010 - of a class
+
+    return replace
 
 
 def _messages(group: Any, index: int, num: int) -> Messages:
@@ -54,11 +62,11 @@ def _silent(*args: Any) -> Any:
 WAYS: dict[str, Callable[[], None]] = {
     ALONE: _as_they_are,
     "parted": _as_they_are,
-    "together": _replaced(first_heads=lambda *_: 0),
-    "halves": _replaced(first_heads=lambda num, *_: num // 2),
-    "one first": _replaced(first_heads=lambda num, *_: min(1, num - 1)),
-    "by NCCL": _replaced(exchange_of=_messages),
-    "silent": _replaced(exchange_of=_silent),
+    "together": _first(lambda _: 0),
+    "halves": _first(lambda num: num // 2),
+    "one first": _first(lambda num: min(1, num - 1)),
+    "by NCCL": _replaced(_messages),
+    "silent": _replaced(_silent),
 }
 
 

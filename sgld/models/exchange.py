@@ -1,11 +1,13 @@
 """What ranks send one another of their tensors. Compiled code, too, goes on computing while messages are under way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
+
+from sgld.models.overlap import first_heads
 
 # Its name since torch 2.13, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -16,8 +18,8 @@ Shared = tuple[Sequence[torch.Tensor], list[int]]
 class Arriving(Protocol):
     """Some heads of the tokens of all ranks, under way."""
 
-    def arrived(self) -> Sequence[torch.Tensor]:
-        """Each tensor as (B, S, H, D), when they are there. They are read before results are joined, and not later."""
+    def answered(self, answer: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
+        """What `answer` makes of the tensors (B, S, H, D), which are read before results are joined, and not later."""
         ...
 
 
@@ -25,13 +27,11 @@ class HeadExchange(Protocol):
     """Ranks that have parts of the tokens, and exchange heads so that each has some of them for all tokens.
 
     Heads come and go in parts: some are attended to while others are on their way.
-
-    :ivar cost: to send a head of one row there and back takes so many thousandths of a wave of attention (overlap.py),
-        if all of its tokens are others'; both are proportional to the number of tokens.
     """
 
-    @property
-    def cost(self) -> int: ...
+    def first_heads(self, num: int, rows: int, num_tokens: int) -> int:
+        """Of so many own heads these are the first part; 0: all are one (overlap.py)."""
+        ...
 
     @property
     def num_meetings(self) -> int:
@@ -61,12 +61,14 @@ class Coming:
 
     messages: list[tuple[torch.Tensor, list[int]]]
 
-    def arrived(self) -> list[torch.Tensor]:
-        return [
-            heads
-            for message, widths in self.messages
-            for heads in torch.split(arrived(message).transpose(0, 1), widths, dim=-1)
-        ]
+    def answered(self, answer: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
+        return answer(
+            [
+                heads
+                for message, widths in self.messages
+                for heads in torch.split(arrived(message).transpose(0, 1), widths, dim=-1)
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,11 @@ class Messages:
     group: str
     index: int
     num: int
-    # With 9,728 tokens on four H200s 6 heads took 196 us, and a wave 120.
-    cost: ClassVar[int] = 360
     num_meetings: ClassVar[int] = 0
+
+    def first_heads(self, num: int, rows: int, num_tokens: int) -> int:
+        # With 9,728 tokens on four H200s 6 heads took 196 us, and a wave 120.
+        return first_heads(num, rows, num_tokens, self.num, cost=360)
 
     def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> list[Coming]:
         by_rank = [

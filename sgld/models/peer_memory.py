@@ -111,9 +111,9 @@ class Room:
         """What is there until others write over it."""
         return self._memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
 
-    def meet(self, channel: int = 0) -> None:
+    def meet(self) -> None:
         """Go on when all ranks are here, and what they wrote before has come."""
-        self._handle.barrier(channel)
+        self._handle.barrier()
         self.num_meetings += not torch.cuda.is_current_stream_capturing()
 
     def write(

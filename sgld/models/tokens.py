@@ -1,7 +1,8 @@
 """The tokens of a forward in parts, one for each rank of a group, and attention among all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from sgld.models.exchange import HeadExchange, Shared, gathered, gathered_sizes
-from sgld.models.overlap import first_heads
 from sgld.models.peers import exchange_of
 
 Compute = Callable[..., torch.Tensor]
@@ -194,8 +194,7 @@ class Tokens:
         assert exchange is not None
         num_own = -(-num_heads // ranks.num_ulysses)
         can_part = is_alike and (mask is None or mask.shape[1] == 1) and ranks.overlaps and ranks.num_ring == 1
-        message = query.shape[0], sum(lengths), ranks.num_ulysses, exchange.cost
-        first = first_heads(num_own, *message) if can_part else 0
+        first = exchange.first_heads(num_own, query.shape[0], sum(lengths)) if can_part else 0
         parts = [slice(first), slice(first, None)] if first else [slice(None)]
         own_lengths = self._of_ulysses(lengths)
         query, key, value = (self._padded(each) for each in (query, key, value))
@@ -203,14 +202,16 @@ class Tokens:
         if not is_alike:
             shared = [((query,), own_lengths), ((key, value), self._of_ulysses(key_lengths))]
         coming = exchange.by_heads(shared, parts)
-        going: list[Any] = []
-        for part, heads in zip(parts, coming, strict=True):
-            own_query, own_key, own_value = heads.arrived()
+
+        def answered(part: slice, heads: Sequence[torch.Tensor]) -> Any:
+            own_query, own_key, own_value = heads
             if ranks.num_ring > 1:
                 own_key, own_value = self._of_ring(own_key, own_value, key_lengths)
             own_mask = self._own_heads(mask, own_query.shape[2])
             result = compute(own_query, own_key, own_value, own_mask)
-            going.append(exchange.by_tokens(result, own_lengths, part, num_own))
+            return exchange.by_tokens(result, own_lengths, part, num_own)
+
+        going = [heads.answered(partial(answered, part)) for part, heads in zip(parts, coming, strict=True)]
         return exchange.joined(going)[:, :, :num_heads]
 
     def _padded(self, tensor: torch.Tensor) -> torch.Tensor:

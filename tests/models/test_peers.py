@@ -4,6 +4,7 @@ import functools
 import itertools
 import shutil
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from contextlib import nullcontext
 from dataclasses import replace
@@ -83,7 +84,7 @@ class FakeRoom(Room):
         self._rooms, self._place, self._taken, self.num_meetings = rooms, place, 0, 0
         self._memory = torch.zeros(100_000, dtype=torch.uint8)
 
-    def meet(self, channel: int = 0) -> None:
+    def meet(self) -> None:
         self.num_meetings += 1
 
     def write(
@@ -120,11 +121,14 @@ def test_heads_come_and_go_between_ranks(
         shared: list[Shared] = [(own, lengths)] if is_alike else [(own[:1], lengths), (own[1:], key_lengths)]
         coming.append(rank.by_heads(shared, parts))
     going: list[list[Any]] = [[], [], []]
-    for (num, part), (index, rank) in itertools.product(enumerate(parts), enumerate(ranks)):
-        wanted = [x.tensor_split(3, dim=2)[index][:, :, part] for x in (query, key, value)]
-        for heads, right in zip(coming[index][num].arrived(), wanted, strict=True):
-            assert torch.equal(heads, right)
-        going[index].append(rank.by_tokens(wanted[0].clone(), lengths, part, 2))
+    for num, part in enumerate(parts):
+        come = [coming[index][num].come() for index in range(3)]
+        for index, rank in enumerate(ranks):
+            wanted = [x.tensor_split(3, dim=2)[index][:, :, part] for x in (query, key, value)]
+            for heads, right in zip(come[index], wanted, strict=True):
+                assert torch.equal(heads, right)
+            going[index].append(rank.by_tokens(wanted[0].clone(), lengths, part, 2))
+    assert [each.urgent is None for each in coming[0]] == [False, True][-len(parts) :]
     for rank, sent, right in zip(ranks, going, tokens_of[0], strict=True):
         assert torch.equal(rank.joined(sent), right)
         assert rank.num_meetings == len(parts) + 1
@@ -133,11 +137,12 @@ def test_heads_come_and_go_between_ranks(
 class Twice(Peers):
     """The first of two ranks, of which the other one has the same tokens, and finds the same."""
 
-    cost = 1
-
     def __init__(self) -> None:
         self.asked: list[int] = []
         """Parts of each attention."""
+
+    def first_heads(self, num: int, rows: int, num_tokens: int) -> int:
+        return 0
 
     def by_heads(self, shared: Several[Shared], parts: Several[slice]) -> Any:
         self.asked.append(len(parts))
@@ -157,8 +162,8 @@ class There(Arriving):
     def __init__(self, heads: list[torch.Tensor]) -> None:
         self._heads = heads
 
-    def arrived(self) -> list[torch.Tensor]:
-        return self._heads
+    def answered(self, answer: Callable[[Several[torch.Tensor]], Any]) -> Any:
+        return answer(self._heads)
 
 
 def gathered(part: torch.Tensor, dim: int, lengths: list[int], _: Any) -> torch.Tensor:

@@ -15,7 +15,6 @@ from worker.requests import request
 from models.ranks import Attending, Given, Group, group
 from sgld.models import tokens
 from sgld.models.exchange import Messages
-from sgld.models.overlap import first_heads
 from sgld.models.placement import compile_components
 from sgld.models.sequence import Sequence
 from sgld.models.token_plans import plan_of
@@ -257,7 +256,7 @@ def attending(heads: int, key_heads: int, num: int, num_keys: int, mask: tuple[i
 def test_heads_that_are_attended_to_in_parts_are_those_of_one_rank(
     two_ranks: Group, rows: int, heads: int, num: int, is_masked: bool
 ) -> None:
-    assert first_heads(-(-heads // 2), rows, num, 2, Messages.cost)
+    assert Messages("two", 0, 2).first_heads(-(-heads // 2), rows, num)
     calls, wanted = called(Attending(), **attending_in_parts(rows, heads, num, is_masked))
     check(two_ranks, ULYSSES, Attending(), calls, wanted)
 
