@@ -18,7 +18,7 @@ from anyio import to_thread
 from sgld.config import EngineConfig
 from sgld.errors import ChannelClosed, RankLost
 from sgld.ipc.channel import ChannelStatistics, FrontEnd, RankEnd, channel_pair
-from sgld.ipc.seats import seats
+from sgld.ipc.seats import Seat, seats
 from sgld.ipc.tensor_queue import TensorQueueStatistics, TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Exit
 from sgld.outcome import on_failure
@@ -145,7 +145,7 @@ async def rank_process(
     reader, writer = tensor_queue()
     meeting = os.memfd_create("sgld-ranks")
     try:
-        args = (rank_end, writer, (config, replica, niceness, set_up), f"/proc/{os.getpid()}/fd/{meeting}", process)
+        args = (rank_end, writer, (config, niceness, set_up), replica, f"/proc/{os.getpid()}/fd/{meeting}", process)
         processes = await to_thread.run_sync(_start, *args)
         try:
             async with _flushing(front):
@@ -163,7 +163,8 @@ async def rank_process(
 def _start(
     rank_end: RankEnd[AnyReply, AnyCommand],
     writer: TensorWriter,
-    common: tuple[EngineConfig, int, int, Callable[[], None] | None],
+    common: tuple[EngineConfig, int, Callable[[], None] | None],
+    replica: int,
     meeting: str,
     process: Callable[..., Any],
 ) -> list[Any]:
@@ -171,22 +172,28 @@ def _start(
 
     They are no daemons: those may not have children, and loaders may use them. They watch their parent instead.
 
-    :param common: what all of them are given: the config, the replica's index, their niceness, and what sets them up.
+    :param common: what all of them are given: the config, their niceness, and what sets them up.
     :param meeting: an empty file, by which they find each other.
     """
-    config, replica, *_ = common
+    config, *_ = common
+    environment = rank_environment(config, replica)
     of = "" if replica == 0 else f"-of-replica-{replica}"
     processes: list[Any] = []
+
+    def start(seat: Seat, target: Callable[..., None], *args: Any) -> None:
+        rank = process(target=target, args=(*args, *common, seat), name=f"sgld-rank-{seat.index}{of}")
+        with _inherited(environment):
+            rank.start()
+        processes.append(rank)
 
     def kill() -> None:
         for started in processes:
             started.kill()
 
     with on_failure(kill), seats(config.parallel.num_ranks, meeting) as (seat, *others):
-        _started(processes, process(target=rank_main, args=(rank_end, writer, *common, seat), name=f"sgld-rank-0{of}"))
+        start(seat, rank_main, rank_end, writer)
         for other in others:
-            name = f"sgld-rank-{other.index}{of}"
-            _started(processes, process(target=follower_main, args=(*common, other), name=name))
+            start(other, follower_main)
     rank_end.close()
     writer.close()
     return processes
@@ -198,15 +205,9 @@ def refuse_unguarded_spawn() -> None:
         sys.exit("sgld: a script that starts an engine needs `if __name__ == '__main__':` around its main part")
 
 
-def _started(processes: list[Any], process: Any) -> None:
-    with _inherited(rank_environment()):
-        process.start()
-    processes.append(process)
-
-
 @contextmanager
 def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
-    """While the block runs, new processes have these variables, which this one hasn't."""
+    """While the block runs, new processes have these variables in the place of those that this one has."""
     with _environment:
         for name, value in variables.items():
             os.putenv(name, value)
@@ -214,7 +215,10 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
             yield
         finally:
             for name in variables:
-                os.unsetenv(name)
+                if (before := os.environ.get(name)) is None:
+                    os.unsetenv(name)
+                else:
+                    os.putenv(name, before)
 
 
 @asynccontextmanager

@@ -34,29 +34,25 @@ def rank_main(
     channel: Channel,
     tensors: TensorWriter,
     config: EngineConfig,
-    replica: int = 0,
     niceness: int = 0,
     set_up: Callable[[], None] | None = None,
     seat: Seat = ALONE,
 ) -> None:
     """Entry of the process. It ends on `Exit`, when the model can't be loaded, and when the front is gone.
 
-    :param replica: index of its replica.
     :param niceness: of a rank that runs on the CPU.
     :param set_up: called before anything is loaded; says how it logs.
     :param seat: its place among the ranks of its replica, of which it is the first.
     """
-    _begin(config, replica, set_up)
+    _begin(set_up)
     serve(channel, tensors, config, functools.partial(_load, config, niceness, seat), seat)
     # All that matters has been sent, and taking down torch takes a second.
     os._exit(0)
 
 
-def follower_main(
-    config: EngineConfig, replica: int, niceness: int, set_up: Callable[[], None] | None, seat: Seat
-) -> None:
+def follower_main(config: EngineConfig, niceness: int, set_up: Callable[[], None] | None, seat: Seat) -> None:
     """Entry of the process of another rank. It ends with rank 0, and when the front is gone."""
-    _begin(config, replica, set_up)
+    _begin(set_up)
     try:
         model = _load(config, niceness, seat)
     except ModelError as error:
@@ -85,10 +81,11 @@ def _load(config: EngineConfig, niceness: int, seat: Seat, tell: "Tell | None" =
     return model
 
 
-def rank_environment() -> dict[str, str]:
-    """What ranks get, but for what the environment says itself.
+def rank_environment(config: EngineConfig, replica: int = 0) -> dict[str, str]:
+    """What the ranks of a replica get, but for what the environment says itself; of its GPUs they get their part.
 
     For who starts the process: a script that imports torch does so in the new process, too, before `rank_main` begins.
+    What it imports may even look for GPUs there, and those that CUDA finds then are all that it ever finds.
     """
     chosen = (
         # Threads of a forward that wait spinning take the cores from one another, and from everybody else: on 2 cores
@@ -103,7 +100,11 @@ def rank_environment() -> dict[str, str]:
         ("TRANSFORMERS_VERBOSITY", os.environ.get("TRANSFORMERS_VERBOSITY"), "error"),
         ("CACHE_DIT_LOG_LEVEL", os.environ.get("CACHE_DIT_LOG_LEVEL"), "error"),
     )
-    return {name: ours for name, given, ours in chosen if given is None and ours is not None}
+    ours = {name: ours for name, given, ours in chosen if given is None and ours is not None}
+    if config.parallel.dp_size > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        ours["CUDA_VISIBLE_DEVICES"] = visible_devices(visible, replica, config.parallel.num_ranks)
+    return ours
 
 
 def _compiled_folder() -> str | None:
@@ -116,7 +117,7 @@ def _compiled_folder() -> str | None:
     return str(folder) if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _begin(config: EngineConfig, replica: int, set_up: Callable[[], None] | None = None) -> None:
+def _begin(set_up: Callable[[], None] | None = None) -> None:
     """What each rank does before it loads anything."""
     # Ctrl-C reaches the whole process group; the front decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -127,9 +128,6 @@ def _begin(config: EngineConfig, replica: int, set_up: Callable[[], None] | None
         set_up()
     _leave_with_parent()
     _unname_lock()
-    if config.parallel.dp_size > 1:
-        visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES"), replica, config.parallel.num_ranks)
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def serve(

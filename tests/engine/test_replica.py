@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from sgld.config import EngineConfig
-from sgld.engine.replica import _first_death, _started, rank_process
+from sgld.engine.replica import _first_death, _inherited, rank_process
 from sgld.errors import RankLost
 from sgld.logs import set_up_logs
+from sgld.parallel import ParallelConfig
 from sgld.worker.main import rank_environment
 
 
@@ -23,24 +24,15 @@ def environment() -> list[str]:
     return subprocess.run(["env", "-0"], stdout=subprocess.PIPE, check=True).stdout.decode().split("\0")
 
 
-class Process:
-    """Stands for a process: sees the environment that it would get."""
-
-    def __init__(self) -> None:
-        self.environment: list[str] = []
-
-    def start(self) -> None:
-        self.environment = environment()
-
-
 def test_ranks_get_an_environment_that_this_process_does_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in rank_environment():
+    for name in rank_environment(EngineConfig()):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TQDM_DISABLE", "0")
-    before, process, processes = environment(), Process(), list[Any]()
-    _started(processes, process)
-    assert processes == [process]
-    assert {"OMP_WAIT_POLICY=PASSIVE", "TQDM_DISABLE=0"} <= set(process.environment)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    before = environment()
+    with _inherited(rank_environment(EngineConfig(parallel=ParallelConfig(dp_size=2)), replica=1)):
+        during = environment()
+    assert {"OMP_WAIT_POLICY=PASSIVE", "TQDM_DISABLE=0", "CUDA_VISIBLE_DEVICES=5"} <= set(during)
     assert sorted(environment()) == sorted(before)
 
 
@@ -73,10 +65,12 @@ def test_who_was_killed_is_named_rather_than_who_left_for_it(codes: list[int | N
 def test_where_no_cache_can_be_ranks_have_that_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path / "cache"))
-    assert rank_environment()["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "torch_compile_cache")
+    assert rank_environment(EngineConfig())["TORCHINDUCTOR_CACHE_DIR"] == str(
+        tmp_path / "cache" / "torch_compile_cache"
+    )
     (tmp_path / "file").touch()
     monkeypatch.setenv("SGLANG_DIFFUSION_CACHE_ROOT", str(tmp_path / "file"))
-    assert "TORCHINDUCTOR_CACHE_DIR" not in rank_environment()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in rank_environment(EngineConfig())
 
 
 def say_and_leave(path: Path) -> None:
@@ -95,3 +89,21 @@ async def test_ranks_log_as_they_are_told(tmp_path: Path) -> None:
                 await rank.receive()
     line = msgspec.json.decode((tmp_path / "log").read_bytes(), type=dict[str, Any])
     assert (line["level"], line["message"]) == ("info", "a rank says this")
+
+
+def show_and_leave(path: Path) -> None:
+    """A rank that writes which GPUs it could see when its process began."""
+    variables = Path("/proc/self/environ").read_text().split("\0")
+    path.write_text(next(variable for variable in variables if variable.startswith("CUDA_VISIBLE_DEVICES")))
+    os._exit(0)
+
+
+async def test_no_code_of_a_rank_sees_gpus_of_another_replica(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not even what a script imports before the rank begins."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    config = EngineConfig(parallel=ParallelConfig(dp_size=2, num_gpus=4))
+    with anyio.fail_after(30):
+        async with rank_process(config, 1, set_up=partial(show_and_leave, tmp_path / "seen")) as rank:
+            with pytest.raises(RankLost):
+                await rank.receive()
+    assert (tmp_path / "seen").read_text() == "CUDA_VISIBLE_DEVICES=6,7"

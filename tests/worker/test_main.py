@@ -13,7 +13,7 @@ def test_what_a_rank_prints_is_no_result() -> None:
 def test_stacks_of_a_rank_are_written_when_it_is_asked_for_them() -> None:
     script = (
         "import os, signal; from sgld.worker import main;"
-        "main._leave_with_parent = lambda: None; from sgld.config import EngineConfig; main._begin(EngineConfig(), 0);"
+        "main._leave_with_parent = lambda: None; main._begin();"
         "os.kill(os.getpid(), signal.SIGUSR1); print('goes on')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
