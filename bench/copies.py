@@ -1,4 +1,4 @@
-"""Requests that come while others run, to one copy of a model and to one on each GPU; a part of bench/parallel.py.
+"""Requests that come at the same time, to one copy of a model and to one on each GPU; a part of bench/parallel.py.
 
 Both engines are there at the same time, and one is asked after the other: the one that isn't asked does nothing. A
 request is a picture with SDXL at its real size; each copy has as many, and the time of one is that of all, shared.
@@ -30,7 +30,7 @@ from sgld.ipc.seats import Seat
 from sgld.parallel import ParallelConfig
 
 # Of each copy.
-NUM_REQUESTS, STAGGER_S, NUM_STEPS = 24, 0.005, 20
+NUM_REQUESTS, NUM_STEPS = 48, 20
 # Rounds go on until they don't get faster by this: each copy captures its graphs and learns what forwards take.
 MIN_GAIN, MAX_ROUNDS = 0.03, 6
 READY_S = 120.0
@@ -89,7 +89,6 @@ async def round_of(engine: Engine, num: int, copies: int, num_steps: int, sizes:
     every = range(num * copies)
 
     async def client(index: int) -> None:
-        await anyio.sleep(index * STAGGER_S / copies)
         params = SamplingParams(prompt=prompt(index), seed=index, num_inference_steps=num_steps, **sizes)
         async for event in engine.generate(params):
             if isinstance(event, Failed):

@@ -39,10 +39,10 @@ def _replaced(exchange: Callable[..., Any]) -> Callable[[], None]:
     return lambda: vars(tokens).update(exchange_of=exchange)
 
 
-def _first(choose: Callable[[int], int]) -> Callable[[], None]:
+def _parted(choose: Callable[[int], list[int]]) -> Callable[[], None]:
     def replace() -> None:
         for kind in (Peers, Messages):
-            setattr(kind, "first_heads", lambda _self, num, *_: choose(num))  # noqa: B010 - of a class
+            setattr(kind, "parts", lambda _self, num, *_: [size for size in choose(num) if size])  # noqa: B010 - of a class
 
     return replace
 
@@ -62,9 +62,10 @@ def _silent(*args: Any) -> Any:
 WAYS: dict[str, Callable[[], None]] = {
     ALONE: _as_they_are,
     "parted": _as_they_are,
-    "together": _first(lambda _: 0),
-    "halves": _first(lambda num: num // 2),
-    "one first": _first(lambda num: min(1, num - 1)),
+    "together": _parted(lambda num: [num]),
+    "halves": _parted(lambda num: [num // 2, num - num // 2]),
+    "one first": _parted(lambda num: [1, num - 1]),
+    "one last": _parted(lambda num: [1, max(num - 2, 0), min(num - 1, 1)]),
     "by NCCL": _replaced(_messages),
     "silent": _replaced(_silent),
 }

@@ -5,6 +5,7 @@ has read what was there: heads are read before results are sent, and results bef
 ranks meet.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -18,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from sgld.models.exchange import Messages, Shared, gathered_sizes, on_any_rank
-from sgld.models.overlap import first_heads_beside
+from sgld.models.overlap import beside_one_another
 from sgld.models.peer_memory import Room, has_atomics, rows_by_heads, rows_by_tokens
 
 logger = logging.getLogger(__name__)
-_HALVES = [slice(1), slice(1, None)]
+_PARTS = [slice(0, 1), slice(1, 2), slice(2, 3)]
 Placed = tuple[torch.Tensor, list[int], tuple[int, ...], int]
 """A tensor, how many of its tokens each rank has, what shape comes together here, and where."""
 
@@ -32,18 +33,18 @@ class Coming:
     """Heads that others write: those of several tensors (B, S, H, D).
 
     :ivar come: waits for them.
-    :ivar urgent: where they are attended to; None: with what else is computed.
+    :ivar stream: where they are attended to; None: with what else is computed.
     """
 
     come: Callable[[], list[torch.Tensor]]
-    urgent: torch.cuda.Stream | None
+    stream: torch.cuda.Stream | None
 
     def answered(self, answer: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
         heads = self.come()
-        if self.urgent is None:
+        if self.stream is None:
             return answer(heads)
-        self.urgent.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.urgent):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             return answer(heads)
 
 
@@ -62,8 +63,8 @@ class Going:
 class Peers:
     """The GPUs of ranks that exchange heads.
 
-    What comes first is attended to before anything else, and others are written and then attended to beside it, where
-    the GPU has room.
+    What comes first is attended to before anything else. Others are written, and attended to beside it, where the GPU
+    has room; each part goes while those after it are attended to.
 
     :param group: theirs.
     :param index: of this one among them.
@@ -72,33 +73,37 @@ class Peers:
     def __init__(self, group: Any, index: int, num: int, device: torch.device) -> None:
         self._index, self._num = index, num
         self._coming, self._back = (Room(group, index, num, device) for _ in range(2))
-        self._urgent = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        # Of all parts but the last one, the most urgent first.
+        self._streams = [torch.cuda.Stream(device, priority=level) for level in (-2, -1)]  # type: ignore[no-untyped-call]
         self._is_joined = True
 
     @property
     def num_meetings(self) -> int:
         return self._coming.num_meetings + self._back.num_meetings
 
-    def first_heads(self, num: int, rows: int, num_tokens: int) -> int:
+    def parts(self, num: int, rows: int, num_tokens: int) -> tuple[int, ...]:
         # With 9,728 tokens on two H200s 12 heads take 180 us, and a wave 133.
-        return first_heads_beside(num, rows, num_tokens, self._num, cost=220)
+        return beside_one_another(num, rows, num_tokens, self._num, cost=220)
 
     def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> list[Coming]:
         # Only where an attention has failed.
         if not self._is_joined and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream().wait_stream(self._urgent)
+            for stream in self._streams:
+                torch.cuda.current_stream().wait_stream(stream)
         self._is_joined = len(parts) == 1
         tensors = [(_by_rows(tensor), lengths) for alike, lengths in shared for tensor in alike]
         self._coming.clear()
+        first, *others = parts
+        together = [first, slice(first.stop, None)] if others else [first]
         every = [
-            [(tensor, lengths, self._shape(tensor, lengths, part)) for tensor, lengths in tensors] for part in parts
+            [(tensor, lengths, self._shape(tensor, lengths, part)) for tensor, lengths in tensors] for part in together
         ]
         starts = iter(self._coming.take([math.prod(s) * x.itemsize for of_part in every for x, _, s in of_part]))
         placed = [[(*each, next(starts)) for each in of_part] for of_part in every]
-        return [
-            Coming(partial(self._come, of_part, part), None if part is parts[-1] else self._urgent)
-            for part, of_part in zip(parts, placed, strict=True)
-        ]
+        come: list[Callable[[], list[torch.Tensor]]]
+        come = [functools.cache(partial(self._come, *each)) for each in zip(placed, together, strict=True)]
+        come[1:] = [partial(_some, come[1], part, first.stop) for part in others]
+        return [Coming(*each) for each in zip(come, [*self._streams[: len(others)], None], strict=True)]
 
     def _come(self, placed: Sequence[Placed], part: slice) -> list[torch.Tensor]:
         heads = self._put_heads(placed, part)
@@ -138,6 +143,11 @@ class Peers:
         self._is_joined = True
         self._back.meet()
         return self._back.view(0, going[0].shape, going[0].heads.dtype).clone()
+
+
+def _some(come: Callable[[], list[torch.Tensor]], part: slice, before: int) -> list[torch.Tensor]:
+    """A part of what comes together after so many."""
+    return [heads[:, :, part.start - before : part.stop - before] for heads in come()]
 
 
 def _event() -> torch.cuda.Event:
@@ -196,15 +206,15 @@ def _unreachable(own: int, devices: Sequence[int]) -> str | None:
 
 def _tried(group: Any, index: int, num: int, device: torch.device) -> tuple[Peers | None, str | None]:
     """Peers if heads that are sent there and back are what they were, or what is in the way."""
-    own = torch.arange(2 * num * 8, device=device).float().view(1, 1, 2 * num, 8) + 1000 * index
+    own = torch.arange(3 * num * 8, device=device).float().view(1, 1, 3 * num, 8) + 1000 * index
     try:
         peers = Peers(group, index, num, device)
-        coming = peers.by_heads([([own], [1] * num)], _HALVES)
+        coming = peers.by_heads([([own], [1] * num)], _PARTS)
 
         def back(part: slice, heads: Sequence[torch.Tensor]) -> Going:
-            return peers.by_tokens(heads[0], [1] * num, part, 2)
+            return peers.by_tokens(heads[0], [1] * num, part, 3)
 
-        going = [heads.answered(partial(back, part)) for heads, part in zip(coming, _HALVES, strict=True)]
+        going = [heads.answered(partial(back, part)) for heads, part in zip(coming, _PARTS, strict=True)]
         is_same = torch.equal(peers.joined(going), own)
     except Exception as error:  # noqa: BLE001 - compilers, drivers and sockets fail in ways of their own
         return None, f"{type(error).__name__}: {error}"

@@ -194,8 +194,8 @@ class Tokens:
         assert exchange is not None
         num_own = -(-num_heads // ranks.num_ulysses)
         can_part = is_alike and (mask is None or mask.shape[1] == 1) and ranks.overlaps and ranks.num_ring == 1
-        first = exchange.first_heads(num_own, query.shape[0], sum(lengths)) if can_part else 0
-        parts = [slice(first), slice(first, None)] if first else [slice(None)]
+        sizes = exchange.parts(num_own, query.shape[0], sum(lengths)) if can_part else [num_own]
+        parts = [slice(sum(sizes[:index]), sum(sizes[: index + 1])) for index in range(len(sizes))]
         own_lengths = self._of_ulysses(lengths)
         query, key, value = (self._padded(each) for each in (query, key, value))
         shared: list[Shared] = [((query, key, value), own_lengths)]

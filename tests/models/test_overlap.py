@@ -1,45 +1,58 @@
-"""How many heads come first."""
+"""In which parts heads are exchanged."""
+
+import heapq
 
 import pytest
 
 from sgld.models.exchange import Messages
-from sgld.models.overlap import _attended, first_heads_beside
+from sgld.models.overlap import _attended, beside_one_another
 
 
-def first_heads(num: int, rows: int, num_tokens: int, num_ranks: int) -> int:
-    return Messages("ranks", 0, num_ranks).first_heads(num, rows, num_tokens)
+def one_by_one(num: int, rows: int, num_tokens: int, num_ranks: int) -> list[int]:
+    return Messages("ranks", 0, num_ranks).parts(num, rows, num_tokens)
 
 
 @pytest.mark.parametrize(
     ("num", "num_tokens", "ranks", "wanted"),
     [
-        (6, 9728, 4, 1), (6, 4608, 4, 3), (6, 1536, 4, 0), (12, 4608, 2, 6), (12, 9728, 2, 6),
-        (3, 32_760, 4, 1), (3, 10_920, 4, 0), (1, 32_760, 12, 0),
+        (6, 9728, 4, [1, 5]), (6, 4608, 4, [3, 3]), (6, 1536, 4, [6]), (12, 4608, 2, [6, 6]), (12, 9728, 2, [6, 6]),
+        (3, 32_760, 4, [1, 2]), (3, 10_920, 4, [3]), (1, 32_760, 12, [1]),
     ],
     ids=[
         "FLUX 1536²", "FLUX 1024²", "FLUX 512²", "FLUX 1024² on two", "FLUX 1536² on two",
         "Wan, 81 frames", "Wan, 25 frames", "one head",
     ],
 )  # fmt: skip
-def test_first_heads_are_as_few_as_cost_nothing(num: int, num_tokens: int, ranks: int, wanted: int) -> None:
-    assert first_heads(num, 1, num_tokens, ranks) == wanted
+def test_first_heads_are_as_few_as_cost_nothing(num: int, num_tokens: int, ranks: int, wanted: list[int]) -> None:
+    assert one_by_one(num, 1, num_tokens, ranks) == wanted
 
 
 def test_of_few_queries_all_heads_are_attended_to_together() -> None:
-    assert all(first_heads(num, 1, 64, 4) == 0 for num in range(1, 30))
+    assert all(one_by_one(num, 1, 64, 4) == [num] for num in range(1, 30))
+    assert all(beside_one_another(num, 1, 64, 4, cost=220) == (num,) for num in range(1, 30))
 
 
 def test_rows_of_fewer_tokens_send_more_in_the_time_of_a_wave() -> None:
-    assert (first_heads(6, 1, 3072, 4), first_heads(6, 2, 1536, 4)) == (1, 3)
+    assert (one_by_one(6, 1, 3072, 4), one_by_one(6, 2, 1536, 4)) == ([1, 5], [3, 3])
 
 
 @pytest.mark.parametrize(
     ("num", "num_tokens", "ranks", "wanted"),
-    [(6, 9728, 4, 1), (6, 4608, 4, 3), (6, 1536, 4, 0), (3, 32_760, 4, 1), (1, 32_760, 12, 0)],
+    [
+        (6, 9728, 4, (1, 4, 1)), (6, 4608, 4, (3, 3)), (6, 1536, 4, (6,)), (3, 32_760, 4, (1, 1, 1)),
+        (1, 32_760, 12, (1,)),
+    ],
     ids=["FLUX 1536²", "FLUX 1024²", "FLUX 512²", "Wan, 81 frames", "one head"],
-)
-def test_first_heads_leave_room_for_others_beside_them(num: int, num_tokens: int, ranks: int, wanted: int) -> None:
-    assert first_heads_beside(num, 1, num_tokens, ranks, cost=220) == wanted
+)  # fmt: skip
+def test_few_heads_are_waited_for_and_few_go_when_all_are_attended_to(
+    num: int, num_tokens: int, ranks: int, wanted: tuple[int, ...]
+) -> None:
+    assert beside_one_another(num, 1, num_tokens, ranks, cost=220) == wanted
+
+
+def test_heads_are_parted_at_once_however_many_there_are() -> None:
+    parts = beside_one_another(48, 2, 120_000, 2, cost=220)
+    assert (len(parts), sum(parts)) == (3, 48)
 
 
 @pytest.mark.parametrize(
@@ -50,4 +63,8 @@ def test_first_heads_leave_room_for_others_beside_them(num: int, num_tokens: int
 def test_tiles_that_come_later_are_attended_to_where_there_is_room(
     first: int, rest: int, arrives: int, wanted: int
 ) -> None:
-    assert _attended(first, rest, arrives) == wanted
+    free = [(0, 132)]
+    assert _attended(free, first, 0) == 1000
+    assert _attended(free, rest, arrives) == wanted
+    assert sum(num for _, num in free) == 132
+    assert heapq.nsmallest(1, free) == free[:1]

@@ -97,12 +97,22 @@ class FakeRoom(Room):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "key_lengths", "key_heads", "width"),
-    [([4, 4, 4], [4, 4, 4], 6, 8), ([4, 3, 3], [4, 3, 3], 6, 8), ([4, 3, 3], [2, 2, 1], 3, 12)],
-    ids=["even", "uneven", "other keys"],
+    ("lengths", "key_lengths", "key_heads", "width", "sizes"),
+    [
+        ([4, 4, 4], [4, 4, 4], 12, 8, [1, 2, 1]),
+        ([4, 3, 3], [4, 3, 3], 12, 8, [1, 2, 1]),
+        ([4, 3, 3], [4, 3, 3], 12, 8, [1, 3]),
+        ([4, 3, 3], [2, 2, 1], 3, 12, [4]),
+    ],
+    ids=["even", "uneven", "in two parts", "other keys"],
 )
 def test_heads_come_and_go_between_ranks(
-    monkeypatch: pytest.MonkeyPatch, lengths: list[int], key_lengths: list[int], key_heads: int, width: int
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    key_lengths: list[int],
+    key_heads: int,
+    width: int,
+    sizes: list[int],
 ) -> None:
     stream = SimpleNamespace(wait_event=lambda _: None, wait_stream=lambda _: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
@@ -111,11 +121,11 @@ def test_heads_come_and_go_between_ranks(
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
     monkeypatch.setattr(peers, "Room", Rooms())
     ranks = [Peers(None, index, 3, torch.device("cpu")) for index in range(3)]
-    query = torch.randn(2, sum(lengths), 6, 8)
+    query = torch.randn(2, sum(lengths), 12, 8)
     key, value = (torch.randn(2, sum(key_lengths), key_heads, each) for each in (8, width))
     tokens_of = [torch.split(x, n, dim=1) for x, n in ((query, lengths), (key, key_lengths), (value, key_lengths))]
-    is_alike = key_heads == 6
-    parts = [slice(1), slice(1, None)] if is_alike else [slice(None)]
+    is_alike = key_heads == 12
+    parts = [slice(sum(sizes[:index]), sum(sizes[: index + 1])) for index in range(len(sizes))]
     coming = []
     for rank, own in zip(ranks, zip(*tokens_of, strict=True), strict=True):
         shared: list[Shared] = [(own, lengths)] if is_alike else [(own[:1], lengths), (own[1:], key_lengths)]
@@ -127,11 +137,11 @@ def test_heads_come_and_go_between_ranks(
             wanted = [x.tensor_split(3, dim=2)[index][:, :, part] for x in (query, key, value)]
             for heads, right in zip(come[index], wanted, strict=True):
                 assert torch.equal(heads, right)
-            going[index].append(rank.by_tokens(wanted[0].clone(), lengths, part, 2))
-    assert [each.urgent is None for each in coming[0]] == [False, True][-len(parts) :]
+            going[index].append(rank.by_tokens(wanted[0].clone(), lengths, part, 4))
+    assert [each.stream is None for each in coming[0]] == [False, False, True][-len(parts) :]
     for rank, sent, right in zip(ranks, going, tokens_of[0], strict=True):
         assert torch.equal(rank.joined(sent), right)
-        assert rank.num_meetings == len(parts) + 1
+        assert rank.num_meetings == min(len(parts), 2) + 1
 
 
 class Twice(Peers):
@@ -141,8 +151,8 @@ class Twice(Peers):
         self.asked: list[int] = []
         """Parts of each attention."""
 
-    def first_heads(self, num: int, rows: int, num_tokens: int) -> int:
-        return 0
+    def parts(self, num: int, rows: int, num_tokens: int) -> tuple[int, ...]:
+        return (num,)
 
     def by_heads(self, shared: Several[Shared], parts: Several[slice]) -> Any:
         self.asked.append(len(parts))

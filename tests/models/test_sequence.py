@@ -42,8 +42,8 @@ ATTENTIONS = pytest.mark.parametrize(
 )
 IN_PARTS = pytest.mark.parametrize(
     ("rows", "heads", "num", "is_masked"),
-    [(1, 8, 6400, False), (1, 3, 9001, False), (2, 4, 6400, True)],
-    ids=["halves", "one first, padded and uneven", "rows with masks"],
+    [(1, 8, 6400, False), (1, 3, 9001, False), (1, 8, 9001, False), (2, 4, 6400, True)],
+    ids=["halves", "one first, padded and uneven", "one first, and between GPUs one last", "rows with masks"],
 )
 
 
@@ -256,7 +256,7 @@ def attending(heads: int, key_heads: int, num: int, num_keys: int, mask: tuple[i
 def test_heads_that_are_attended_to_in_parts_are_those_of_one_rank(
     two_ranks: Group, rows: int, heads: int, num: int, is_masked: bool
 ) -> None:
-    assert Messages("two", 0, 2).first_heads(-(-heads // 2), rows, num)
+    assert len(Messages("two", 0, 2).parts(-(-heads // 2), rows, num)) == 2
     calls, wanted = called(Attending(), **attending_in_parts(rows, heads, num, is_masked))
     check(two_ranks, ULYSSES, Attending(), calls, wanted)
 
