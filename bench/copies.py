@@ -1,10 +1,11 @@
-"""Requests that come at the same time, to one copy of a model and to one on each GPU; a part of bench/parallel.py.
+"""Clients that always want another picture, of one copy of a model and of one on each GPU; a part of bench/parallel.py.
 
 Both engines are there at the same time, and one is asked after the other: the one that isn't asked does nothing. A
-request is a picture with SDXL at its real size; each copy has as many, and the time of one is that of all, shared.
+picture is one with SDXL at its real size. Each copy has as many clients, and they get pictures as fast as steps are
+done, which are counted for some seconds at a time.
 """
 
-import math
+import itertools
 import os
 import subprocess
 import sys
@@ -29,12 +30,14 @@ from sgld.execution_config import MemoryConfig
 from sgld.ipc.seats import Seat
 from sgld.parallel import ParallelConfig
 
-# Of each copy.
-NUM_REQUESTS, NUM_STEPS = 48, 20
-# Rounds go on until they don't get faster by this: each copy captures its graphs and learns what forwards take.
-MIN_GAIN, MAX_ROUNDS = 0.03, 6
+# Of each copy. There are always enough for the largest batch, so that copies don't find different ones best.
+NUM_CLIENTS, MAX_BATCH, NUM_STEPS = 12, 4, 20
+WINDOW_S = 5.0
+# That goes on until it doesn't get faster by this: each copy captures its graphs and learns what forwards take.
+MIN_GAIN, PATIENCE, MAX_WINDOWS = 0.01, 2, 12
 READY_S = 120.0
-Pictures = list[NDArray[np.uint8]]
+Pictures = dict[int, NDArray[np.uint8]]
+"""The first one of each client."""
 
 
 def measure(_seat: Seat, teller: Teller, part: Any, device: str, is_tiny: bool) -> None:
@@ -49,61 +52,66 @@ def measure(_seat: Seat, teller: Teller, part: Any, device: str, is_tiny: bool) 
 async def compared(teller: Teller, folder: Path, copies: int, device: str, is_tiny: bool) -> None:
     """One copy, then all."""
     # Nothing is compiled: an engine does that when it has computed for a minute, in the middle of one of the two.
-    config = EngineConfig(model_path=str(folder), device=device, memory=MemoryConfig(performance_mode="manual"))  # type: ignore[arg-type]
+    memory = MemoryConfig(performance_mode="manual")
+    config = EngineConfig(model_path=str(folder), device=device, memory=memory, max_batch_size=MAX_BATCH)  # type: ignore[arg-type]
     counts = 1, copies
     configs = [replace(config, parallel=ParallelConfig(dp_size=gpus)) for gpus in counts]
     sizes = {"height": 64, "width": 64} if is_tiny else {"height": 512, "width": 512}
-    num, num_steps = (4, 2) if is_tiny else (NUM_REQUESTS, NUM_STEPS)
-    alone: Pictures = []
+    alone: Pictures = {}
     async with AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(Engine(config)) for config in configs]
         with anyio.fail_after(READY_S):
             for gpus, engine in zip(counts, engines, strict=True):
-                await engine.ready()
+                # The engine is ready when the first one is.
+                while not all(replica.is_ready for replica in engine.statistics().replicas):  # noqa: ASYNC110
+                    await anyio.sleep(0.1)
                 print(f"dp {gpus} is ready", file=sys.stderr, flush=True)
         for gpus, engine in zip(counts, engines, strict=True):
-            taken_s, pictures = await settled(engine, num, gpus, num_steps, sizes)
+            pictures: Pictures = {}
+            async with anyio.create_task_group() as tasks:
+                for index in range(NUM_CLIENTS * gpus):
+                    tasks.start_soon(client, engine, index, sizes, pictures)
+                rate = await settled(engine, gpus, WINDOW_S / 10 if is_tiny else WINDOW_S)
+                tasks.cancel_scope.cancel()
             alone = alone or pictures
             row = {"model": "sdxl", "size": tuple(sizes.values()), "rows": 1, "by": "sgld", "gpus": gpus}
-            work = f"SDXL {sizes['width']}², {num} requests a copy, each"
-            row |= {"work": work, "layout": f"dp {gpus}", "how": "engine", "ms": 1e3 * taken_s / (num * gpus)}
-            teller.row(row | {"error": difference(pictures[:num], alone), "is_aside": False})
+            work = f"SDXL {sizes['width']}², {NUM_CLIENTS} clients a copy, each picture"
+            row |= {"work": work, "layout": f"dp {gpus}", "how": "engine", "ms": 1e3 / rate}
+            teller.row(row | {"error": difference(pictures, alone), "is_aside": False})
 
 
-async def settled(engine: Engine, num: int, copies: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
-    """Seconds of the fastest round, and the pictures, which are those of each round."""
-    best_s = math.inf
-    for index in range(MAX_ROUNDS):
-        before_s = best_s
-        taken_s, pictures = await round_of(engine, num, copies, num_steps, sizes)
-        print(f"dp {copies}, round {index}: {taken_s:.1f} s", file=sys.stderr, flush=True)
-        best_s = min(taken_s, best_s)
-        if best_s > (1 - MIN_GAIN) * before_s:
-            break
-    return best_s, pictures
-
-
-async def round_of(engine: Engine, num: int, copies: int, num_steps: int, sizes: Row) -> tuple[float, Pictures]:
-    """Seconds from the first request to the last answer, and the pictures."""
-    pictures: dict[int, NDArray[np.uint8]] = {}
-    every = range(num * copies)
-
-    async def client(index: int) -> None:
-        params = SamplingParams(prompt=prompt(index), seed=index, num_inference_steps=num_steps, **sizes)
+async def client(engine: Engine, index: int, sizes: Row, pictures: Pictures) -> None:
+    """Wants one picture after the other, and keeps the first one."""
+    for seed in itertools.count(index, 1000):
+        params = SamplingParams(prompt=prompt(index), seed=seed, num_inference_steps=NUM_STEPS, **sizes)
         async for event in engine.generate(params):
             if isinstance(event, Failed):
                 raise RuntimeError(event.message)
             if isinstance(event, Completed):
-                pictures[index] = event.frames
+                pictures.setdefault(index, event.frames)
 
-    start = time.perf_counter()
-    async with anyio.create_task_group() as tasks:
-        for index in every:
-            tasks.start_soon(client, index)
-    return time.perf_counter() - start, [pictures[index] for index in every]
+
+async def settled(engine: Engine, copies: int, window_s: float) -> float:
+    """Pictures a second, in the fastest window."""
+    best, num_slow = 0.0, 0
+    for index in range(MAX_WINDOWS):
+        start, before = time.perf_counter(), num_denoised(engine)
+        await anyio.sleep(window_s)
+        rate = (num_denoised(engine) - before) / NUM_STEPS / (time.perf_counter() - start)
+        print(f"dp {copies}, window {index}: {rate:.3f} pictures a second", file=sys.stderr, flush=True)
+        num_slow = num_slow + 1 if 0 < rate < (1 + MIN_GAIN) * best else 0
+        best = max(best, rate)
+        if num_slow == PATIENCE:
+            break
+    return best
+
+
+def num_denoised(engine: Engine) -> int:
+    """Steps of pictures so far."""
+    return sum(calls.num_calls for calls in engine.statistics().calls if calls.kind == "denoise")
 
 
 def difference(pictures: Pictures, others: Pictures) -> float:
-    """The largest mean difference of two pictures, in parts of the range of a channel."""
-    pairs = zip(pictures, others, strict=True)
+    """The largest mean difference of pictures of the same clients, in parts of the range of a channel."""
+    pairs = [(pictures[index], others[index]) for index in pictures.keys() & others.keys()]
     return max(float(np.abs(one.astype(float) - other).mean()) / 255 for one, other in pairs)

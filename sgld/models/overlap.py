@@ -40,10 +40,7 @@ def one_by_one(num: int, rows: int, num_tokens: int, num_ranks: int, cost: int) 
 
 @functools.lru_cache(maxsize=4096)
 def beside_one_another(num: int, rows: int, num_tokens: int, num_ranks: int, cost: int) -> tuple[int, ...]:
-    """The same where each part is attended to where those before it leave room: of one to three parts.
-
-    The first one comes by itself, the others come together, and each goes by itself.
-    """
+    """The same where each part comes, is attended to and goes beside those before it: of one to three parts."""
     tiles = rows * -(-num_tokens // TILE)
     if num * tiles <= TILES:
         return (num,)
@@ -63,9 +60,8 @@ def _taken(parts: tuple[int, ...], tiles: int, message: int) -> int:
     free = [(arrived, TILES)]
     for index, part in enumerate(parts):
         gone = max(gone, _attended(free, part * tiles, arrived)) + message * part // 4
-        if not index:
-            # Where the first one fills all there is, the others are written after that.
-            arrived = free[0][0] + message * 3 * sum(parts[1:]) // 4
+        # Where those before it fill all there is, the next one is written after that.
+        arrived = max(arrived, free[0][0]) + message * 3 * sum(parts[index + 1 : index + 2]) // 4
     return gone
 
 

@@ -126,17 +126,18 @@ class Room:
         :param columns: so many elements of each row.
         :param row: so far apart rows are there, in elements.
         """
-        from sgld.models.peer_kernels import COLUMNS, ROWS, put
+        from sgld.models.peer_kernels import COLUMNS, PROGRAMS, ROWS, WARPS, put
 
         first, num_rows = tensors[0], tensors[0].shape[0]
         tiles = -(-max(rows.num for rows in plan) // ROWS) * -(-columns // COLUMNS)
         start, after = starts[0] // first.itemsize, starts[-1] // first.itemsize
         between = (after - start) // max(len(tensors) - 1, 1)
         unit = math.gcd(_MAX_UNIT, columns, row, *(num for rows in plan for num in rows[1:]))
-        put[(self._num, tiles, len(tensors) * num_rows)](
+        num_all = self._num * tiles * len(tensors) * num_rows
+        put[(min(num_all, PROGRAMS),)](
             first, tensors[len(tensors) // 2], tensors[-1], self._on_device(tuple(plan)), self._addresses, start,
-            num_rows, first.stride(0), first.stride(1), between, row, columns, self._num, self._index,
-            UNIT=unit, ROWS=ROWS, COLUMNS=COLUMNS,
+            num_rows, first.stride(0), first.stride(1), between, row, columns, self._num, self._index, tiles, num_all,
+            UNIT=unit, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
 
     def _on_device(self, plan: tuple[Rows, ...]) -> torch.Tensor:

@@ -5,7 +5,6 @@ has read what was there: heads are read before results are sent, and results bef
 ranks meet.
 """
 
-import functools
 import itertools
 import logging
 import math
@@ -93,17 +92,16 @@ class Peers:
         self._is_joined = len(parts) == 1
         tensors = [(_by_rows(tensor), lengths) for alike, lengths in shared for tensor in alike]
         self._coming.clear()
-        first, *others = parts
-        together = [first, slice(first.stop, None)] if others else [first]
         every = [
-            [(tensor, lengths, self._shape(tensor, lengths, part)) for tensor, lengths in tensors] for part in together
+            [(tensor, lengths, self._shape(tensor, lengths, part)) for tensor, lengths in tensors] for part in parts
         ]
         starts = iter(self._coming.take([math.prod(s) * x.itemsize for of_part in every for x, _, s in of_part]))
         placed = [[(*each, next(starts)) for each in of_part] for of_part in every]
-        come: list[Callable[[], list[torch.Tensor]]]
-        come = [functools.cache(partial(self._come, *each)) for each in zip(placed, together, strict=True)]
-        come[1:] = [partial(_some, come[1], part, first.stop) for part in others]
-        return [Coming(*each) for each in zip(come, [*self._streams[: len(others)], None], strict=True)]
+        # A part that came with the one before it could be attended to first.
+        return [
+            Coming(partial(self._come, of_part, part), stream)
+            for part, of_part, stream in zip(parts, placed, [*self._streams[: len(parts) - 1], None], strict=True)
+        ]
 
     def _come(self, placed: Sequence[Placed], part: slice) -> list[torch.Tensor]:
         heads = self._put_heads(placed, part)
@@ -143,11 +141,6 @@ class Peers:
         self._is_joined = True
         self._back.meet()
         return self._back.view(0, going[0].shape, going[0].heads.dtype).clone()
-
-
-def _some(come: Callable[[], list[torch.Tensor]], part: slice, before: int) -> list[torch.Tensor]:
-    """A part of what comes together after so many."""
-    return [heads[:, :, part.start - before : part.stop - before] for heads in come()]
 
 
 def _event() -> torch.cuda.Event:
