@@ -44,7 +44,8 @@ class Curve:
 
     Times of variants are kept apart. A number of rows is priced as it will run: by its own times if these are of the
     fastest variant that the key has come to, or stay what they are; else by its own in proportion to what others
-    gained. So a graph of one row doesn't make two rows look too dear to be tried, which would never be captured then.
+    gained, and as no dearer than more rows. So a graph of one row doesn't make two rows look too dear to be tried,
+    which would never be captured then, and first runs that were slow by chance don't count for long.
 
     :param num_first: so many runs tell the first time.
     """
@@ -119,14 +120,17 @@ class Curve:
             self._best = best
 
     def _points(self) -> Iterator[tuple[int, float]]:
-        for rows, row in sorted(self._rows.items()):
+        points, most_s = list[tuple[int, float]](), math.inf
+        for rows, row in sorted(self._rows.items(), reverse=True):
             if row.variant is None:
                 continue
             own_s = row.seconds(row.variant)
             is_final = row.variant == self._best or row.num_slow >= PATIENCE
             gain = 1.0 if is_final else self._gain(rows, row.variant)
             if own_s is not None and gain is not None:
-                yield rows, own_s * gain
+                points.append((rows, own_s if is_final else min(own_s * gain, most_s)))
+                most_s = min(most_s, points[-1][1])
+        return reversed(points)
 
     def _gain(self, rows: int, variant: Variant) -> float | None:
         """Seconds in the fastest variant by those in this one, at the nearest number of rows where both are known."""
