@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from multiprocessing.connection import wait
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from sgld.ipc.seats import Seat, seats
 from sgld.ipc.tensor_queue import TensorQueueStatistics, TensorReader, TensorWriter, tensor_queue
 from sgld.messages import AnyCommand, AnyReply, Exit
 from sgld.outcome import on_failure
-from sgld.worker.main import follower_main, rank_environment, rank_main
+from sgld.worker.main import Variable, follower_main, rank_environment, rank_main
 
 # A rank that was told to leave ends its tasks at their next call; after this time it is killed.
 EXIT_GRACE_S = 2.0
@@ -206,19 +206,19 @@ def refuse_unguarded_spawn() -> None:
 
 
 @contextmanager
-def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+def _inherited(variables: Sequence[Variable]) -> Iterator[None]:
     """While the block runs, new processes have these variables in the place of those that this one has."""
     with _environment:
-        for name, value in variables.items():
-            os.putenv(name, value)
+        for variable in variables:
+            os.putenv(variable.name, variable.ours)
         try:
             yield
         finally:
-            for name in variables:
-                if (before := os.environ.get(name)) is None:
-                    os.unsetenv(name)
+            for variable in variables:
+                if variable.given is None:
+                    os.unsetenv(variable.name)
                 else:
-                    os.putenv(name, before)
+                    os.putenv(variable.name, variable.given)
 
 
 @asynccontextmanager

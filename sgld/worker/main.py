@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sgld.config import EngineConfig, cache_root
 from sgld.errors import ChannelClosed, ModelError
@@ -81,7 +81,15 @@ def _load(config: EngineConfig, niceness: int, seat: Seat, tell: "Tell | None" =
     return model
 
 
-def rank_environment(config: EngineConfig, replica: int = 0) -> dict[str, str]:
+class Variable(NamedTuple):
+    """An environment variable: what the one who starts ranks has, and what they get."""
+
+    name: str
+    given: str | None
+    ours: str
+
+
+def rank_environment(config: EngineConfig, replica: int = 0) -> list[Variable]:
     """What the ranks of a replica get, but for what the environment says itself; of its GPUs they get their part.
 
     For who starts the process: a script that imports torch does so in the new process, too, before `rank_main` begins.
@@ -100,11 +108,11 @@ def rank_environment(config: EngineConfig, replica: int = 0) -> dict[str, str]:
         ("TRANSFORMERS_VERBOSITY", os.environ.get("TRANSFORMERS_VERBOSITY"), "error"),
         ("CACHE_DIT_LOG_LEVEL", os.environ.get("CACHE_DIT_LOG_LEVEL"), "error"),
     )
-    ours = {name: ours for name, given, ours in chosen if given is None and ours is not None}
+    variables = [Variable(name, given, ours) for name, given, ours in chosen if given is None and ours is not None]
     if config.parallel.dp_size > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        ours["CUDA_VISIBLE_DEVICES"] = visible_devices(visible, replica, config.parallel.num_ranks)
-    return ours
+        name, given = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
+        variables.append(Variable(name, given, visible_devices(given, replica, config.parallel.num_ranks)))
+    return variables
 
 
 def _compiled_folder() -> str | None:
