@@ -71,7 +71,7 @@ async def compared(teller: Teller, folder: Path, copies: int, device: str, is_ti
             async with anyio.create_task_group() as tasks:
                 for index in range(NUM_CLIENTS * gpus):
                     tasks.start_soon(client, engine, index, sizes, pictures)
-                rate = await settled(engine, gpus, WINDOW_S / 10 if is_tiny else WINDOW_S)
+                rate = await settled(engine, gpus, WINDOW_S / 10 if is_tiny else WINDOW_S, pictures)
                 tasks.cancel_scope.cancel()
             alone = alone or pictures
             row = {"model": "sdxl", "size": tuple(sizes.values()), "rows": 1, "by": "sgld", "gpus": gpus}
@@ -91,8 +91,11 @@ async def client(engine: Engine, index: int, sizes: Row, pictures: Pictures) -> 
                 pictures.setdefault(index, event.frames)
 
 
-async def settled(engine: Engine, copies: int, window_s: float) -> float:
-    """Pictures a second, in the fastest window."""
+async def settled(engine: Engine, copies: int, window_s: float, pictures: Pictures) -> float:
+    """Pictures a second, in the fastest window, when each client has had one.
+
+    :raises RuntimeError: one still has none.
+    """
     best, num_slow = 0.0, 0
     for index in range(MAX_WINDOWS):
         start, before = time.perf_counter(), num_denoised(engine)
@@ -101,8 +104,12 @@ async def settled(engine: Engine, copies: int, window_s: float) -> float:
         print(f"dp {copies}, window {index}: {rate:.3f} pictures a second", file=sys.stderr, flush=True)
         num_slow = num_slow + 1 if 0 < rate < (1 + MIN_GAIN) * best else 0
         best = max(best, rate)
-        if num_slow == PATIENCE:
-            break
+        if num_slow >= PATIENCE and len(pictures) == NUM_CLIENTS * copies:
+            return best
+    if len(pictures) < NUM_CLIENTS * copies:
+        raise RuntimeError(
+            f"{len(pictures)} of {NUM_CLIENTS * copies} clients had a picture after {MAX_WINDOWS} windows"
+        )
     return best
 
 

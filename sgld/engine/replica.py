@@ -207,7 +207,10 @@ def refuse_unguarded_spawn() -> None:
 
 @contextmanager
 def _inherited(variables: Sequence[Variable]) -> Iterator[None]:
-    """While the block runs, new processes have these variables in the place of those that this one has."""
+    """While the block runs, new processes have these variables in the place of those that this one has.
+
+    So have those that others start meanwhile, in this process: of its GPUs they see those of a replica.
+    """
     with _environment:
         for variable in variables:
             os.putenv(variable.name, variable.ours)

@@ -104,7 +104,7 @@ def settle(
         known = _settled(file, known, measured, is_alone=not divisors)
     choices = {heads: choice for heads in wanted if (choice := known.get(_name(heads))) is not None}
     if choices:
-        steer(choices)
+        steer({heads: known.get(_name(heads)) for heads in wanted})
     native = (
         "attention by native, which is as fast as any here"
         if all(_name(heads) in known for heads in wanted)
@@ -172,16 +172,22 @@ def heads_of(module: "nn.Module") -> set[Heads]:
     return found
 
 
-def steer(choices: Mapping[Heads, Choice]) -> None:
-    """From now on attention without a mask goes to the chosen kernels, where no other is asked for."""
+def steer(choices: Mapping[Heads, Choice | None]) -> None:
+    """From now on attention without a mask goes to the chosen kernels, where no other is asked for.
+
+    What was chosen for some heads holds for fewer, too, which a rank attends to while others are on their way.
+
+    :param choices: for all heads that there are; None: native.
+    """
     from diffusers.models.attention_dispatch import AttentionBackendName
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
     native = inspect.unwrap(Registry._backends[AttentionBackendName.NATIVE])
-    kernels = {
-        tuple(heads): (choice.min_length, inspect.unwrap(Registry._backends[AttentionBackendName(choice.backend)]))
-        for heads, choice in choices.items()
-    }
+    kernels: dict[tuple[int, int], Any] = {}
+    for heads, choice in sorted(choices.items(), reverse=True):
+        kernel = choice and inspect.unwrap(Registry._backends[AttentionBackendName(choice.backend)])
+        for num in range(1, heads.num + 1):
+            kernels[num, heads.dim] = choice and (choice.min_length, kernel)
 
     @functools.wraps(native)
     def steered(query: Any, key: Any, value: Any, **options: Any) -> Any:
@@ -212,7 +218,7 @@ def native_only() -> Iterator[None]:
         Registry._backends[AttentionBackendName.NATIVE] = steered
 
 
-def _steer_again(choices: Mapping[Heads, Choice]) -> None:
+def _steer_again(choices: Mapping[Heads, Choice | None]) -> None:
     """In another process."""
     adopt_wheel()
     steer(choices)

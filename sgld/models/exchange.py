@@ -16,7 +16,7 @@ Shared = tuple[Sequence[torch.Tensor], list[int]]
 
 
 class Arriving(Protocol):
-    """Some heads of the tokens of all ranks, under way."""
+    """Some heads of the tokens of all ranks; all ranks ask for all parts, in their order."""
 
     def answered(self, answer: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
         """What `answer` makes of the tensors (B, S, H, D), which are read before results are joined, and not later."""
@@ -39,7 +39,7 @@ class HeadExchange(Protocol):
         ...
 
     def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> Sequence[Arriving]:
-        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads: by parts of these, all under way."""
+        """Own tokens, all heads (B, S, H, D) for the tokens of all, own heads: by parts of these."""
         ...
 
     def by_tokens(self, heads: torch.Tensor, lengths: list[int], part: slice, num_own: int) -> Any:

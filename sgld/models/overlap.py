@@ -45,8 +45,10 @@ def beside_one_another(num: int, rows: int, num_tokens: int, num_ranks: int, cos
     if num * tiles <= TILES:
         return (num,)
     message, part = cost * rows * (num_ranks - 1) // num_ranks, 1000 * _PART // num_tokens
-    in_two = [(first, num - first) for first in range(1, num)]
-    in_three = [(first, rest - last, last) for first, rest in in_two for last in range(1, rest)]
+    # What is waited for is never much.
+    few = max(3 * TILES // tiles, 1)
+    in_two = [(first, num - first) for first in range(1, min(few + 1, num))]
+    in_three = [(first, rest - last, last) for first, rest in in_two for last in range(1, min(few + 1, rest))]
     return min([(num,), *in_two, *in_three], key=lambda parts: _taken(parts, tiles, message) + len(parts) * part)
 
 

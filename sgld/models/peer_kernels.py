@@ -7,11 +7,13 @@ import triton.language as tl
 
 # Of what one program copies at a time, elements: 256 bytes of each row are together.
 ROWS, COLUMNS = 256, 128
-# Few, each of which takes most of a multiprocessor: attention that starts meanwhile finds others idle.
-PROGRAMS, WARPS = 48, 32
+# Few, each of which takes most of a multiprocessor: attention that starts meanwhile finds others idle. A prime number,
+# so that each program writes to all ranks in turn.
+PROGRAMS, WARPS = 47, 32
 
 
-@triton.jit
+# Else there would be several forms, compiled while all ranks wait, for what no address follows from.
+@triton.jit(do_not_specialize=["num_tiles", "num_all"])
 def put(
     first, second, third, plan, addresses, start, num_batch, source_batch, source_row, between, target_row, columns,
     num_ranks, rank, num_tiles, num_all, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -20,7 +22,7 @@ def put(
 
     On H200s, 340 GB/s to others.
 
-    :param plan: for each rank the numbers of `peers.Rows`.
+    :param plan: for each rank the numbers of `peer_memory.Rows`.
     :param addresses: of the rooms of all ranks.
     :param start: where the first tensor goes in each of them; `between` it and the next one, in elements.
     :param num_tiles: of each batch of a tensor, for one rank; `num_all` there are.

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from sgld.models.exchange import Messages, Shared, gathered_sizes, on_any_rank
 from sgld.models.overlap import beside_one_another
 from sgld.models.peer_memory import Room, has_atomics, rows_by_heads, rows_by_tokens
+from sgld.outcome import on_failure
 
 logger = logging.getLogger(__name__)
 _PARTS = [slice(0, 1), slice(1, 2), slice(2, 3)]
@@ -31,20 +32,25 @@ Placed = tuple[torch.Tensor, list[int], tuple[int, ...], int]
 class Coming:
     """Heads that others write: those of several tensors (B, S, H, D).
 
-    :ivar come: waits for them.
+    :ivar come: writes those of others, and waits for own ones.
     :ivar stream: where they are attended to; None: with what else is computed.
+    :ivar before: where those are that came before.
     """
 
     come: Callable[[], list[torch.Tensor]]
     stream: torch.cuda.Stream | None
+    before: Sequence[torch.cuda.Stream]
 
     def answered(self, answer: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
-        heads = self.come()
-        if self.stream is None:
-            return answer(heads)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            return answer(heads)
+        begun = [*self.before]
+        with on_failure(lambda: _joined(begun)):
+            heads = self.come()
+            if self.stream is None:
+                return answer(heads)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            begun.append(self.stream)
+            with torch.cuda.stream(self.stream):
+                return answer(heads)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,6 @@ class Peers:
         self._coming, self._back = (Room(group, index, num, device) for _ in range(2))
         # Of all parts but the last one, the most urgent first.
         self._streams = [torch.cuda.Stream(device, priority=level) for level in (-2, -1)]  # type: ignore[no-untyped-call]
-        self._is_joined = True
 
     @property
     def num_meetings(self) -> int:
@@ -85,11 +90,6 @@ class Peers:
         return beside_one_another(num, rows, num_tokens, self._num, cost=220)
 
     def by_heads(self, shared: Sequence[Shared], parts: Sequence[slice]) -> list[Coming]:
-        # Only where an attention has failed.
-        if not self._is_joined and not torch.cuda.is_current_stream_capturing():
-            for stream in self._streams:
-                torch.cuda.current_stream().wait_stream(stream)
-        self._is_joined = len(parts) == 1
         tensors = [(_by_rows(tensor), lengths) for alike, lengths in shared for tensor in alike]
         self._coming.clear()
         every = [
@@ -98,9 +98,10 @@ class Peers:
         starts = iter(self._coming.take([math.prod(s) * x.itemsize for of_part in every for x, _, s in of_part]))
         placed = [[(*each, next(starts)) for each in of_part] for of_part in every]
         # A part that came with the one before it could be attended to first.
+        beside = self._streams[: len(parts) - 1]
         return [
-            Coming(partial(self._come, of_part, part), stream)
-            for part, of_part, stream in zip(parts, placed, [*self._streams[: len(parts) - 1], None], strict=True)
+            Coming(partial(self._come, of_part, part), stream, beside[:index])
+            for index, (part, of_part, stream) in enumerate(zip(parts, placed, [*beside, None], strict=True))
         ]
 
     def _come(self, placed: Sequence[Placed], part: slice) -> list[torch.Tensor]:
@@ -138,9 +139,14 @@ class Peers:
         for each in going:
             if each.event is not None:
                 torch.cuda.current_stream().wait_event(each.event)
-        self._is_joined = True
         self._back.meet()
         return self._back.view(0, going[0].shape, going[0].heads.dtype).clone()
+
+
+def _joined(streams: Sequence[torch.cuda.Stream]) -> None:
+    """What follows comes after all that is there."""
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 def _event() -> torch.cuda.Event:

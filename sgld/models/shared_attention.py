@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -187,3 +188,6 @@ def prepare() -> None:
     """
     attention_dispatch._templated_context_parallel_attention = _templated
     attention_dispatch._native_attention_forward_op = _native_attention_forward_op
+    # Kept between calls it would be known on one stream, and read on others.
+    without_mask = "_prepare_for_flash_attn_or_sage_varlen_without_mask"
+    vars(attention_dispatch)[without_mask] = inspect.unwrap(getattr(attention_dispatch, without_mask))

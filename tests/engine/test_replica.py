@@ -1,9 +1,11 @@
 """How processes of ranks are started."""
 
 import logging
+import multiprocessing
 import os
 import subprocess
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,12 @@ async def test_ranks_log_as_they_are_told(tmp_path: Path) -> None:
     assert (line["level"], line["message"]) == ("info", "a rank says this")
 
 
-def show_and_leave(path: Path) -> None:
-    """A rank that writes which GPUs it could see when its process began."""
+def show_and_leave(folder: Path, both: Barrier) -> None:
+    """A rank that writes which GPUs it could see when its process began, and leaves with the other one."""
     variables = Path("/proc/self/environ").read_text().split("\0")
-    path.write_text(next(variable for variable in variables if variable.startswith("CUDA_VISIBLE_DEVICES")))
+    seen = next(variable for variable in variables if variable.startswith("CUDA_VISIBLE_DEVICES"))
+    (folder / multiprocessing.current_process().name).write_text(seen)
+    both.wait(30)
     os._exit(0)
 
 
@@ -101,8 +105,10 @@ async def test_no_code_of_a_rank_sees_gpus_of_another_replica(monkeypatch: pytes
     """Not even what a script imports before the rank begins."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     config = EngineConfig(parallel=ParallelConfig(dp_size=2, num_gpus=4))
+    both = multiprocessing.get_context("spawn").Barrier(2)
     with anyio.fail_after(30):
-        async with rank_process(config, 1, set_up=partial(show_and_leave, tmp_path / "seen")) as rank:
+        async with rank_process(config, 1, set_up=partial(show_and_leave, tmp_path, both)) as rank:
             with pytest.raises(RankLost):
                 await rank.receive()
-    assert (tmp_path / "seen").read_text() == "CUDA_VISIBLE_DEVICES=6,7"
+    seen = {path.name: path.read_text() for path in tmp_path.iterdir()}  # noqa: ASYNC240
+    assert seen == {f"sgld-rank-{n}-of-replica-1": "CUDA_VISIBLE_DEVICES=6,7" for n in range(2)}

@@ -100,6 +100,14 @@ def test_long_plain_attention_among_one_sequence_goes_to_the_chosen_kernel(kerne
     assert not is_steered(16, enable_gqa=True)
 
 
+def test_fewer_heads_have_the_kernel_of_those_that_they_are_part_of(kernel: str) -> None:
+    """A rank attends to some of its heads while others come."""
+    steer({Heads(8, 8): Choice(backend=kernel, min_length=16, gain=1.2), Heads(4, 8): None})
+    assert [num for num in range(1, 10) if is_steered(16, Heads(num, 8))] == [5, 6, 7, 8]
+    steer({Heads(8, 8): None, Heads(4, 8): Choice(backend=kernel, min_length=16, gain=1.2)})
+    assert [num for num in range(1, 10) if is_steered(16, Heads(num, 8))] == [1, 2, 3, 4]
+
+
 def test_backend_that_is_asked_for_is_not_overruled(kernel: str) -> None:
     steer({HEADS: Choice(backend=kernel, min_length=1, gain=1.2)})
     assert not is_steered(16, backend=AttentionBackendName._NATIVE_MATH)

@@ -40,9 +40,9 @@ def test_rows_of_fewer_tokens_send_more_in_the_time_of_a_wave() -> None:
     ("num", "num_tokens", "ranks", "wanted"),
     [
         (6, 9728, 4, (1, 4, 1)), (6, 4608, 4, (3, 3)), (6, 1536, 4, (6,)), (3, 32_760, 4, (1, 1, 1)),
-        (1, 32_760, 12, (1,)),
+        (1, 32_760, 12, (1,)), (4, 6400, 2, (2, 2)), (4, 9001, 2, (1, 2, 1)),
     ],
-    ids=["FLUX 1536²", "FLUX 1024²", "FLUX 512²", "Wan, 81 frames", "one head"],
+    ids=["FLUX 1536²", "FLUX 1024²", "FLUX 512²", "Wan, 81 frames", "one head", "two GPUs' test", "another one"],
 )  # fmt: skip
 def test_few_heads_are_waited_for_and_few_go_when_all_are_attended_to(
     num: int, num_tokens: int, ranks: int, wanted: tuple[int, ...]
@@ -50,7 +50,7 @@ def test_few_heads_are_waited_for_and_few_go_when_all_are_attended_to(
     assert beside_one_another(num, 1, num_tokens, ranks, cost=220) == wanted
 
 
-def test_heads_are_parted_at_once_however_many_there_are() -> None:
+def test_parts_are_three_at_most_however_many_heads_there_are() -> None:
     parts = beside_one_another(48, 2, 120_000, 2, cost=220)
     assert (len(parts), sum(parts)) == (3, 48)
 

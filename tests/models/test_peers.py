@@ -4,11 +4,11 @@ import functools
 import itertools
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -114,11 +114,7 @@ def test_heads_come_and_go_between_ranks(
     width: int,
     sizes: list[int],
 ) -> None:
-    stream = SimpleNamespace(wait_event=lambda _: None, wait_stream=lambda _: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
+    Streams(monkeypatch)
     monkeypatch.setattr(peers, "Room", Rooms())
     ranks = [Peers(None, index, 3, torch.device("cpu")) for index in range(3)]
     query = torch.randn(2, sum(lengths), 12, 8)
@@ -142,6 +138,123 @@ def test_heads_come_and_go_between_ranks(
     for rank, sent, right in zip(ranks, going, tokens_of[0], strict=True):
         assert torch.equal(rank.joined(sent), right)
         assert rank.num_meetings == len(parts) + 1
+
+
+class Stream:
+    """A stream: what comes before what it does next."""
+
+    def __init__(self, priority: int) -> None:
+        self.priority, self.done = priority, set[str]()
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.done |= other.done
+
+    def wait_event(self, event: "Event") -> None:
+        self.done |= event.done
+
+
+class Event:
+    """What was done on a stream when it was recorded."""
+
+    def __init__(self, streams: "Streams") -> None:
+        self._streams, self.done = streams, set[str]()
+
+    def record(self) -> None:
+        self.done = set(self._streams.current.done)
+
+
+class Streams:
+    """The streams of a GPU, in the place of torch's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.main = self.current = Stream(0)
+        self.others: list[Stream] = []
+        monkeypatch.setattr(torch.cuda, "Stream", self._made)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self._on)
+        monkeypatch.setattr(torch.cuda, "Event", functools.partial(Event, self))
+
+    def _made(self, _device: torch.device, priority: int) -> Stream:
+        self.others.append(Stream(priority))
+        return self.others[-1]
+
+    @contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+class Meeting(FakeRoom):
+    """A room that notes what was done before ranks met."""
+
+    def __init__(self, rooms: Rooms, streams: Streams, place: int) -> None:
+        super().__init__(rooms, place)
+        self._streams, self.before = streams, list[set[str]]()
+
+    def meet(self) -> None:
+        super().meet()
+        self.before.append(set(self._streams.current.done))
+        self._streams.current.done.add(f"met {self._place} {self.num_meetings}")
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    return Streams(monkeypatch)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> Peers:
+    """A rank that has all tokens."""
+    rooms = Rooms()
+    own = rooms.every.setdefault(0, [])
+
+    def room(*_: Any) -> Meeting:
+        own.append(Meeting(rooms, streams, len(own)))
+        return own[-1]  # type: ignore[return-value]
+
+    monkeypatch.setattr(peers, "Room", room)
+    return Peers(None, 0, 1, torch.device("cpu"))
+
+
+PARTS = [slice(0, 1), slice(1, 3), slice(3, 4)]
+
+
+def test_each_part_is_attended_to_when_it_has_come_and_all_are_joined(alone: Peers, streams: Streams) -> None:
+    whole = torch.randn(1, 5, 4, 8)
+
+    def attended(num: int, heads: Several[torch.Tensor]) -> Any:
+        assert f"met 0 {num + 1}" in streams.current.done
+        streams.current.done.add(f"attended to {num}")
+        return alone.by_tokens(heads[0], [5], PARTS[num], 4)
+
+    coming = alone.by_heads([([whole], [5])], PARTS)
+    where = [part.stream for part in coming]
+    going = [part.answered(functools.partial(attended, num)) for num, part in enumerate(coming)]
+    assert torch.equal(alone.joined(going), whole)
+    back: Any = alone._back
+    assert back.before[-1] >= {f"attended to {num}" for num in range(3)}
+    assert where == [*streams.others, None]
+    assert [stream.priority for stream in streams.others] == [-2, -1]
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_what_follows_an_attention_that_failed_comes_after_all_of_it(
+    alone: Peers, streams: Streams, failing: int
+) -> None:
+    def attended(num: int, _heads: Several[torch.Tensor]) -> None:
+        streams.current.done.add(f"attended to {num}")
+        if num == failing:
+            raise torch.OutOfMemoryError("no memory")
+
+    coming = alone.by_heads([([torch.randn(1, 5, 4, 8)], [5])], PARTS)
+    for num, part in enumerate(coming[:failing]):
+        part.answered(functools.partial(attended, num))
+    with pytest.raises(torch.OutOfMemoryError):
+        coming[failing].answered(functools.partial(attended, failing))
+    assert streams.main.done >= {f"attended to {num}" for num in range(failing + 1)}
 
 
 class Twice(Peers):
