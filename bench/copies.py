@@ -105,11 +105,9 @@ async def settled(engine: Engine, copies: int, window_s: float, pictures: Pictur
         num_slow = num_slow + 1 if 0 < rate < (1 + MIN_GAIN) * best else 0
         best = max(best, rate)
         if num_slow >= PATIENCE and len(pictures) == NUM_CLIENTS * copies:
-            return best
-    if len(pictures) < NUM_CLIENTS * copies:
-        raise RuntimeError(
-            f"{len(pictures)} of {NUM_CLIENTS * copies} clients had a picture after {MAX_WINDOWS} windows"
-        )
+            break
+    if (missing := NUM_CLIENTS * copies - len(pictures)) > 0:
+        raise RuntimeError(f"{missing} clients had no picture in {MAX_WINDOWS} windows")
     return best
 
 

@@ -72,7 +72,7 @@ class Curve:
         # Of several ranks the last run may be that of a block which has no graph yet.
         self._settle(row, max(row.samples, key=_SPEED.__getitem__) if is_first else variant)
         self._max_rows = max(self._max_rows, rows)
-        known = list(self._points())
+        known = self._points()
         if len(known) == len(self.known) and all(map(_is_no_news, self.known, known)):
             return False
         self.known = known
@@ -119,7 +119,7 @@ class Curve:
             best: Variant = max(variants, key=_SPEED.__getitem__)
             self._best = best
 
-    def _points(self) -> Iterator[tuple[int, float]]:
+    def _points(self) -> list[tuple[int, float]]:
         points, most_s = list[tuple[int, float]](), math.inf
         for rows, row in sorted(self._rows.items(), reverse=True):
             if row.variant is None:
@@ -130,7 +130,7 @@ class Curve:
             if own_s is not None and gain is not None:
                 points.append((rows, own_s if is_final else min(own_s * gain, most_s)))
                 most_s = min(most_s, points[-1][1])
-        return reversed(points)
+        return points[::-1]
 
     def _gain(self, rows: int, variant: Variant) -> float | None:
         """Seconds in the fastest variant by those in this one, at the nearest number of rows where both are known."""

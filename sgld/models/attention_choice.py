@@ -102,9 +102,10 @@ def settle(
     if new := [heads for heads in wanted if _name(heads) not in known]:
         measured = _measured(new, ("native", *usable), dtype, timer or functools.partial(_seconds, device))
         known = _settled(file, known, measured, is_alone=not divisors)
-    choices = {heads: choice for heads in wanted if (choice := known.get(_name(heads))) is not None}
+    best = {heads: known.get(_name(heads)) for heads in wanted}
+    choices = {heads: choice for heads, choice in best.items() if choice is not None}
     if choices:
-        steer({heads: known.get(_name(heads)) for heads in wanted})
+        steer(best)
     native = (
         "attention by native, which is as fast as any here"
         if all(_name(heads) in known for heads in wanted)
@@ -186,8 +187,8 @@ def steer(choices: Mapping[Heads, Choice | None]) -> None:
     kernels: dict[tuple[int, int], Any] = {}
     for heads, choice in sorted(choices.items(), reverse=True):
         kernel = choice and inspect.unwrap(Registry._backends[AttentionBackendName(choice.backend)])
-        for num in range(1, heads.num + 1):
-            kernels[num, heads.dim] = choice and (choice.min_length, kernel)
+        chosen = choice and (choice.min_length, kernel)
+        kernels |= {(num, heads.dim): chosen for num in range(1, heads.num + 1)}
 
     @functools.wraps(native)
     def steered(query: Any, key: Any, value: Any, **options: Any) -> Any:

@@ -58,12 +58,11 @@ def _taken(parts: tuple[int, ...], tiles: int, message: int) -> int:
     :param tiles: of a head.
     :param message: what it takes to send one there and back.
     """
-    arrived, gone = message * 3 * parts[0] // 4, 0
-    free = [(arrived, TILES)]
-    for index, part in enumerate(parts):
+    arrived, gone, free = 0, 0, [(0, TILES)]
+    for part in parts:
+        # Where those before it fill all there is, it is written after that.
+        arrived = max(arrived, free[0][0]) + message * 3 * part // 4
         gone = max(gone, _attended(free, part * tiles, arrived)) + message * part // 4
-        # Where those before it fill all there is, the next one is written after that.
-        arrived = max(arrived, free[0][0]) + message * 3 * sum(parts[index + 1 : index + 2]) // 4
     return gone
 
 

@@ -65,22 +65,10 @@ def test_gpus_that_cannot_reach_each_other_send_messages_and_say_so(
     assert "NCCL" in caplog.text
 
 
-class Rooms:
-    """Rooms of ranks that are one process, by rank: all that is written is there at once."""
-
-    def __init__(self) -> None:
-        self.every: dict[int, list[FakeRoom]] = {}
-
-    def __call__(self, group: Any, index: int, num: int, device: torch.device) -> "FakeRoom":
-        own = self.every.setdefault(index, [])
-        own.append(FakeRoom(self, len(own)))
-        return own[-1]
-
-
 class FakeRoom(Room):
     """The room of one of them, of several."""
 
-    def __init__(self, rooms: Rooms, place: int) -> None:
+    def __init__(self, rooms: "Rooms", place: int) -> None:
         self._rooms, self._place, self._taken, self.num_meetings = rooms, place, 0, 0
         self._memory = torch.zeros(100_000, dtype=torch.uint8)
 
@@ -94,6 +82,22 @@ class FakeRoom(Room):
             other = self._rooms.every[rank][self._place]
             target = other.view(start, [(len(other._memory) - start) // tensor.itemsize], tensor.dtype)
             write_rows(tensor, target, rows, columns, row)
+
+
+class Rooms:
+    """Rooms of ranks that are one process, by rank: all that is written is there at once.
+
+    :param kind: makes a room, of these and how many the rank has already.
+    """
+
+    def __init__(self, kind: Callable[["Rooms", int], FakeRoom] = FakeRoom) -> None:
+        self._kind = kind
+        self.every: dict[int, list[FakeRoom]] = {}
+
+    def __call__(self, group: Any, index: int, num: int, device: torch.device) -> FakeRoom:
+        own = self.every.setdefault(index, [])
+        own.append(self._kind(self, len(own)))
+        return own[-1]
 
 
 @pytest.mark.parametrize(
@@ -208,14 +212,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> Peers:
     """A rank that has all tokens."""
-    rooms = Rooms()
-    own = rooms.every.setdefault(0, [])
-
-    def room(*_: Any) -> Meeting:
-        own.append(Meeting(rooms, streams, len(own)))
-        return own[-1]  # type: ignore[return-value]
-
-    monkeypatch.setattr(peers, "Room", room)
+    monkeypatch.setattr(peers, "Room", Rooms(lambda rooms, place: Meeting(rooms, streams, place)))
     return Peers(None, 0, 1, torch.device("cpu"))
 
 
