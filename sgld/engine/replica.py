@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from sgld.messages import AnyCommand, AnyReply, Exit
 from sgld.outcome import on_failure
 from sgld.worker.main import Variable, follower_main, rank_environment, rank_main
 
+logger = logging.getLogger(__name__)
 # A rank that was told to leave ends its tasks at their next call; after this time it is killed.
 EXIT_GRACE_S = 2.0
 _KILLED_GRACE_S = 5.0
@@ -280,4 +282,7 @@ async def _end(front: FrontEnd[AnyCommand, AnyReply], processes: Sequence[_Proce
     front.close()
     for process in processes:
         await to_thread.run_sync(process.join, _KILLED_GRACE_S)
-        process.close()
+        if process.exitcode is None:
+            logger.warning("a rank process still hasn't ended %.0f s after it was killed", _KILLED_GRACE_S)
+        else:
+            process.close()

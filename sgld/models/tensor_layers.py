@@ -147,6 +147,9 @@ def divide(module: nn.Module, kind: type[Parted], cuts: dict[str, Cut], team: Te
     module.__class__ = kind if own is base else type(own.__name__, (kind, own), {})
     parted: Any = module
     parted.team, parted.cuts = team, cuts
+    if isinstance(module, nn.Embedding):
+        # It is of the whole vocabulary, and only means that this vector isn't trained.
+        parted.padding_idx = None
     for name, cut in cuts.items():
         whole = getattr(module, name)
         part = torch.empty(cut.shape(whole.shape, team.index, team.size), dtype=whole.dtype, device=whole.device)

@@ -115,13 +115,13 @@ def _obey(member: Member, invoke: Invoke, runtime: Runtime) -> None:
 
     :raises SystemExit: it failed, and rank 0 didn't.
     """
-    [wire] = member.seat.wires
+    [wire], before = member.seat.wires, member.num_meetings
     obeyed = outcome_of(functools.partial(_obeyed, member, invoke, runtime))
     if not isinstance(obeyed, Raised):
         return
     error = obeyed.error
     problem = f"{type(error).__name__}: {error}"[:2000]
-    send(wire, FollowerFailed(invoke.seq, problem, num_meetings=member.num_meetings))
+    send(wire, FollowerFailed(invoke.seq, problem, num_meetings=member.num_meetings - before))
     if not wire.poll(AGREE_S) or receive(wire) != Agree(invoke.seq):
         raise SystemExit(f"rank {member.seat.index} failed, and rank 0 didn't: {error!r}")
     send(wire, Loaded())

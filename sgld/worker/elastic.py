@@ -54,13 +54,14 @@ class Away:
     """A forward that other ranks run.
 
     `reply`: what the first of them said of it; None: it hasn't, or nobody has listened. `heard`: is told what came of
-    its graph.
+    its graph. `make_room`: frees what rank 0 can do without.
     """
 
     leader: "ElasticLeader"
     ranks: Ranks
     reply: Done | FollowerFailed | None = None
     heard: Callable[[Obeyed], None] | None = None
+    make_room: Callable[[], object] = lambda: False
 
     def is_over(self) -> bool:
         """Whether an answer is there; never waits."""
@@ -178,7 +179,8 @@ class ElasticLeader(Leader):
         self._tell(invoke, self._on)
         if buffer is not None:
             dist.send(buffer, dst=self._on.first)
-        away = self._away[self._on.first] = Away(self, self._on, heard=heard)
+        make_room = functools.partial(runtime.make_room, invocation.module)
+        away = self._away[self._on.first] = Away(self, self._on, None, heard, make_room)
         return away
 
     def drew(self, random: OwnRandom, states: tuple[bytes, ...]) -> None:
@@ -198,11 +200,14 @@ class ElasticLeader(Leader):
                 raise torch.OutOfMemoryError(away.reply.message)
             raise PipelineFailed(away.reply.message)
         assert away.reply is not None
-        parcel = away.reply.parcel
-        buffer = space_for(parcel, self._member.device)
+        parcel, device = away.reply.parcel, self._member.device
+        try:
+            buffer = _space(parcel, device, away.make_room)
+        except torch.OutOfMemoryError as error:
+            self._give_up(f"rank 0 has no room for what rank {away.ranks.first} sends: {error}")
         if buffer is not None:
             dist.recv(buffer, src=away.ranks.first)
-        return unpacked(parcel, buffer, self._member.device)
+        return unpacked(parcel, buffer, device)
 
     def _listen(self, away: Away) -> None:
         """Wait for what the first of the ranks says. If another one fails, it must fail, too."""
@@ -223,12 +228,15 @@ class ElasticLeader(Leader):
             failed = Obeyed(Refusal(is_passing=True))
             away.heard(failed if isinstance(away.reply, FollowerFailed) else away.reply.obeyed or Obeyed())
         if isinstance(away.reply, FollowerFailed):
-            self._see_that_all_failed(away)
+            self._see_that_all_failed(away.ranks, away.reply)
 
-    def _see_that_all_failed(self, away: Away) -> None:
-        for rank in away.ranks.every:
-            if rank != away.ranks.first and not isinstance(self._heard(rank, AGREE_S), FollowerFailed):
-                self._give_up(f"rank {away.ranks.first} failed, and rank {rank} didn't")
+    def _see_that_all_failed(self, ranks: Ranks, failed: FollowerFailed) -> None:
+        for rank in ranks.every[1:]:
+            reply = self._heard(rank, AGREE_S)
+            if not isinstance(reply, FollowerFailed):
+                self._give_up(f"rank {ranks.first} failed, and rank {rank} didn't")
+            if reply.num_meetings != failed.num_meetings:
+                self._give_up(f"rank {rank} failed at another place than rank {ranks.first}: {reply.message}")
 
     def _tell(self, order: Order, ranks: Ranks | None = None) -> None:
         # Who is told something while it has an answer, waits with it; neither would go on if both are large.
@@ -245,12 +253,13 @@ class ElasticLeader(Leader):
 
 def serve(member: Member, invoke: Invoke, runtime: Runtime) -> None:
     """A follower's share of a forward without rank 0. What fails here is told, and the next one may go well."""
-    [wire] = member.seat.wires
+    [wire], before = member.seat.wires, member.num_meetings
     outcome = outcome_of(functools.partial(_served, member, invoke, runtime))
     if isinstance(outcome, Raised):
         problem = f"{type(outcome.error).__name__}: {outcome.error}"[:2000]
         is_out_of_memory = isinstance(outcome.error, torch.OutOfMemoryError)
-        send(wire, FollowerFailed(invoke.seq, problem, is_out_of_memory, _has_lost_graphs(runtime)))
+        num_met = member.num_meetings - before
+        send(wire, FollowerFailed(invoke.seq, problem, is_out_of_memory, _has_lost_graphs(runtime), num_met))
     elif outcome.value is not None:
         done, buffer = outcome.value
         send(wire, replace(done, has_lost_graphs=_has_lost_graphs(runtime)))
@@ -263,7 +272,11 @@ def _served(member: Member, invoke: Invoke, runtime: Runtime) -> tuple[Done, tor
     assert invoke.ranks is not None
     ranks, device = invoke.ranks, member.device
     is_first = member.seat.index == ranks.first
-    buffer = space_for(invoke.parcel, device)
+    module = member.components[invoke.component]
+    try:
+        buffer = _space(invoke.parcel, device, functools.partial(runtime.make_room, module))
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"rank {member.seat.index} has no room for what rank 0 sends: {error}") from None
     if buffer is not None:
         if is_first:
             dist.recv(buffer, src=0)
@@ -281,6 +294,19 @@ def _served(member: Member, invoke: Invoke, runtime: Runtime) -> tuple[Done, tor
     random = states if states != invoke.random else None
     obeyed = runtime.graphs.obeyed if runtime.graphs is not None and invoke.graph is not None else None
     return Done(invoke.seq, parcel, started_ns, elapsed_s, runtime.variant, is_timed, random, obeyed), buffer
+
+
+def _space(parcel: Parcel, device: torch.device, make_room: Callable[[], object]) -> torch.Tensor | None:
+    """Where what is on its way is put; who doesn't receive it would take it for what comes next.
+
+    :param make_room: frees what there may be no room beside.
+    :raises torch.OutOfMemoryError: nothing helps.
+    """
+    found = outcome_of(functools.partial(space_for, parcel, device), catches=torch.OutOfMemoryError)
+    if not isinstance(found, Raised):
+        return found.value
+    make_room()
+    return space_for(parcel, device)
 
 
 def _has_lost_graphs(runtime: Runtime) -> bool:

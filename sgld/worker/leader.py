@@ -178,9 +178,10 @@ class Leader:
             graph = runtime.order(invocation, parts, invoke.ranks)
         invoke = replace(invoke, seq=self._seq, graph=graph)
         self._tell(invoke, invoke.ranks)
+        before = self._member.num_meetings
         outcome = outcome_of(functools.partial(self._performed, invoke, buffer, invocation.tree, runtime))
         if isinstance(outcome, Raised):
-            self._agree(outcome.error, invoke.ranks)
+            self._agree(outcome.error, invoke.ranks, self._member.num_meetings - before)
             raise outcome.error
         return outcome.value
 
@@ -221,16 +222,18 @@ class Leader:
             except OSError:
                 self._give_up(f"rank {rank} is gone")
 
-    def _agree(self, error: BaseException, ranks: Ranks | None) -> None:
-        """Go on only if all others failed in the same forward, too: else some still wait for the rest of it.
+    def _agree(self, error: BaseException, ranks: Ranks | None, num_met: int) -> None:
+        """Go on only if all others failed at the same place of a forward, too: else some still wait for the rest of it.
 
         One that failed alone has left when rank 0 fails because of that: it must say that it goes on.
+
+        :param num_met: how often rank 0 had begun to meet others in that forward.
         """
         for rank in self._followers(ranks):
             with contextlib.suppress(OSError):
                 send(self._wires[rank - 1], Agree(self._seq))
         # Of each group of ranks, which met one another only.
-        num_meetings = {0: self._member.num_meetings}
+        num_meetings = {0: num_met}
         size = self._member.seat.num_ranks // self._member.num_groups
         for rank in self._followers(ranks):
             reply = self._heard(rank, AGREE_S)

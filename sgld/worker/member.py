@@ -48,6 +48,8 @@ class Member:
         self._exchange: HeadExchange | None = None
         self._teams: dict[str, Team] = {}
         """Of components of which each rank has parts."""
+        own_groups = (group for ranks, group in self.groups.items() if seat.index in ranks.every)
+        self._all_groups: list[Any] = [dist.group.WORLD, *own_groups]
         if parallel.elastic_sp:
             self._share_tokens([n for n, degree in self._max_degrees.items() if degree > 1], TokenRanks.alone())
         elif parallel.sp * parallel.tp_size > 1:
@@ -56,14 +58,19 @@ class Member:
                 (parallel.cfg_degree, parallel.ring, parallel.ulysses, parallel.tp_size),
                 mesh_dim_names=("cfg", "ring", "ulysses", "tp"),
             )
+            self._all_groups += mesh.get_all_groups()
             self._teams = {name: _met(self.components[name], mesh) for name in model.sharing.divided.names}
             if parallel.sp > 1:
-                self._share_tokens(model.sharing.denoisers, TokenRanks.of(mesh["ring", "ulysses"]))
+                ranks = TokenRanks.of(mesh["ring", "ulysses"])
+                self._all_groups.append(ranks.group)
+                self._share_tokens(model.sharing.denoisers, ranks)
 
     @property
     def num_meetings(self) -> int:
-        """How often it met ranks that tell no meeting from another one, until now."""
-        return 0 if self._exchange is None else self._exchange.num_meetings
+        """How often it has begun to meet others until now: neither collectives nor GPUs tell one time from another."""
+        # As torch counts them. It has no other name for it.
+        begun = [int(each._get_backend(self.device)._get_sequence_number_for_group()) for each in self._all_groups]
+        return sum(begun) + (0 if self._exchange is None else self._exchange.num_meetings)
 
     def _share_tokens(self, names: Iterable[str], ranks: TokenRanks) -> None:
         prepare()

@@ -88,7 +88,7 @@ class FollowerFailed:
     has_lost_graphs: bool = False
     """As in `Done`."""
     num_meetings: int = 0
-    """Of the ranks of its group until then."""
+    """So often it had begun to meet the ranks of its group in that forward."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class Runtime:
         try:
             return self._invoked(invocation)
         except torch.OutOfMemoryError:
-            if not self._make_room(module) or invocation.is_shared:
+            if not self.make_room(module) or invocation.is_shared:
                 raise
             retry = self._invoked
         except RuntimeError as error:
@@ -133,7 +133,7 @@ class Runtime:
         # Here, where nothing refers to what the failed forward allocated.
         return retry(invocation)
 
-    def _make_room(self, module: nn.Module) -> bool:
+    def make_room(self, module: nn.Module) -> bool:
         """Free what a call of `module` can do without; false if there is nothing."""
         # Graphs are only a cache, and what is compiled aside can be compiled later.
         freed = [cache.make_room() for cache in (self.graphs, self.swap) if cache is not None]

@@ -14,8 +14,10 @@ import msgspec
 import pytest
 
 from sgld.config import EngineConfig
-from sgld.engine.replica import _first_death, _inherited, rank_process
+from sgld.engine import replica
+from sgld.engine.replica import _end, _first_death, _inherited, rank_process
 from sgld.errors import RankLost
+from sgld.ipc.channel import channel_pair
 from sgld.logs import set_up_logs
 from sgld.parallel import ParallelConfig
 from sgld.worker.main import rank_environment
@@ -48,6 +50,31 @@ class Ended:
 
     def join(self, timeout: float | None = None) -> None:
         pass
+
+
+class Stuck(Ended):
+    """In the driver, where no signal reaches it."""
+
+    def __init__(self, sentinel: int) -> None:
+        super().__init__(None)
+        self.sentinel = sentinel
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        raise ValueError("it is still running")
+
+
+async def test_process_that_no_signal_ends_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others of its engine go on, and its replica is started again."""
+    monkeypatch.setattr(replica, "EXIT_GRACE_S", 0.0)
+    front, rank_end = channel_pair()
+    own, other = os.pipe()
+    await _end(front, [Stuck(own)])
+    rank_end.close()
+    os.close(own)
+    os.close(other)
 
 
 @pytest.mark.parametrize(

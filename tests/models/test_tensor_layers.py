@@ -51,9 +51,10 @@ class Scaled(nn.Embedding):
         (lambda: nn.Linear(7, 5), SummedLinear, 1, None),
         (lambda: nn.Linear(6, 10), JoinedLinear, 0, torch.randn(2, 3, 6)),
         (lambda: nn.Embedding(10, 4), SummedEmbedding, 0, torch.arange(10).reshape(2, 5)),
+        (lambda: nn.Embedding(10, 4, padding_idx=9), SummedEmbedding, 0, torch.arange(10).reshape(2, 5)),
         (lambda: Scaled(10, 4), SummedEmbedding, 0, torch.arange(10).reshape(2, 5)),
     ],
-    ids=["summed", "joined", "embedding", "scaled embedding"],
+    ids=["summed", "joined", "embedding", "with padding", "scaled embedding"],
 )
 @torch.no_grad()
 def test_parts_make_the_whole(make: Any, kind: type[Parted], dim: int, x: torch.Tensor | None, size: int) -> None:

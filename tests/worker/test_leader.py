@@ -37,6 +37,8 @@ class FakeMember:
         self.seat, self.device, self.names = seat, CPU, {module: "transformer"}
         self.slots: dict[str, Any] = {}
         self.components, self.num_groups, self.num_meetings = {"transformer": module}, 1, 0
+        self.num_met = 0
+        """In each forward."""
         self.is_tiled: Callable[[str], bool] = lambda name: False
         self.has_parts = self.is_tiled
 
@@ -46,6 +48,7 @@ class FakeMember:
     def perform(self, invoke: Invoke, tree: Any, runtime: Runtime) -> Any:
         [module] = self.names
         args, kwargs = tree
+        self.num_meetings += self.num_met
         agree: Callable[[Refusal | None], Refusal | None] = lambda refusal: refusal  # noqa: E731
         ordered = Ordered(invoke.graph, agree, is_own=not self.seat.index) if invoke.graph is not None else None
         return runtime.run_here(Invocation(module, "forward", args, kwargs, fixed=invoke.fixed, ordered=ordered))
@@ -203,18 +206,19 @@ class Ended(Exception):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("stays", "num_meetings", "num_groups", "goes_on"),
+    ("stays", "num_met", "num_groups", "goes_on"),
     [(True, 0, 1, True), (False, 0, 1, False), (True, 1, 1, False), (True, 1, 2, True)],
     ids=["alike", "left", "elsewhere", "of another group"],
 )
 def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
-    stays: bool, num_meetings: int, num_groups: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+    stays: bool, num_met: int, num_groups: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank that fails alone leaves, and that makes the others fail, too: then there is nobody to go on with."""
     module, (wire, its_wire) = Broken(), Pipe()
     leading: Any = FakeMember(module, Seat(0, 2, "", (wire,)))
     following: Any = FakeMember(module, Seat(1, 2, "", (its_wire,)))
-    following.num_meetings = num_meetings
+    # Of an earlier forward, of which it doesn't matter.
+    following.num_meetings, following.num_met = 5, num_met
     leading.num_groups = num_groups
     runtime = Runtime()
     runtime.ranks = Leader(leading, lambda name, note: None)
@@ -236,3 +240,70 @@ def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
     with pytest.raises(RuntimeError if goes_on else Ended):
         runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
     thread.join()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_met", "is_over"), [(0, False), (1, True)], ids=["alike", "elsewhere"])
+def test_ranks_that_fail_without_rank_0_at_two_places_do_not_go_on(
+    num_met: int, is_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, pairs, ranks = Broken(), [Pipe() for _ in range(3)], Ranks(2, 2)
+    leading: Any = FakeMember(module, Seat(0, 4, "", tuple(own for own, _ in pairs)))
+    following: list[Any] = [FakeMember(module, Seat(rank, 4, "", (pairs[rank - 1][1],))) for rank in ranks.every]
+    following[1].num_met = num_met
+    runtime = Runtime()
+    runtime.ranks = leader = ElasticLeader(leading, lambda name, note: None)
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
+    with leader.on(ranks):
+        away = runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
+    for member in following:
+        serve(member, receive(member.seat.wires[0]), Runtime())
+    with pytest.raises(Ended if is_over else PipelineFailed):
+        away.result()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_failures", [1, 2])
+@pytest.mark.parametrize("is_result", [False, True], ids=["arguments", "result"])
+def test_what_is_on_its_way_is_received_or_nobody_goes_on(
+    num_failures: int, is_result: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has no room for it would take it for the next message."""
+    module, (wire, its_wire) = nn.Linear(2, 2), Pipe()
+    leading: Any = FakeMember(module, Seat(0, 2, "", (wire,)))
+    following: Any = FakeMember(module, Seat(1, 2, "", (its_wire,)))
+    runtime = Runtime()
+    runtime.ranks = leader = ElasticLeader(leading, lambda name, note: None)
+    left = [num_failures]
+
+    def no_space(_parcel: object, _device: torch.device) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("no room")
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    def fill() -> None:
+        monkeypatch.setattr("sgld.worker.elastic.space_for", no_space)
+
+    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
+    with leader.on(Ranks(1, 1)):
+        away = runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
+    if not is_result:
+        fill()
+    if not is_result and num_failures > 1:
+        with pytest.raises(SystemExit, match="no room for what rank 0 sends"):
+            serve(following, receive(its_wire), Runtime())
+        return
+    serve(following, receive(its_wire), Runtime())
+    fill()
+    if num_failures > 1:
+        with pytest.raises(Ended):
+            away.result()
+    else:
+        torch.testing.assert_close(away.result(), module(torch.ones(1, 2)))
