@@ -196,9 +196,13 @@ class Graphs:
         """Free what graphs take, as memory is short; false if there were none."""
         return self._remove(self._policy.evict())
 
-    def lose_shared(self) -> None:
-        """Another rank has lost graphs of what ranks share: they go here, and with the next orders everywhere."""
+    def lose_shared(self) -> bool:
+        """Graphs of what ranks share go here, and with the next orders everywhere; whether others still have some.
+
+        Another rank has lost its own, or has no room beside them.
+        """
         self._remove(self._policy.evict(_is_shared))
+        return bool(self._gone)
 
     def take_loss(self) -> bool:
         """Whether graphs went since it was asked last that another rank may order to be replayed."""

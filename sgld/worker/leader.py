@@ -34,6 +34,7 @@ from sgld.worker.orders import (
     random_states,
     receive,
     send,
+    set_random_states,
 )
 from sgld.worker.proof import ceiling
 from sgld.worker.rows import RowAxes
@@ -168,7 +169,13 @@ class Leader:
         return relative_error(rows.joined(results, axes), whole)
 
     def _run_once(
-        self, invoke: Invoke, *, buffer: torch.Tensor | None, invocation: Invocation, runtime: Runtime
+        self,
+        invoke: Invoke,
+        *,
+        buffer: torch.Tensor | None,
+        invocation: Invocation,
+        runtime: Runtime,
+        is_again: bool = False,
     ) -> Any:
         self._seq += 1
         graph = None
@@ -182,7 +189,12 @@ class Leader:
         outcome = outcome_of(functools.partial(self._performed, invoke, buffer, invocation.tree, runtime))
         if isinstance(outcome, Raised):
             self._agree(outcome.error, invoke.ranks, self._member.num_meetings - before)
-            raise outcome.error
+            is_full = isinstance(outcome.error, torch.OutOfMemoryError) and not is_again
+            if not is_full or runtime.graphs is None or not runtime.graphs.lose_shared():
+                raise outcome.error
+            # A rank can't free graphs of what all share by itself.
+            set_random_states(self._member.device, invoke.random)
+            return self._run_once(invoke, buffer=buffer, invocation=invocation, runtime=runtime, is_again=True)
         return outcome.value
 
     def _performed(self, invoke: Invoke, buffer: torch.Tensor | None, tree: Any, runtime: Runtime) -> Any:

@@ -1,9 +1,10 @@
 """What rank 0 tells the others."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from sgld.worker.orders import FollowerFailed, Invoke, receive, send
 from sgld.worker.recorder import Leaking, Unfit
 from sgld.worker.rows import RowAxes
 from sgld.worker.runtime import Runtime
-from worker.recordings import FakeRecorder
+from worker.recordings import FakeRecorder, FakeRecording
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,10 @@ class FakeMember:
         self.num_meetings += self.num_met
         agree: Callable[[Refusal | None], Refusal | None] = lambda refusal: refusal  # noqa: E731
         ordered = Ordered(invoke.graph, agree, is_own=not self.seat.index) if invoke.graph is not None else None
-        return runtime.run_here(Invocation(module, "forward", args, kwargs, fixed=invoke.fixed, ordered=ordered))
+        is_shared = ordered is not None
+        return runtime.run_here(
+            Invocation(module, "forward", args, kwargs, fixed=invoke.fixed, is_shared=is_shared, ordered=ordered)
+        )
 
 
 @torch.no_grad()
@@ -307,3 +311,63 @@ def test_what_is_on_its_way_is_received_or_nobody_goes_on(
             away.result()
     else:
         torch.testing.assert_close(away.result(), module(torch.ones(1, 2)))
+
+
+class Keeping(FakeRecorder):
+    """Knows the graphs that there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: WeakSet[FakeRecording] = WeakSet()
+
+    def record(self, forward: Callable[[Any], Any], tree: Any, tensors: Sequence[torch.Tensor]) -> FakeRecording:
+        recording = super().record(forward, tree, tensors)
+        self.kept.add(recording)
+        return recording
+
+
+class Large(nn.Module):
+    """There is no room for its forward beside a graph."""
+
+    def __init__(self, recorder: Keeping) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.recorder.kept:
+            raise torch.OutOfMemoryError("no room")
+        return 2 * x
+
+
+@torch.no_grad()
+def test_graphs_that_ranks_share_go_where_there_is_no_room_beside_them() -> None:
+    """As those of one rank do: where a graph is compared, and for another size."""
+    wire, its_wire = Pipe()
+    recorders = [Keeping(), Keeping()]
+    modules = [Large(recorder) for recorder in recorders]
+    here, there = (
+        Runtime(graphs=Graphs(CPU, GraphPolicy(10_000), recorder, {module: "transformer"}))
+        for recorder, module in zip(recorders, modules, strict=True)
+    )
+    leading: Any = FakeMember(modules[0], Seat(0, 2, "", (wire,)))
+    following: Any = FakeMember(modules[1], Seat(1, 2, "", (its_wire,)))
+    here.ranks = Leader(leading, lambda name, note: None)
+    is_over = threading.Event()
+
+    def follow() -> None:
+        while not is_over.is_set():
+            if its_wire.poll(0.01):
+                _obey(following, receive(its_wire), there)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    num_kept = []
+    try:
+        for num in (*[1] * (CAPTURES_AFTER + 1), *[2] * CAPTURES_AFTER, 3):
+            x = torch.ones(num, 2)
+            torch.testing.assert_close(here.run(Invocation(modules[0], "forward", (x,), fixed=())), 2 * x)
+            num_kept.append(len(recorders[0].kept))
+    finally:
+        is_over.set()
+        thread.join()
+    assert num_kept == [*[0] * (CAPTURES_AFTER - 1), 1, 0, *[0] * (CAPTURES_AFTER - 1), 1, 0]
