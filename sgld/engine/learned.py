@@ -110,7 +110,9 @@ def _rows(there: Iterable[T], now: Iterable[T], before: Iterable[T], name_of: Ca
 
 def _options(config: EngineConfig, device: str) -> tuple[object, ...]:
     """Those that decide how long forwards take; copies of the model share the cores of a CPU."""
-    dp_size = config.parallel.dp_size if device == "cpu" else 1
+    parallel = config.parallel
+    # What is left open follows from the rest, so these say more than the options do.
+    degrees = (parallel.ulysses, parallel.ring, parallel.cfg_degree, parallel.tp_size)
     return (
         config.enable_torch_compile,
         config.graphs,
@@ -118,7 +120,10 @@ def _options(config: EngineConfig, device: str) -> tuple[object, ...]:
         config.vae_slicing,
         config.num_cpu_threads,
         config.backend,
-        msgspec.structs.replace(config.parallel, num_gpus=None, dp_size=dp_size),
+        degrees,
+        parallel.elastic_sp,
+        parallel.vae_sp,
+        parallel.dp_size if device == "cpu" else 1,
         config.memory,
         config.attention,
         config.quantized,

@@ -110,7 +110,8 @@ def check_sequences(
     if parts and not shared:
         part = parts[0]
         problem = f"{part.name} ({part.class_name}) {why_not(part.class_name)}"
-        instead = f"use --enable-cfg-parallel or --dp-size {parallel.total}"
+        instead = "use --enable-cfg-parallel or" if parallel.sp == 2 and parallel.cfg_degree == 1 else "use"
+        instead += f" --dp-size {parallel.dp_size * parallel.sp}"
         raise ModelError(f"sp_degree is {parallel.sp}, but {problem}; {instead} instead")
     for part in shared:
         heads = _num_heads(part)

@@ -44,6 +44,11 @@ def test_other_models_and_devices_have_other_files(change: dict[str, object]) ->
 def test_options_that_forwards_depend_on_have_other_files() -> None:
     LearnedFile(KEPT, CONFIG).write(TIMES, PROFILES)
     assert LearnedFile(KEPT, EngineConfig(enable_torch_compile=True)).read() == Learned()
+    several = EngineConfig(parallel=ParallelConfig(num_gpus=2))
+    assert LearnedFile(KEPT, several).read() == Learned()
+    LearnedFile(KEPT, several).write(TIMES, PROFILES)
+    assert LearnedFile(KEPT, EngineConfig(parallel=ParallelConfig(ulysses_degree=2))).read() != Learned()
+    assert LearnedFile(KEPT, EngineConfig(parallel=ParallelConfig(num_gpus=4))).read() == Learned()
     copies = EngineConfig(parallel=ParallelConfig(dp_size=2))
     assert LearnedFile(KEPT, copies).read() == Learned()  # which share the cores
     assert LearnedFile(KEPT, EngineConfig(max_batch_size=3)).read() != Learned()

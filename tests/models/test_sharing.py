@@ -57,6 +57,9 @@ def test_model_without_a_plan_is_refused_by_name(name: str, why: str) -> None:
     with pytest.raises(ModelError, match=rf"^sp_degree is 2, but unet \({name}\) {why}; use --enable-cfg-parallel"):
         share([Part("unet", name)], config(num_gpus=2), "cpu", is_whole=False)
     assert share([Part("unet", name)], config(enable_cfg_parallel=True), "cpu", is_whole=False).denoisers == ("unet",)
+    both = config(num_gpus=8, dp_size=2, enable_cfg_parallel=True)
+    with pytest.raises(ModelError, match=r"^sp_degree is 2, but unet .*; use --dp-size 4 instead"):
+        share([Part("unet", name)], both, "cpu", is_whole=False)
 
 
 def test_what_helps_a_denoiser_is_on_rank_0_alone() -> None:
