@@ -208,6 +208,16 @@ class Ended(Exception):
     """In the place of the end of a process."""
 
 
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 raises where it would end."""
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("stays", "num_met", "num_groups", "goes_on"),
@@ -215,7 +225,7 @@ class Ended(Exception):
     ids=["alike", "left", "elsewhere", "of another group"],
 )
 def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
-    stays: bool, num_met: int, num_groups: int, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+    stays: bool, num_met: int, num_groups: int, goes_on: bool, ending: None
 ) -> None:
     """A rank that fails alone leaves, and that makes the others fail, too: then there is nobody to go on with."""
     module, (wire, its_wire) = Broken(), Pipe()
@@ -227,9 +237,6 @@ def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
     runtime = Runtime()
     runtime.ranks = Leader(leading, lambda name, note: None)
 
-    def end(code: int) -> None:
-        raise Ended(code)
-
     def follower() -> None:
         invoke = receive(its_wire)
         if stays:
@@ -238,7 +245,6 @@ def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
             send(its_wire, FollowerFailed(invoke.seq, "no room"))
             its_wire.close()
 
-    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
     thread = threading.Thread(target=follower)
     thread.start()
     with pytest.raises(RuntimeError if goes_on else Ended):
@@ -248,9 +254,7 @@ def test_call_fails_alone_only_if_all_ranks_failed_at_one_place_and_are_there(
 
 @torch.no_grad()
 @pytest.mark.parametrize(("num_met", "is_over"), [(0, False), (1, True)], ids=["alike", "elsewhere"])
-def test_ranks_that_fail_without_rank_0_at_two_places_do_not_go_on(
-    num_met: int, is_over: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_fail_without_rank_0_at_two_places_do_not_go_on(num_met: int, is_over: bool, ending: None) -> None:
     module, pairs, ranks = Broken(), [Pipe() for _ in range(3)], Ranks(2, 2)
     leading: Any = FakeMember(module, Seat(0, 4, "", tuple(own for own, _ in pairs)))
     following: list[Any] = [FakeMember(module, Seat(rank, 4, "", (pairs[rank - 1][1],))) for rank in ranks.every]
@@ -258,10 +262,6 @@ def test_ranks_that_fail_without_rank_0_at_two_places_do_not_go_on(
     runtime = Runtime()
     runtime.ranks = leader = ElasticLeader(leading, lambda name, note: None)
 
-    def end(code: int) -> None:
-        raise Ended(code)
-
-    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
     with leader.on(ranks):
         away = runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
     for member in following:
@@ -274,7 +274,7 @@ def test_ranks_that_fail_without_rank_0_at_two_places_do_not_go_on(
 @pytest.mark.parametrize("num_failures", [1, 2])
 @pytest.mark.parametrize("is_result", [False, True], ids=["arguments", "result"])
 def test_what_is_on_its_way_is_received_or_nobody_goes_on(
-    num_failures: int, is_result: bool, monkeypatch: pytest.MonkeyPatch
+    num_failures: int, is_result: bool, monkeypatch: pytest.MonkeyPatch, ending: None
 ) -> None:
     """Who has no room for it would take it for the next message."""
     module, (wire, its_wire) = nn.Linear(2, 2), Pipe()
@@ -289,13 +289,9 @@ def test_what_is_on_its_way_is_received_or_nobody_goes_on(
             left[0] -= 1
             raise torch.OutOfMemoryError("no room")
 
-    def end(code: int) -> None:
-        raise Ended(code)
-
     def fill() -> None:
         monkeypatch.setattr("sgld.worker.elastic.space_for", no_space)
 
-    monkeypatch.setattr("sgld.worker.leader.os._exit", end)
     with leader.on(Ranks(1, 1)):
         away = runtime.run(Invocation(module, "forward", (torch.ones(1, 2),)))
     if not is_result:
